@@ -1,0 +1,254 @@
+//! Guest RAM: regions, slots, and the way between a guest physical address, a page and a host address.
+//!
+//! A page is named by its **guest frame number** ([`PageIndex`]), on this host, on the wire and at the
+//! destination alike, so no table has to be agreed on when slots come and go. Holes cost a [`PageSet`] nothing
+//! but address space.
+//!
+//! This file owns the geometry. It never reads a page: `page` and `transport` do, through the host runs that
+//! [`GuestMemory::host_runs`] gives out.
+//!
+//! [`PageSet`]: crate::page_set::PageSet
+#![expect(unsafe_code, reason = "regions carry host pointers, whose validity the VMM vouches for once, here")]
+
+use std::fmt;
+
+/// Bytes in a page of guest memory: KVM tracks dirtiness in units of 4 KiB on x86, whatever backs the page.
+pub const PAGE_SIZE: usize = 4096;
+const PAGE_SHIFT: u32 = PAGE_SIZE.trailing_zeros();
+
+/// A guest physical address, in bytes.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct GuestAddress(pub u64);
+
+/// The name of a guest page: its guest frame number, that is the guest physical address divided by
+/// [`PAGE_SIZE`].
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PageIndex(pub u64);
+
+/// A KVM memory slot as dirty-ring entries name it: address space in the upper 16 bits, id in the lower.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SlotId(pub u32);
+
+impl GuestAddress {
+    /// The page that holds this address.
+    pub const fn page(self) -> PageIndex {
+        PageIndex(self.0 >> PAGE_SHIFT)
+    }
+}
+
+impl PageIndex {
+    /// The address of the page's first byte.
+    pub const fn address(self) -> GuestAddress {
+        GuestAddress(self.0 << PAGE_SHIFT)
+    }
+}
+
+impl fmt::Debug for GuestAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "GuestAddress({:#x})", self.0)
+    }
+}
+
+impl fmt::Debug for PageIndex {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "PageIndex({:#x})", self.0)
+    }
+}
+
+impl fmt::Debug for SlotId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SlotId({}:{})", self.0 >> 16, self.0 & 0xffff)
+    }
+}
+
+impl fmt::Display for GuestAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}", self.0)
+    }
+}
+
+/// `pages` consecutive guest pages from `first` on. Never empty where this crate hands one out.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PageRun {
+    /// The first page.
+    pub first: PageIndex,
+    /// How many pages, the first included.
+    pub pages: u64,
+}
+
+impl PageRun {
+    /// The page after the last one.
+    pub const fn end(self) -> PageIndex {
+        PageIndex(self.first.0 + self.pages)
+    }
+}
+
+/// A piece of guest RAM: consecutive guest pages, one memory slot, one host mapping.
+#[derive(Clone, Copy, Debug)]
+pub struct Region {
+    /// The KVM memory slot behind it.
+    pub slot: SlotId,
+    /// Its pages, by guest frame number.
+    pub pages: PageRun,
+    /// Where its first page is mapped in this process. Page-aligned.
+    pub host: *mut u8,
+}
+
+impl Region {
+    /// Length in bytes.
+    pub fn len_bytes(&self) -> usize {
+        // Checked in `GuestMemory::new`: the region fits the address space.
+        usize::try_from(self.pages.pages << PAGE_SHIFT).unwrap_or(usize::MAX)
+    }
+
+    fn contains(&self, page: PageIndex) -> bool {
+        self.pages.first <= page && page < self.pages.end()
+    }
+}
+
+/// A run of guest pages with the host memory behind it, inside one region.
+#[derive(Clone, Copy, Debug)]
+pub struct HostRun {
+    /// Which pages.
+    pub run: PageRun,
+    /// Index into [`GuestMemory::regions`].
+    pub region: usize,
+    /// Host address of the first page.
+    pub host: *mut u8,
+}
+
+impl HostRun {
+    /// Length in bytes.
+    pub fn len_bytes(&self) -> usize {
+        usize::try_from(self.run.pages << PAGE_SHIFT).unwrap_or(usize::MAX)
+    }
+}
+
+/// Why a set of regions is not a guest's RAM.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum LayoutError {
+    /// No region, or a region without a page.
+    Empty,
+    /// The host address of the region of this slot is not page-aligned.
+    Unaligned(SlotId),
+    /// The region of this slot reaches beyond the address space of guest or host.
+    TooLarge(SlotId),
+    /// Two regions claim this page.
+    Overlap(PageIndex),
+    /// A run of pages that is not wholly inside guest RAM; the first page outside.
+    NotRam(PageIndex),
+}
+
+impl fmt::Display for LayoutError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Empty => write!(f, "guest RAM has no region, or a region without a page"),
+            Self::Unaligned(slot) => write!(f, "the host address of {slot:?} is not a multiple of 4096"),
+            Self::TooLarge(slot) => write!(f, "{slot:?} reaches beyond the address space"),
+            Self::Overlap(page) => write!(f, "two regions of guest RAM claim the page at {}", page.address()),
+            Self::NotRam(page) => write!(f, "the page at {} is not guest RAM", page.address()),
+        }
+    }
+}
+
+impl std::error::Error for LayoutError {}
+
+/// All of a guest's RAM as this process maps it, in guest-physical order.
+#[derive(Clone, Debug)]
+pub struct GuestMemory {
+    regions: Vec<Region>,
+}
+
+// SAFETY:
+// * `GuestMemory` only computes with the host pointers; whoever dereferences one argues for itself.
+// * `new` demands that the mappings outlive the value and may be accessed from any thread.
+unsafe impl Send for GuestMemory {}
+// SAFETY: as for `Send`: no interior mutability.
+unsafe impl Sync for GuestMemory {}
+
+impl GuestMemory {
+    /// Puts regions in guest-physical order and checks that they are page-aligned and do not overlap.
+    ///
+    /// # Safety
+    ///
+    /// For each region, `[host, host + pages × 4096)` is mapped readable and writable, stays mapped for as long
+    /// as the value and its clones live, and is shared memory in the sense of the memory model: the guest, the
+    /// kernel and other threads write it at any time, so no Rust reference to it may exist anywhere.
+    ///
+    /// # Errors
+    ///
+    /// [`LayoutError`] names the first region that cannot be RAM.
+    pub unsafe fn new(mut regions: Vec<Region>) -> Result<Self, LayoutError> {
+        regions.sort_by_key(|region| region.pages.first);
+        if regions.is_empty() {
+            return Err(LayoutError::Empty);
+        }
+        let mut free_from = PageIndex(0);
+        for region in &regions {
+            if region.pages.pages == 0 {
+                return Err(LayoutError::Empty);
+            }
+            if region.host.addr() % PAGE_SIZE != 0 {
+                return Err(LayoutError::Unaligned(region.slot));
+            }
+            let pages_to_bytes_end = |first: u64| {
+                first.checked_add(region.pages.pages).filter(|end| *end <= u64::MAX >> PAGE_SHIFT)
+            };
+            let host_fits = pages_to_bytes_end((region.host.addr() / PAGE_SIZE) as u64).is_some();
+            if !host_fits || pages_to_bytes_end(region.pages.first.0).is_none() {
+                return Err(LayoutError::TooLarge(region.slot));
+            }
+            if region.pages.first < free_from {
+                return Err(LayoutError::Overlap(region.pages.first));
+            }
+            free_from = region.pages.end();
+        }
+        Ok(Self { regions })
+    }
+
+    /// The regions in guest-physical order.
+    pub fn regions(&self) -> &[Region] {
+        &self.regions
+    }
+
+    /// Pages of RAM, holes not counted.
+    pub fn pages(&self) -> u64 {
+        self.regions.iter().map(|region| region.pages.pages).sum()
+    }
+
+    /// One past the highest page of RAM: the capacity that a [`PageSet`](crate::PageSet) over it needs.
+    pub fn end(&self) -> PageIndex {
+        self.regions.last().map_or(PageIndex(0), |region| region.pages.end())
+    }
+
+    /// The host memory behind `run`, split where one region ends and the next begins.
+    ///
+    /// # Errors
+    ///
+    /// [`LayoutError::NotRam`] if any page of the run is outside RAM; nothing is handed out then.
+    pub fn host_runs(&self, run: PageRun) -> Result<impl Iterator<Item = HostRun> + '_, LayoutError> {
+        let first_region = self.regions.partition_point(|region| region.pages.end() <= run.first);
+        let mut next = run.first;
+        for region in &self.regions[first_region..] {
+            if next >= run.end() || !region.contains(next) {
+                break;
+            }
+            next = region.pages.end();
+        }
+        if next < run.end() || run.pages == 0 {
+            return Err(LayoutError::NotRam(next));
+        }
+        let overlapping = self.regions[first_region..].iter().take_while(move |r| r.pages.first < run.end());
+        Ok(overlapping.enumerate().map(move |(i, region)| {
+            let first = run.first.max(region.pages.first);
+            let end = run.end().min(region.pages.end());
+            let offset_pages = usize::try_from(first.0 - region.pages.first.0).unwrap_or(usize::MAX);
+            HostRun {
+                run: PageRun { first, pages: end.0 - first.0 },
+                region: first_region + i,
+                // Inside the region, by the two lines above.
+                host: region.host.wrapping_add(offset_pages << PAGE_SHIFT),
+            }
+        }))
+    }
+}

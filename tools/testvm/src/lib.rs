@@ -1,0 +1,1 @@
+//! A minimal real VMM and its guest.
