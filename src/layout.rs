@@ -16,6 +16,12 @@ use std::fmt;
 pub const PAGE_SIZE: usize = 4096;
 const PAGE_SHIFT: u32 = PAGE_SIZE.trailing_zeros();
 
+/// Guest RAM ends here at the latest: 64 TiB, above every machine sold and low enough that a peer's layout
+/// cannot make a [`PageSet`] over it larger than 2 GiB of untouched address space.
+///
+/// [`PageSet`]: crate::page_set::PageSet
+pub const RAM_END_MAX: PageIndex = PageIndex(1 << 34);
+
 /// A guest physical address, in bytes.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct GuestAddress(pub u64);
@@ -77,9 +83,9 @@ pub struct PageRun {
 }
 
 impl PageRun {
-    /// The page after the last one.
+    /// The page after the last one; saturates, so that a run from a peer cannot wrap round to low pages.
     pub const fn end(self) -> PageIndex {
-        PageIndex(self.first.0 + self.pages)
+        PageIndex(self.first.0.saturating_add(self.pages))
     }
 }
 
@@ -131,7 +137,7 @@ pub enum LayoutError {
     Empty,
     /// The host address of the region of this slot is not page-aligned.
     Unaligned(SlotId),
-    /// The region of this slot reaches beyond the address space of guest or host.
+    /// The region of this slot reaches beyond [`RAM_END_MAX`] or the host's address space.
     TooLarge(SlotId),
     /// Two regions claim this page.
     Overlap(PageIndex),
@@ -195,7 +201,7 @@ impl GuestMemory {
                 first.checked_add(region.pages.pages).filter(|end| *end <= u64::MAX >> PAGE_SHIFT)
             };
             let host_fits = pages_to_bytes_end((region.host.addr() / PAGE_SIZE) as u64).is_some();
-            if !host_fits || pages_to_bytes_end(region.pages.first.0).is_none() {
+            if !host_fits || region.pages.end() > RAM_END_MAX {
                 return Err(LayoutError::TooLarge(region.slot));
             }
             if region.pages.first < free_from {

@@ -29,7 +29,7 @@ pub mod transport;
 #[cfg(feature = "migrate")]
 pub mod wire;
 
-pub use layout::{GuestAddress, GuestMemory, PAGE_SIZE, PageIndex, PageRun, Region, SlotId};
-pub use page_set::PageSet;
+pub use layout::{GuestAddress, GuestMemory, PAGE_SIZE, PageIndex, PageRun, RAM_END_MAX, Region, SlotId};
+pub use page_set::{AtomicPageSet, PageSet};
 pub use track::{DirtySource, TrackError};
 pub use vm::{Paused, Vm};
