@@ -1,3 +1,73 @@
-//! The binary `ringferry`.
+//! The binary `ringferry`: what can be asked, and how an error is told.
+//!
+//! Each command is a module with `Args` (what clap parses) and `run`. This file owns the list of them, the
+//! options that all of them have, and the exit codes: 0 for success, 1 for failure, 2 for wrong usage.
 
-fn main() {}
+use std::io::IsTerminal;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use tracing::level_filters::LevelFilter;
+
+mod completions;
+mod doctor;
+mod output;
+// The first command that takes a rate or a time removes the attribute.
+#[cfg_attr(not(test), allow(dead_code, reason = "no command takes a rate or a time yet"))]
+mod sizes;
+
+use output::Output;
+
+/// Ferries a running KVM guest's memory to another host, following the per-vCPU dirty rings.
+#[derive(Parser, Debug)]
+#[command(name = "ringferry", version, arg_required_else_help = true, max_term_width = 100, after_help = EXAMPLES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+
+    /// Print one JSON object per line on standard output instead of text
+    #[arg(long, global = true)]
+    json: bool,
+
+    /// Log to standard error: -v what happens, -vv details, -vvv everything (warnings are always shown)
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  ringferry doctor                 what this machine can do, and what to do about the rest
+  ringferry help doctor            the options of one command, with examples
+
+Exit codes: 0 success, 1 failure, 2 wrong usage.";
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    Doctor(doctor::Args),
+    Completions(completions::Args),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let output = Output::new(cli.json);
+    log_to_stderr(cli.verbose);
+    let result = match cli.command {
+        Command::Doctor(args) => doctor::run(args, output),
+        Command::Completions(args) => completions::run(args, output),
+    };
+    result.unwrap_or_else(|error| {
+        output.error(&error);
+        ExitCode::FAILURE
+    })
+}
+
+fn log_to_stderr(verbose: u8) {
+    let level = match verbose {
+        0 => LevelFilter::WARN,
+        1 => LevelFilter::INFO,
+        2 => LevelFilter::DEBUG,
+        _ => LevelFilter::TRACE,
+    };
+    let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    tracing_subscriber::fmt().with_max_level(level).with_writer(std::io::stderr).with_ansi(colour).init();
+}
