@@ -389,9 +389,25 @@ impl PartialEq for PageSet {
 impl Eq for PageSet {}
 
 impl Extend<PageIndex> for PageSet {
+    /// Neighbours that follow each other, as in a dirty ring, are gathered in a register: a store per word, where
+    /// inserting them one by one would wait for its own last store each time.
+    #[inline]
     fn extend<I: IntoIterator<Item = PageIndex>>(&mut self, pages: I) {
+        let (mut word, mut bits) = (0, 0);
         for page in pages {
-            self.insert(page);
+            if page.0 >= self.end {
+                self.ignore(1);
+                continue;
+            }
+            let (its_word, bit) = split(index(page.0));
+            if its_word != word && bits != 0 {
+                self.add(word, bits);
+                bits = 0;
+            }
+            (word, bits) = (its_word, bits | bit);
+        }
+        if bits != 0 {
+            self.add(word, bits);
         }
     }
 }

@@ -56,6 +56,7 @@ fn from_model(end: u64, model: &BTreeSet<u64>) -> PageSet {
 #[derive(Clone, Debug)]
 enum Op {
     Insert(u64),
+    Extend(Vec<u64>),
     InsertRun(u64, u64),
     Remove(u64),
     RemoveRun(u64, u64),
@@ -83,6 +84,7 @@ fn ops() -> impl Strategy<Value = Op> {
     prop_oneof![
         4 => pages().prop_map(Op::Insert),
         2 => (pages(), length()).prop_map(|(n, k)| Op::InsertRun(n, k)),
+        2 => many().prop_map(Op::Extend),
         2 => pages().prop_map(Op::Remove),
         2 => (pages(), length()).prop_map(|(n, k)| Op::RemoveRun(n, k)),
         2 => many().prop_map(Op::Union),
@@ -108,6 +110,10 @@ fn apply(op: Op, set: &mut PageSet, model: &mut BTreeSet<u64>) -> u64 {
         Op::Insert(n) => {
             assert_eq!(set.insert(page(n)), n < END && !model.contains(&n));
             offer(model, &mut [n].into_iter())
+        }
+        Op::Extend(pages) => {
+            set.extend(pages.iter().map(|n| page(*n)));
+            offer(model, &mut pages.into_iter())
         }
         Op::InsertRun(n, k) => {
             set.insert_run(run(n, k));
