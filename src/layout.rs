@@ -133,7 +133,7 @@ impl HostRun {
 /// Why a set of regions is not a guest's RAM.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum LayoutError {
-    /// No region, or a region without a page.
+    /// No region, or a region or run without a page.
     Empty,
     /// The host address of the region of this slot is not page-aligned.
     Unaligned(SlotId),
@@ -141,6 +141,8 @@ pub enum LayoutError {
     TooLarge(SlotId),
     /// Two regions claim this page.
     Overlap(PageIndex),
+    /// The regions of these slots share host memory: a write through one would not be dirty in the other.
+    Aliased(SlotId, SlotId),
     /// A run of pages that is not wholly inside guest RAM; the first page outside.
     NotRam(PageIndex),
 }
@@ -148,10 +150,11 @@ pub enum LayoutError {
 impl fmt::Display for LayoutError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Empty => write!(f, "guest RAM has no region, or a region without a page"),
+            Self::Empty => write!(f, "guest RAM without a region, or a region or run without a page"),
             Self::Unaligned(slot) => write!(f, "the host address of {slot:?} is not a multiple of 4096"),
             Self::TooLarge(slot) => write!(f, "{slot:?} reaches beyond the address space"),
             Self::Overlap(page) => write!(f, "two regions of guest RAM claim the page at {}", page.address()),
+            Self::Aliased(a, b) => write!(f, "{a:?} and {b:?} are mapped to the same host memory"),
             Self::NotRam(page) => write!(f, "the page at {} is not guest RAM", page.address()),
         }
     }
@@ -173,7 +176,8 @@ unsafe impl Send for GuestMemory {}
 unsafe impl Sync for GuestMemory {}
 
 impl GuestMemory {
-    /// Puts regions in guest-physical order and checks that they are page-aligned and do not overlap.
+    /// Puts regions in guest-physical order and checks that they are page-aligned and share no page, neither of
+    /// the guest nor of the host.
     ///
     /// # Safety
     ///
@@ -209,6 +213,13 @@ impl GuestMemory {
             }
             free_from = region.pages.end();
         }
+        let mut by_host: Vec<&Region> = regions.iter().collect();
+        by_host.sort_by_key(|region| region.host.addr());
+        if let Some(pair) =
+            by_host.windows(2).find(|r| r[1].host.addr() - r[0].host.addr() < r[0].len_bytes())
+        {
+            return Err(LayoutError::Aliased(pair[0].slot, pair[1].slot));
+        }
         Ok(Self { regions })
     }
 
@@ -231,8 +242,12 @@ impl GuestMemory {
     ///
     /// # Errors
     ///
-    /// [`LayoutError::NotRam`] if any page of the run is outside RAM; nothing is handed out then.
+    /// [`LayoutError::NotRam`] if any page of the run is outside RAM, [`LayoutError::Empty`] if it has none;
+    /// nothing is handed out then.
     pub fn host_runs(&self, run: PageRun) -> Result<impl Iterator<Item = HostRun> + '_, LayoutError> {
+        if run.pages == 0 {
+            return Err(LayoutError::Empty);
+        }
         let first_region = self.regions.partition_point(|region| region.pages.end() <= run.first);
         let mut next = run.first;
         for region in &self.regions[first_region..] {
@@ -241,7 +256,8 @@ impl GuestMemory {
             }
             next = region.pages.end();
         }
-        if next < run.end() || run.pages == 0 {
+        // The second: `end` saturates, so a run at the end of all numbers may seem to have no page.
+        if next < run.end() || next == run.first {
             return Err(LayoutError::NotRam(next));
         }
         let overlapping = self.regions[first_region..].iter().take_while(move |r| r.pages.first < run.end());
@@ -256,5 +272,112 @@ impl GuestMemory {
                 host: region.host.wrapping_add(offset_pages << PAGE_SHIFT),
             }
         }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn region(slot: u32, first: u64, pages: u64, host: usize) -> Region {
+        let pages = PageRun { first: PageIndex(first), pages };
+        Region { slot: SlotId(slot), pages, host: std::ptr::without_provenance_mut(host) }
+    }
+
+    fn memory(regions: Vec<Region>) -> Result<GuestMemory, LayoutError> {
+        // SAFETY: nothing here or in this module's code under test dereferences a host pointer.
+        unsafe { GuestMemory::new(regions) }
+    }
+
+    /// Regions with and without holes between them, guest order unrelated to host order.
+    fn layouts() -> impl Strategy<Value = Vec<Region>> {
+        prop::collection::vec((0..3_u64, 1..6_u64, any::<u16>()), 1..6).prop_map(|parts| {
+            let (mut next, mut regions) = (0, Vec::new());
+            for (slot, (hole, pages, order)) in (0..).zip(parts) {
+                let host = (usize::from(order) * 8 + slot as usize) << 20;
+                regions.push(region(slot, next + hole, pages, host));
+                next += hole + pages;
+            }
+            regions.sort_by_key(|region| region.host.addr());
+            regions
+        })
+    }
+
+    fn naive(regions: &[Region], page: u64) -> Option<(SlotId, usize)> {
+        regions.iter().find(|r| (r.pages.first.0..r.pages.first.0 + r.pages.pages).contains(&page)).map(|r| {
+            let offset = usize::try_from(page - r.pages.first.0).unwrap() * PAGE_SIZE;
+            (r.slot, r.host.addr() + offset)
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn host_runs_are_what_looking_up_each_page_gives(regions in layouts(), first in 0..40_u64, pages in 1..40_u64) {
+            let memory = memory(regions.clone()).unwrap();
+            let lookup: Vec<_> = (first..first + pages).map(|page| naive(&regions, page)).collect();
+            match memory.host_runs(PageRun { first: PageIndex(first), pages }) {
+                Err(error) => {
+                    let outside = lookup.iter().position(Option::is_none).expect("refused a run that is all RAM");
+                    prop_assert_eq!(error, LayoutError::NotRam(PageIndex(first + outside as u64)));
+                }
+                Ok(runs) => {
+                    let mut given = Vec::new();
+                    for run in runs {
+                        prop_assert_eq!(run.run.first.0, first + given.len() as u64);
+                        prop_assert_eq!(run.len_bytes() as u64, run.run.pages * PAGE_SIZE as u64);
+                        let slot = memory.regions()[run.region].slot;
+                        given.extend((0..run.len_bytes()).step_by(PAGE_SIZE).map(|at| Some((slot, run.host.addr() + at))));
+                    }
+                    prop_assert_eq!(given, lookup);
+                }
+            }
+        }
+
+        #[test]
+        fn regions_end_in_guest_order_and_are_counted_without_holes(regions in layouts()) {
+            let memory = memory(regions.clone()).unwrap();
+            prop_assert!(memory.regions().is_sorted_by_key(|region| region.pages.first));
+            prop_assert_eq!(memory.pages(), (0..100).filter(|page| naive(&regions, *page).is_some()).count() as u64);
+            let last = (0..100).rev().find(|page| naive(&regions, *page).is_some()).unwrap();
+            prop_assert_eq!(memory.end(), PageIndex(last + 1));
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_ram_is_refused_by_name() {
+        let refused = |regions: Vec<Region>| memory(regions).expect_err("an impossible layout was accepted");
+        let (a, b) = (SlotId(1), SlotId(2));
+        assert_eq!(refused(vec![]), LayoutError::Empty);
+        assert_eq!(refused(vec![region(1, 0, 0, 0x1000)]), LayoutError::Empty);
+        assert_eq!(refused(vec![region(1, 0, 1, 0x1008)]), LayoutError::Unaligned(a));
+        assert_eq!(refused(vec![region(1, RAM_END_MAX.0, 1, 0x1000)]), LayoutError::TooLarge(a));
+        assert_eq!(refused(vec![region(1, u64::MAX, u64::MAX, 0x1000)]), LayoutError::TooLarge(a));
+        assert_eq!(refused(vec![region(1, 0, 16, usize::MAX - 0xfff)]), LayoutError::TooLarge(a));
+        let overlap = vec![region(2, 9, 4, 0x100_0000), region(1, 0, 10, 0x200_0000)];
+        assert_eq!(refused(overlap), LayoutError::Overlap(PageIndex(9)));
+        let aliased = vec![region(2, 100, 4, 0x9000), region(1, 0, 10, 0x1000)];
+        assert_eq!(refused(aliased), LayoutError::Aliased(a, b));
+        let adjacent = vec![region(2, 10, 4, 0xb000), region(1, 0, 10, 0x1000)];
+        assert_eq!(memory(adjacent).unwrap().pages(), 14);
+    }
+
+    #[test]
+    fn a_run_that_wraps_or_is_empty_gives_no_memory() {
+        let memory = memory(vec![region(1, 0, 10, 0x1000)]).unwrap();
+        let runs =
+            |first, pages| memory.host_runs(PageRun { first: PageIndex(first), pages }).map(|_| ()).err();
+        assert_eq!(runs(3, u64::MAX), Some(LayoutError::NotRam(PageIndex(10))));
+        assert_eq!(runs(u64::MAX, 2), Some(LayoutError::NotRam(PageIndex(u64::MAX))));
+        assert_eq!(runs(u64::MAX, u64::MAX), Some(LayoutError::NotRam(PageIndex(u64::MAX))));
+        assert_eq!(runs(3, 0), Some(LayoutError::Empty));
+    }
+
+    #[test]
+    fn addresses_pages_and_slots_print_as_the_field_writes_them() {
+        assert_eq!(GuestAddress(0x1_2fff).page(), PageIndex(0x12));
+        assert_eq!(PageIndex(0x12).address().to_string(), "0x12000");
+        assert_eq!(format!("{:?} {:?}", SlotId(0x1_0003), PageIndex(18)), "SlotId(1:3) PageIndex(0x12)");
     }
 }
