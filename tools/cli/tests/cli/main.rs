@@ -1,0 +1,6 @@
+//! The binary `ringferry` as its user meets it.
+#![expect(clippy::unwrap_used, reason = "what a test arranges must be there")]
+
+mod doctor;
+mod support;
+mod usage;
