@@ -46,7 +46,6 @@ enum Use {
     Migration,
     Profiling,
     Demo,
-    Tests,
 }
 
 /// One capability, looked at.
@@ -100,7 +99,6 @@ struct Verdict {
     migration: Status,
     profiling: Status,
     demo: Status,
-    tests: Status,
 }
 
 impl Verdict {
@@ -115,17 +113,15 @@ impl Verdict {
             migration: worst(Use::Migration),
             profiling: worst(Use::Profiling),
             demo: worst(Use::Demo),
-            tests: worst(Use::Tests),
         }
     }
 
-    fn uses(&self) -> [(&'static str, Status); 5] {
+    fn uses(&self) -> [(&'static str, Status); 4] {
         [
             ("tracking", self.tracking),
             ("migration", self.migration),
             ("profiling", self.profiling),
             ("demo", self.demo),
-            ("tests", self.tests),
         ]
     }
 }
@@ -181,8 +177,8 @@ impl Status {
     }
 }
 
-/// One row a check, under a heading per group; what it is needed for stands beside it where `columns` allow,
-/// else below it.
+/// One row a check, under a heading per group. What it is needed for stands beside it where `columns` allow;
+/// else below it, and only where something is wrong.
 fn table(checks: &[Check], verdict: &Verdict, columns: usize) -> String {
     let width =
         |column: fn(&Check) -> &str| checks.iter().map(|c| column(c).chars().count()).max().unwrap_or(0);
@@ -200,14 +196,17 @@ fn table(checks: &[Check], verdict: &Verdict, columns: usize) -> String {
             let _ = writeln!(text, "{gap}{BOLD}{group}{BOLD:#}");
         }
         let Check { name, found, needed_for, .. } = check;
-        let mark = check.status.mark();
+        let _ = write!(text, "  {}  {name:name_width$}  ", check.status.mark());
         let _ = if beside {
-            writeln!(text, "  {mark}  {name:name_width$}  {found:found_width$}  {DIM}{needed_for}{DIM:#}")
+            writeln!(text, "{found:found_width$}  {DIM}{needed_for}{DIM:#}")
         } else {
-            writeln!(text, "  {mark}  {name:name_width$}  {found}\n{:indent$}{DIM}{needed_for}{DIM:#}", "")
+            writeln!(text, "{found}")
         };
         if let Some(what_to_do) = &check.what_to_do {
-            let _ = writeln!(text, "{:indent$}-> {what_to_do}", "");
+            if !beside {
+                let _ = writeln!(text, "{}", below(&format!("needed for: {needed_for}"), indent, columns));
+            }
+            let _ = writeln!(text, "{}", below(&format!("-> {what_to_do}"), indent, columns));
         }
     }
     let words = verdict.uses().map(|(name, status)| {
@@ -216,4 +215,11 @@ fn table(checks: &[Check], verdict: &Verdict, columns: usize) -> String {
     });
     let _ = write!(text, "\n{}", words.join(", "));
     text
+}
+
+/// `text` as lines that begin at `indent` and end before `columns`.
+fn below(text: &str, indent: usize, columns: usize) -> String {
+    let indent = " ".repeat(indent);
+    let form = textwrap::Options::new(columns).initial_indent(&indent).subsequent_indent(&indent);
+    textwrap::fill(text, form.word_splitter(textwrap::WordSplitter::NoHyphenation))
 }

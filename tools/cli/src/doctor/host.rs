@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::Use::{Demo, Tests};
+use super::Use::Demo;
 use super::{Capability, Check};
 use crate::sizes::Size;
 
@@ -11,12 +11,8 @@ pub(super) fn checks() -> Vec<Check> {
     checks.extend([
         program("ip", "iproute2", "tests of links in network namespaces"),
         program("tc", "iproute2", "tests and benches over shaped links"),
-        program(
-            "qemu-system-x86_64",
-            "qemu-system-x86",
-            "the test guest in QEMU, and `ringferry bench peers`",
-        ),
-        program("iperf3", "iperf3", "`ringferry bench send`: the link's own speed beside ours"),
+        program("qemu-system-x86_64", "qemu-system-x86", "the test guest in QEMU, and `bench peers`"),
+        program("iperf3", "iperf3", "`bench send`: the link without us"),
     ]);
     checks
 }
@@ -49,7 +45,7 @@ fn memory() -> Check {
     let capability = Capability {
         group: "Host",
         name: "memory",
-        needed_for: "the demo's guest, at the source and at the destination",
+        needed_for: "the demo's guest, at source and destination",
         uses: &[Demo],
     };
     let Some(available) = meminfo("MemAvailable").map(|kib| Size { bytes: kib * 1024 }) else {
@@ -80,7 +76,7 @@ fn huge_pages() -> Check {
 }
 
 fn program(name: &'static str, package: &str, needed_for: &'static str) -> Check {
-    let capability = Capability { group: "Programs", name, needed_for, uses: &[Tests] };
+    let capability = Capability { group: "Programs", name, needed_for, uses: &[] };
     let path = std::env::var_os("PATH").unwrap_or_default();
     // Not in an ordinary user's PATH on Debian, and where `ip` and `tc` are.
     let places = std::env::split_paths(&path).chain([PathBuf::from("/usr/sbin"), PathBuf::from("/sbin")]);

@@ -4,7 +4,7 @@ use std::fs::{self, OpenOptions};
 use std::io::ErrorKind;
 use std::path::Path;
 
-use super::Use::{Demo, Migration, Tests, Tracking};
+use super::Use::{Demo, Migration, Tracking};
 use super::{Capability, Check};
 
 const GROUP: &str = "KVM";
@@ -18,7 +18,7 @@ fn device() -> Check {
         group: GROUP,
         name: "/dev/kvm",
         needed_for: "running and tracking a guest",
-        uses: &[Tracking, Migration, Demo, Tests],
+        uses: &[Tracking, Migration, Demo],
     };
     match OpenOptions::new().read(true).write(true).open("/dev/kvm") {
         Ok(_) => capability.ok("opens for reading and writing"),
