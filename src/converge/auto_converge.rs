@@ -1,0 +1,97 @@
+//! The rule of QEMU's `auto-converge`: when a period is too dirty twice, every vCPU loses more of its time.
+//!
+//! The rule is of 2013 (`bytes_dirty_period > bytes_xfer_period / 2`, seen twice, checked when the dirty log is
+//! read and at least a second has passed); the growing share is of QEMU 2.5 (initial 20 %, increment 10 %, at
+//! most 99 %). Kept as it is, its flaws included, to be compared with.
+
+use super::policy::AutoConverge;
+use super::units::sane;
+
+/// The dirty log counts as read at most this often, in seconds (`migration_bitmap_sync_precopy` in QEMU).
+const PERIOD_S: f64 = 1.0;
+/// Periods that must be too dirty before anything happens.
+const PERIODS: u8 = 2;
+
+/// The state of the rule.
+#[derive(Clone, Debug, Default)]
+pub struct Rule {
+    percent: u8,
+    too_dirty: u8,
+    period_start: f64,
+    dirtied_bytes: f64,
+    transferred_before: f64,
+}
+
+impl Rule {
+    /// The share of its time that every vCPU loses, 0 to 0.99.
+    pub fn share(&self) -> f64 {
+        f64::from(self.percent.min(99)) / 100.0
+    }
+
+    /// A round has ended at `now` seconds, with so much dirtied in it and `transferred_bytes` since the
+    /// migration's start. True if the share has changed.
+    pub fn on_sync(
+        &mut self,
+        now: f64,
+        dirtied_bytes: f64,
+        transferred_bytes: f64,
+        p: &AutoConverge,
+    ) -> bool {
+        self.dirtied_bytes += sane(dirtied_bytes);
+        if now - self.period_start <= PERIOD_S {
+            return false;
+        }
+        let transferred = transferred_bytes - self.transferred_before;
+        let too_dirty = self.dirtied_bytes > transferred * f64::from(p.trigger_percent) / 100.0;
+        (self.period_start, self.dirtied_bytes, self.transferred_before) = (now, 0.0, transferred_bytes);
+        // As in QEMU, a period that is not too dirty does not take the first strike back.
+        self.too_dirty += u8::from(too_dirty);
+        if !too_dirty || self.too_dirty < PERIODS {
+            return false;
+        }
+        self.too_dirty = 0;
+        let before = self.percent;
+        let next = if before == 0 { p.initial_percent } else { before.saturating_add(p.increment_percent) };
+        self.percent = next.min(p.max_percent).min(99);
+        self.percent != before
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Rounds of a second, each transferring 100 and dirtying so much; the percentages after each.
+    fn percentages(dirtied: &[f64]) -> Vec<u8> {
+        let mut rule = Rule::default();
+        let mut now = 0.0;
+        let mut transferred = 0.0;
+        let after = |dirtied: &f64| {
+            now += 1.1;
+            transferred += 100.0;
+            rule.on_sync(now, *dirtied, transferred, &AutoConverge::default());
+            rule.percent
+        };
+        dirtied.iter().map(after).collect()
+    }
+
+    #[test]
+    fn two_dirty_periods_throttle_by_20_and_each_further_two_by_10_up_to_99() {
+        assert_eq!(percentages(&[60.0; 6]), [0, 20, 20, 30, 30, 40]);
+        assert_eq!(percentages(&[60.0; 40])[39], 99);
+    }
+
+    #[test]
+    fn half_of_what_was_transferred_is_not_too_dirty() {
+        assert_eq!(percentages(&[50.0; 10]), [0; 10]);
+    }
+
+    #[test]
+    fn rounds_shorter_than_a_second_are_one_period() {
+        let mut rule = Rule::default();
+        let parameters = AutoConverge::default();
+        assert!(!(1..=10u8).any(|n| rule.on_sync(f64::from(n) / 10.0, 10.0, 0.0, &parameters)));
+        assert!(!rule.on_sync(1.1, 10.0, 100.0, &parameters));
+        assert!(rule.on_sync(2.2, 60.0, 200.0, &parameters));
+    }
+}

@@ -1,0 +1,283 @@
+//! The arithmetic of slowing one vCPU down: token buckets of pages, and duty cycles where pages cannot be told
+//! apart by vCPU.
+//!
+//! Nothing waits here. [`Throttle::look`] says whether the vCPU's gate is open or until when it is closed; the
+//! gate itself, a futex on the vCPU's path, is `track::VcpuHandle`, and the kick that sends an overdrawn vCPU
+//! there is the VMM's. `fair_share` computes the quotas.
+
+use std::time::Duration;
+
+use super::units::{Pages, duration, sane};
+
+/// Buckets are refilled this often.
+pub const SLICE: Duration = Duration::from_millis(5);
+
+/// No gate stays closed for longer at a stretch, whatever a vCPU has overdrawn: the debt is carried on, or
+/// comes back as a smaller quota.
+pub const LONGEST_STALL: Duration = Duration::from_millis(10);
+
+/// After a stall a vCPU runs at least this long before its gate may close again, so that two stalls are two.
+const SHORTEST_RUN: Duration = Duration::from_micros(200);
+
+/// QEMU's auto-converge lets a vCPU run this long between two sleeps (`CPU_THROTTLE_TIMESLICE_NS`).
+const QEMU_TIMESLICE: Duration = Duration::from_millis(10);
+
+/// A bucket keeps what was not used, up to this many slices' worth: a vCPU that comes late is not punished, and
+/// none saves up a burst.
+const SLICES_KEPT: f64 = 2.0;
+
+/// Newly dirtied pages per [`SLICE`]. A page that is dirty already is free to write.
+#[derive(Clone, Copy, PartialEq, PartialOrd, Debug)]
+pub struct PagesPerSlice(pub f64);
+
+impl PagesPerSlice {
+    /// `pages` spread evenly over `seconds`.
+    pub(crate) fn over(pages: f64, seconds: f64) -> Self {
+        Self(sane(pages) * SLICE.as_secs_f64() / sane(seconds).max(SLICE.as_secs_f64()))
+    }
+
+    /// The same as pages per second.
+    pub fn pages_per_s(self) -> f64 {
+        sane(self.0) / SLICE.as_secs_f64()
+    }
+}
+
+/// How a vCPU is slowed down.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub enum Quota {
+    /// By the pages that it dirties.
+    Pages(PagesPerSlice),
+    /// By its time, because the backend cannot tell who dirtied what: stopped for this share of it, 0 to 1, in
+    /// stalls of at most [`LONGEST_STALL`].
+    Time(f64),
+    /// By its time as QEMU's auto-converge does it: 10 ms of running, then a sleep that makes up this share,
+    /// 0 to 0.99, and is as long as that takes.
+    QemuTime(f64),
+}
+
+/// Whether a vCPU may run.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Gate {
+    /// It may.
+    Open,
+    /// Not before this time, on the caller's clock; then without being told.
+    ClosedUntil(Duration),
+}
+
+/// A bucket of pages that one vCPU may still dirty.
+#[derive(Clone, Copy, Debug)]
+struct TokenBucket {
+    per_slice: PagesPerSlice,
+    /// Negative after an overdraft.
+    tokens: f64,
+    /// The slice that was last paid in.
+    slice: u128,
+    /// Pages that the vCPU had dirtied at the last look.
+    counted: Pages,
+}
+
+impl TokenBucket {
+    fn slice_at(now: Duration) -> u128 {
+        now.as_nanos() / SLICE.as_nanos()
+    }
+
+    /// When the bucket will hold a page again.
+    fn closed_until(&mut self, now: Duration, dirtied: Pages) -> Option<Duration> {
+        let per_slice = sane(self.per_slice.0);
+        let slice = Self::slice_at(now);
+        let refills = slice.saturating_sub(self.slice) as f64;
+        self.slice = self.slice.max(slice);
+        self.tokens = (self.tokens + refills * per_slice).min((SLICES_KEPT * per_slice).max(1.0));
+        // A smaller count than before: the pages were recycled and counting started again.
+        let new = dirtied.0.checked_sub(self.counted.0).unwrap_or(dirtied.0);
+        self.counted = dirtied;
+        self.tokens -= Pages(new).as_f64();
+        if self.tokens > 0.0 {
+            return None;
+        }
+        let slices = if per_slice > 0.0 { (-self.tokens / per_slice).floor() + 1.0 } else { f64::INFINITY };
+        let into_slice = duration((now.as_nanos() % SLICE.as_nanos()) as f64 / 1e9);
+        Some((now - into_slice.min(now)).saturating_add(duration(slices * SLICE.as_secs_f64())))
+    }
+}
+
+/// The throttle of one vCPU.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Throttle {
+    quota: Option<Quota>,
+    bucket: Option<TokenBucket>,
+    /// When the last stall began and ends.
+    stall: Option<(Duration, Duration)>,
+}
+
+impl Throttle {
+    /// Sets or lifts the quota. A new quota forgives an overdraft: whoever computed it knew the counts.
+    pub fn set(&mut self, quota: Option<Quota>, now: Duration, dirtied: Pages) {
+        if quota == self.quota {
+            return;
+        }
+        self.quota = quota;
+        let Some(Quota::Pages(per_slice)) = quota else {
+            self.bucket = None;
+            return;
+        };
+        match &mut self.bucket {
+            Some(bucket) => {
+                bucket.per_slice = per_slice;
+                bucket.tokens = bucket.tokens.max(0.0);
+            }
+            None => {
+                let slice = TokenBucket::slice_at(now);
+                self.bucket =
+                    Some(TokenBucket { per_slice, tokens: sane(per_slice.0), slice, counted: dirtied });
+            }
+        }
+    }
+
+    /// The quota in force.
+    pub fn quota(&self) -> Option<Quota> {
+        self.quota
+    }
+
+    /// Where the gate is to be now, given the pages that the vCPU has dirtied since the last recycle. Call after
+    /// each observation; an answer already given is repeated until it is over.
+    pub fn look(&mut self, now: Duration, dirtied: Pages) -> Gate {
+        let Some(quota) = self.quota else { return Gate::Open };
+        let wanted = match (quota, &mut self.bucket) {
+            (Quota::Pages(_), Some(bucket)) => bucket.closed_until(now, dirtied),
+            (Quota::Pages(_), None) => None,
+            (Quota::Time(share), _) => {
+                let share = sane(share).min(0.99);
+                duty_cycle(now, LONGEST_STALL.mul_f64((1.0 - share) / share.max(1e-3)), share)
+            }
+            (Quota::QemuTime(share), _) => duty_cycle(now, QEMU_TIMESLICE, sane(share).min(0.99)),
+        };
+        let bounded = !matches!(quota, Quota::QemuTime(_));
+        if let Some((_, until)) = self.stall {
+            if now < until {
+                return Gate::ClosedUntil(until);
+            }
+            if now < until + SHORTEST_RUN {
+                return Gate::Open;
+            }
+        }
+        match wanted {
+            Some(until) if until > now => {
+                let until = if bounded { until.min(now + LONGEST_STALL) } else { until };
+                self.stall = Some((now, until));
+                Gate::ClosedUntil(until)
+            }
+            _ => Gate::Open,
+        }
+    }
+}
+
+/// The end of the stop if `now` is in one: `run`, then a stop that makes up `share` of the whole period.
+fn duty_cycle(now: Duration, run: Duration, share: f64) -> Option<Duration> {
+    if share <= 0.0 {
+        return None;
+    }
+    let period = run.div_f64(1.0 - share).max(Duration::from_micros(1));
+    let phase_ns = now.as_nanos() % period.as_nanos();
+    let phase = Duration::from_nanos(u64::try_from(phase_ns).unwrap_or(u64::MAX));
+    (phase >= run).then(|| now + (period - phase))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A vCPU that dirties `rate` pages a second while its gate is open, looked at every `look_us`.
+    fn run(throttle: &mut Throttle, rate: f64, look_us: u64, seconds: u64) -> (f64, Duration, Duration) {
+        let (mut pages, mut stalled, mut longest) = (0.0, Duration::ZERO, Duration::ZERO);
+        let mut closed_until = Duration::ZERO;
+        let mut closed_since = Duration::ZERO;
+        let step = Duration::from_micros(look_us);
+        let mut now = Duration::ZERO;
+        while now < Duration::from_secs(seconds) {
+            now += step;
+            if now <= closed_until {
+                stalled += step;
+            } else {
+                pages += rate * step.as_secs_f64();
+            }
+            if let Gate::ClosedUntil(until) = throttle.look(now, Pages::floor(pages)) {
+                if closed_until < now {
+                    closed_since = now;
+                }
+                closed_until = until;
+                longest = longest.max(until - closed_since);
+            }
+        }
+        (pages, stalled, longest)
+    }
+
+    fn bucket(pages_per_s: f64) -> Throttle {
+        let mut throttle = Throttle::default();
+        throttle.set(Some(Quota::Pages(PagesPerSlice::over(pages_per_s, 1.0))), Duration::ZERO, Pages(0));
+        throttle
+    }
+
+    #[test]
+    fn a_vcpu_within_its_quota_never_waits() {
+        let (_, stalled, _) = run(&mut bucket(10_000.0), 9_000.0, 1000, 10);
+        assert_eq!(stalled, Duration::ZERO);
+    }
+
+    #[test]
+    fn a_writer_is_held_to_its_quota_without_a_long_stall() {
+        let (pages, _, longest) = run(&mut bucket(10_000.0), 38_400.0, 1000, 10);
+        assert!((pages - 100_000.0).abs() < 5_000.0, "{pages}");
+        assert!(longest <= LONGEST_STALL, "{longest:?}");
+    }
+
+    #[test]
+    fn qemu_stops_a_vcpu_for_its_share_of_the_time() {
+        let mut throttle = Throttle::default();
+        throttle.set(Some(Quota::QemuTime(0.8)), Duration::ZERO, Pages(0));
+        let (_, stalled, longest) = run(&mut throttle, 1000.0, 500, 10);
+        assert!((stalled.as_secs_f64() - 8.0).abs() < 0.5, "{stalled:?}");
+        assert!(longest >= Duration::from_millis(39), "{longest:?}");
+    }
+
+    #[test]
+    fn a_quota_that_is_lifted_opens_the_gate() {
+        let mut throttle = bucket(0.0);
+        let now = Duration::from_millis(1);
+        assert_ne!(throttle.look(now, Pages(1000)), Gate::Open);
+        throttle.set(None, now, Pages(1000));
+        assert_eq!(throttle.look(now, Pages(2000)), Gate::Open);
+    }
+
+    proptest! {
+        #[test]
+        fn no_stall_is_longer_than_the_longest(
+            quota in 0.0..50_000.0f64, rate in 0.0..200_000.0f64, look_us in 100..3000u64, share in 0.0..2.0f64,
+        ) {
+            let (pages, _, longest) = run(&mut bucket(quota), rate, look_us, 2);
+            prop_assert!(longest <= LONGEST_STALL);
+            // What a look can overdraw is all that goes beyond the quota, where the stalls can make up for it.
+            let overdraft = rate * (look_us as f64 / 1e6);
+            let floor = overdraft.max(1.0) * 2.0 / LONGEST_STALL.as_secs_f64();
+            prop_assert!(pages <= 2.1 * quota.max(floor) + 4.0 * overdraft + 10.0, "{} of {}", pages, quota);
+            let mut timed = Throttle::default();
+            timed.set(Some(Quota::Time(share)), Duration::ZERO, Pages(0));
+            let (_, _, longest) = run(&mut timed, rate, look_us, 1);
+            prop_assert!(longest <= LONGEST_STALL);
+        }
+
+        #[test]
+        fn nonsense_never_panics(per_slice in any::<f64>(), share in any::<f64>(), looks in prop::collection::vec((any::<u32>(), any::<u64>()), 0..30)) {
+            for quota in [Quota::Pages(PagesPerSlice(per_slice)), Quota::Time(share), Quota::QemuTime(share)] {
+                let mut throttle = Throttle::default();
+                for (us, pages) in &looks {
+                    let now = Duration::from_micros((*us).into());
+                    throttle.set(Some(quota), now, Pages(*pages));
+                    let _ = throttle.look(now, Pages(*pages));
+                }
+            }
+        }
+    }
+}
