@@ -1,1 +1,11 @@
-//! page
+//! What a page is before it is sent: whether it was ever populated, whether it is zero, what it hashes to.
+//!
+//! This is the only module that reads guest memory with the CPU; `transport` lets the kernel read it.
+
+mod digest;
+mod populated;
+mod read;
+
+pub use self::digest::{DigestedRam, RamDigest, ram_digest};
+pub use self::populated::{Populated, populated};
+pub use self::read::{copy_page, is_zero, zero_pages};

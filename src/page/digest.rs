@@ -1,0 +1,198 @@
+//! A digest of all RAM, so that `verify` can compare both sides while the VM stands still.
+//!
+//! The digest is the sum, modulo 2¹²⁸, over all pages that are not zero, of XXH3-128 of the page's bytes, seeded
+//! with its page index. A sum does not depend on the order or on who adds up which part, so any number of threads
+//! gives the same result; the seed makes two pages that changed places differ. Never-populated pages are not read,
+//! and equal zero pages by definition: the destination may have either where the source has the other.
+//!
+//! It finds faults, not forgers: XXH3 is no cryptographic hash.
+#![expect(
+    unsafe_code,
+    reason = "guest memory is read through raw pointers, as no Rust reference to it may exist"
+)]
+
+use std::fmt;
+use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+
+use xxhash_rust::xxh3::xxh3_128_with_seed;
+
+use super::populated::populated;
+use super::read::{copy_page, is_zero};
+use crate::layout::{GuestMemory, HostRun, PAGE_SIZE, PageIndex, PageRun};
+use crate::vm::Paused;
+
+/// Pages that a thread takes on at a time: large enough to cost nothing, small enough to share out evenly.
+const CHUNK_PAGES: usize = 1024;
+
+/// The digest of a guest's RAM. Equal on both sides: every page has the same content.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+pub struct RamDigest(pub u128);
+
+/// What [`ram_digest`] found.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct DigestedRam {
+    /// The digest of all RAM.
+    pub digest: RamDigest,
+    /// Pages that are not all zero; the same on both sides if the digests are.
+    pub nonzero_pages: u64,
+    /// Pages that were read, that is the populated ones. Not the same on both sides: only one of them may have
+    /// populated a page of zeroes.
+    pub read_pages: u64,
+}
+
+/// Digests all RAM on all cores. The proof of the pause is asked for because a digest of a running guest means
+/// nothing; device threads of the VMM must stand still as well.
+pub fn ram_digest(memory: &GuestMemory, _: &Paused) -> DigestedRam {
+    on_threads(memory, thread::available_parallelism().unwrap_or(NonZeroUsize::MIN))
+}
+
+fn on_threads(memory: &GuestMemory, threads: NonZeroUsize) -> DigestedRam {
+    let populated = populated(memory).pages;
+    let chunks: Vec<PageRun> = populated.runs().flat_map(in_chunks).collect();
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let mut mine = DigestedRam::default();
+        // Relaxed: the counter only deals out numbers; starting and joining the threads orders the rest.
+        while let Some(run) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) {
+            // What is populated is RAM, so there is no error: `populated` looks at nothing else.
+            memory.host_runs(*run).into_iter().flatten().for_each(|run| mine.add_run(run));
+        }
+        mine
+    };
+    thread::scope(|scope| {
+        let others: Vec<_> = (1..threads.get().min(chunks.len())).map(|_| scope.spawn(work)).collect();
+        let mine = work();
+        others.into_iter().fold(mine, |mut sum, other| {
+            sum.add(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+            sum
+        })
+    })
+}
+
+fn in_chunks(run: PageRun) -> impl Iterator<Item = PageRun> {
+    (run.first.0..run.end().0).step_by(CHUNK_PAGES).map(move |first| PageRun {
+        first: PageIndex(first),
+        pages: (CHUNK_PAGES as u64).min(run.end().0 - first),
+    })
+}
+
+impl DigestedRam {
+    fn add(&mut self, other: Self) {
+        self.digest.0 = self.digest.0.wrapping_add(other.digest.0);
+        self.nonzero_pages += other.nonzero_pages;
+        self.read_pages += other.read_pages;
+    }
+
+    fn add_run(&mut self, run: HostRun) {
+        let mut copy = [0; PAGE_SIZE];
+        for (page, offset) in (run.run.first.0..run.run.end().0).zip((0..).step_by(PAGE_SIZE)) {
+            let host = run.host.wrapping_add(offset);
+            self.read_pages += 1;
+            // SAFETY: the run comes from `host_runs`: it lies in a region, mapped readable by the contract of
+            // `GuestMemory::new`, and the page in the run.
+            unsafe {
+                if is_zero(host) {
+                    continue;
+                }
+                copy_page(host, &mut copy);
+            }
+            self.nonzero_pages += 1;
+            self.digest.0 = self.digest.0.wrapping_add(xxh3_128_with_seed(&copy, page));
+        }
+    }
+}
+
+impl fmt::Display for RamDigest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.0)
+    }
+}
+
+impl fmt::Debug for RamDigest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "RamDigest({self})")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use memmap2::{Advice, MmapMut};
+
+    use super::*;
+    use crate::layout::{Region, SlotId};
+
+    const PAGES: usize = 4096;
+
+    /// Two regions with a hole between them, mapped in the opposite order.
+    struct Ram {
+        map: MmapMut,
+    }
+
+    impl Ram {
+        fn new() -> Self {
+            let map = MmapMut::map_anon(2 * PAGES * PAGE_SIZE).unwrap();
+            map.advise(Advice::NoHugePage).unwrap();
+            Self { map }
+        }
+
+        fn fill(&mut self, page: usize, with: u8) {
+            self.map[page * PAGE_SIZE..][..PAGE_SIZE].fill(with);
+        }
+
+        fn digest(&mut self, threads: usize) -> DigestedRam {
+            let pages = |first: u64| PageRun { first: PageIndex(first), pages: PAGES as u64 };
+            let host = self.map.as_mut_ptr();
+            let low = Region { slot: SlotId(0), pages: pages(0), host: host.wrapping_add(PAGES * PAGE_SIZE) };
+            let high = Region { slot: SlotId(1), pages: pages(1 << 20), host };
+            // SAFETY: the mapping outlives the value, and nobody has a reference into it meanwhile.
+            let memory = unsafe { GuestMemory::new(vec![low, high]) }.unwrap();
+            on_threads(&memory, NonZeroUsize::new(threads).unwrap())
+        }
+    }
+
+    #[test]
+    fn the_digest_is_the_same_on_any_number_of_threads() {
+        let mut ram = Ram::new();
+        for page in (0..2 * PAGES).step_by(3) {
+            ram.fill(page, u8::try_from(page % 251).unwrap());
+        }
+        let one = ram.digest(1);
+        assert_ne!(one.digest, RamDigest::default());
+        for threads in [2, 3, 17] {
+            assert_eq!(ram.digest(threads).digest, one.digest);
+        }
+    }
+
+    #[test]
+    fn a_page_of_zeroes_equals_one_that_was_never_touched_and_only_the_first_is_read() {
+        let (mut zeroes, mut untouched) = (Ram::new(), Ram::new());
+        zeroes.fill(5, 0);
+        let (zeroes, untouched) = (zeroes.digest(2), untouched.digest(2));
+        assert_eq!(zeroes.digest, untouched.digest);
+        assert_eq!((zeroes.read_pages, zeroes.nonzero_pages), (1, 0));
+        assert_eq!((untouched.read_pages, untouched.nonzero_pages), (0, 0));
+    }
+
+    #[test]
+    fn any_changed_byte_and_any_moved_page_changes_the_digest() {
+        let mut ram = Ram::new();
+        ram.fill(7, 1);
+        ram.fill(PAGES + 9, 2);
+        let before = ram.digest(2);
+        assert_eq!(before.nonzero_pages, 2);
+        ram.map[8 * PAGE_SIZE - 1] ^= 0x80;
+        assert_ne!(ram.digest(2).digest, before.digest);
+        ram.map[8 * PAGE_SIZE - 1] ^= 0x80;
+        assert_eq!(ram.digest(2).digest, before.digest);
+        ram.fill(7, 2);
+        ram.fill(PAGES + 9, 1);
+        assert_ne!(ram.digest(2).digest, before.digest, "two pages changed places");
+    }
+
+    #[test]
+    fn a_digest_prints_as_32_hexadecimal_digits() {
+        assert_eq!(RamDigest(0xab).to_string(), format!("{:0>32}", "ab"));
+    }
+}
