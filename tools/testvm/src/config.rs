@@ -1,0 +1,170 @@
+//! What a test VM is to be: vCPUs, RAM, what it boots, how its writes are tracked.
+
+use std::fmt;
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use ringferry::PageRun;
+
+use crate::error::TestVmError;
+
+/// Most vCPUs that a test VM has.
+pub const MAX_VCPUS: usize = 16;
+/// Most regions that guest RAM can be cut into.
+pub const MAX_REGIONS: usize = 64;
+/// Least RAM: the first MiB of a PC, and one for an image.
+pub const MIN_MEMORY_BYTES: u64 = 2 << 20;
+
+/// A test VM to be built.
+#[derive(Debug)]
+pub struct Config {
+    /// vCPUs, 1 to [`MAX_VCPUS`].
+    pub vcpus: usize,
+    /// RAM in bytes, a multiple of 4 KiB (of 2 MiB with reserved huge pages). What does not fit below 3 GiB
+    /// continues at 4 GiB, as on a PC.
+    pub memory_bytes: u64,
+    /// Into how many regions, each with its own mapping and memory slot, RAM is cut at the least. The hole
+    /// below 4 GiB makes one cut more.
+    pub regions: usize,
+    /// What is behind RAM.
+    pub backing: Backing,
+    /// Whether RAM lies in huge pages.
+    pub huge_pages: HugePages,
+    /// What runs in it.
+    pub boot: Boot,
+    /// How guest writes are tracked.
+    pub tracking: Tracking,
+    /// Where the guest's serial port goes, besides [`TestVm::console`](crate::TestVm::console).
+    pub console: Option<Console>,
+    /// Told of every page of RAM that the VMM itself writes: no dirty ring sees those.
+    pub written_by_vmm: Option<WrittenByVmm>,
+}
+
+impl Default for Config {
+    /// One vCPU, 64 MiB of anonymous memory in one region, nothing to boot, no tracking.
+    fn default() -> Self {
+        Self {
+            vcpus: 1,
+            memory_bytes: 64 << 20,
+            regions: 1,
+            backing: Backing::Anonymous,
+            huge_pages: HugePages::None,
+            boot: Boot::Destination,
+            tracking: Tracking::None,
+            console: None,
+            written_by_vmm: None,
+        }
+    }
+}
+
+impl Config {
+    pub(crate) fn check(&self) -> Result<(), TestVmError> {
+        let refuse = |what: String, limit: String| Err(TestVmError::Config { what, limit });
+        if self.vcpus == 0 || self.vcpus > MAX_VCPUS {
+            return refuse(format!("{} vCPUs", self.vcpus), format!("1 to {MAX_VCPUS} are possible"));
+        }
+        if self.regions == 0 || self.regions > MAX_REGIONS {
+            return refuse(format!("{} regions", self.regions), format!("1 to {MAX_REGIONS} are possible"));
+        }
+        let unit = self.page_bytes();
+        let least = MIN_MEMORY_BYTES.max(unit * self.regions as u64);
+        let most = 1 << 44;
+        if self.memory_bytes < least || self.memory_bytes > most || !self.memory_bytes.is_multiple_of(unit) {
+            return refuse(
+                format!("{} bytes of RAM in {} regions", self.memory_bytes, self.regions),
+                format!("a multiple of {unit} from {least} to {most} is possible"),
+            );
+        }
+        Ok(())
+    }
+
+    /// The unit in which RAM can be cut.
+    pub(crate) fn page_bytes(&self) -> u64 {
+        match self.huge_pages {
+            HugePages::Reserved => 2 << 20,
+            HugePages::None | HugePages::Transparent => 4096,
+        }
+    }
+}
+
+/// What is behind guest RAM.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Backing {
+    /// Private anonymous memory.
+    Anonymous,
+    /// A memfd, mapped shared: another process could map it too.
+    Memfd,
+}
+
+/// Whether guest RAM lies in huge pages.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum HugePages {
+    /// As the host is set up.
+    None,
+    /// `MADV_HUGEPAGE`: huge where the kernel finds some.
+    Transparent,
+    /// From the pool of reserved 2 MiB pages (`vm.nr_hugepages`).
+    Reserved,
+}
+
+/// What the VM does when it starts.
+#[derive(Clone, Debug)]
+pub enum Boot {
+    /// Boots an image, with a command line.
+    Image {
+        /// The image.
+        image: Image,
+        /// Its command line, behind the image's name, as QEMU's `-append`.
+        append: String,
+    },
+    /// Nothing: RAM is left untouched, and the VM waits for `restore_state`.
+    Destination,
+}
+
+/// A multiboot-1 image.
+#[derive(Clone, Debug)]
+pub enum Image {
+    /// A file.
+    File(PathBuf),
+    /// Bytes in memory, and the name that the guest finds as the first word of its command line.
+    Bytes {
+        /// The name.
+        name: &'static str,
+        /// The image.
+        bytes: &'static [u8],
+    },
+}
+
+/// How guest writes are tracked.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Tracking {
+    /// Not at all.
+    None,
+    /// A dirty ring of so many entries per vCPU.
+    Ring {
+        /// Entries of each ring: a power of two.
+        entries: u32,
+    },
+    /// The dirty bitmap of each slot.
+    Bitmap,
+}
+
+/// Where the bytes go that the guest writes to its serial port.
+pub struct Console(pub Box<dyn Write + Send>);
+
+impl fmt::Debug for Console {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Console")
+    }
+}
+
+/// Called with each run of pages that the VMM has just written.
+#[derive(Clone)]
+pub struct WrittenByVmm(pub Arc<dyn Fn(PageRun) + Send + Sync>);
+
+impl fmt::Debug for WrittenByVmm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("WrittenByVmm")
+    }
+}

@@ -1,0 +1,121 @@
+//! What is wanted of all vCPUs of a VM, and what each of them does.
+//!
+//! The one who pauses says what is wanted, kicks, and waits here; a kicked vCPU's thread looks here and stays
+//! until it may run again. See `kick` for why no kick is lost.
+
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+
+use crate::error::VcpuError;
+
+/// What a vCPU does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VcpuStatus {
+    /// In `KVM_RUN`, or on its way there.
+    Running,
+    /// Outside `KVM_RUN`, with nothing pending, until the VM runs again.
+    Paused,
+    /// The guest ended it through the exit port.
+    Exited {
+        /// What the guest wrote to the port.
+        code: u32,
+    },
+    /// It cannot run any more.
+    Failed(VcpuError),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wanted {
+    Run,
+    Pause,
+    End,
+}
+
+#[derive(Debug)]
+pub(crate) struct Gate {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug)]
+struct State {
+    wanted: Wanted,
+    status: Vec<VcpuStatus>,
+}
+
+impl Gate {
+    /// All vCPUs paused.
+    pub fn new(vcpus: usize) -> Self {
+        let state = State { wanted: Wanted::Pause, status: vec![VcpuStatus::Paused; vcpus] };
+        Self { state: Mutex::new(state), changed: Condvar::new() }
+    }
+
+    /// On a vCPU's thread, outside `KVM_RUN` and with no I/O to complete: stays as long as a pause is wanted.
+    /// False if the thread is to end.
+    pub fn pass(&self, vcpu: usize) -> bool {
+        let mut state = self.state.lock();
+        while state.wanted == Wanted::Pause {
+            if state.status[vcpu] != VcpuStatus::Paused {
+                state.status[vcpu] = VcpuStatus::Paused;
+                self.changed.notify_all();
+            }
+            self.changed.wait(&mut state);
+        }
+        state.wanted == Wanted::Run
+    }
+
+    /// On a vCPU's thread: it will not run again.
+    pub fn ended(&self, vcpu: usize, status: VcpuStatus) {
+        self.state.lock().status[vcpu] = status;
+        self.changed.notify_all();
+    }
+
+    /// Says what is wanted from here on. The caller kicks afterwards.
+    pub fn want(&self, wanted: Wanted) {
+        let mut state = self.state.lock();
+        state.wanted = wanted;
+        if wanted == Wanted::Run {
+            // Here and not on each vCPU's thread: a pause that follows at once must wait for every one of them.
+            for status in state.status.iter_mut().filter(|status| **status == VcpuStatus::Paused) {
+                *status = VcpuStatus::Running;
+            }
+        }
+        self.changed.notify_all();
+    }
+
+    /// Waits until no vCPU runs; the first that still does when the time is over is the error.
+    pub fn wait_until_none_runs(&self, limit: Duration) -> Result<(), usize> {
+        let end = Instant::now() + limit;
+        let mut state = self.state.lock();
+        while let Some(running) = state.status.iter().position(|status| *status == VcpuStatus::Running) {
+            if self.changed.wait_until(&mut state, end).timed_out() {
+                return Err(running);
+            }
+        }
+        Ok(())
+    }
+
+    /// What each vCPU does.
+    pub fn status(&self) -> Vec<VcpuStatus> {
+        self.state.lock().status.clone()
+    }
+
+    /// Waits until some vCPU is in a state that `wanted` accepts, or the time is over: then `None`.
+    pub fn wait_for(
+        &self,
+        limit: Duration,
+        wanted: impl Fn(&VcpuStatus) -> bool,
+    ) -> Option<(usize, VcpuStatus)> {
+        let end = Instant::now() + limit;
+        let mut state = self.state.lock();
+        loop {
+            if let Some(vcpu) = state.status.iter().position(&wanted) {
+                return Some((vcpu, state.status[vcpu].clone()));
+            }
+            if self.changed.wait_until(&mut state, end).timed_out() {
+                return None;
+            }
+        }
+    }
+}

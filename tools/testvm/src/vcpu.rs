@@ -1,0 +1,238 @@
+//! A vCPU and its thread: entering the guest, and answering its exits.
+
+use std::collections::VecDeque;
+use std::io::{self, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::{Builder, JoinHandle};
+use std::time::Duration;
+
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use parking_lot::{Mutex, MutexGuard};
+use ringferry::vm::VmError;
+
+use crate::config::Console;
+use crate::error::{TestVmError, VcpuError};
+use crate::exit::{failure, rip};
+use crate::gate::{Gate, VcpuStatus};
+use crate::kick::Kick;
+
+/// `KVM_EXIT_DIRTY_RING_FULL`. Tested by number: kvm-ioctls has no variant for it, and may get one.
+const EXIT_DIRTY_RING_FULL: u32 = 31;
+
+/// The first serial port of a PC; its line status register lies at offset 5.
+const SERIAL_PORTS: std::ops::RangeInclusive<u16> = 0x3f8..=0x3ff;
+const SERIAL_LINE_STATUS: u16 = 0x3fd;
+/// Transmitter empty, nothing received.
+const SERIAL_READY: u8 = 0x60;
+/// Writing n here makes the vCPU sleep n microseconds, less if it is kicked.
+pub const IDLE_PORT: u16 = 0x5e0;
+/// Writing n here ends the vCPU with code n.
+pub const EXIT_PORT: u16 = 0x5e4;
+
+/// What happens on a vCPU's thread around `KVM_RUN`, besides running: dirty tracking and throttling.
+pub trait VcpuHooks: Send {
+    /// Just before each entry to the guest. May wait, but must return soon after a kick.
+    fn before_run(&mut self);
+
+    /// The vCPU's dirty ring is full: returns when the guest can be entered again.
+    ///
+    /// # Errors
+    ///
+    /// Whatever makes going on pointless; the vCPU is then failed.
+    fn ring_full(&mut self) -> Result<(), VmError>;
+}
+
+/// How often a vCPU's thread was called upon.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct VcpuCounters {
+    /// Exits by port input and output.
+    pub port_exits: u64,
+    /// Exits by accesses to addresses that are not RAM.
+    pub mmio_exits: u64,
+    /// Exits because the dirty ring was full.
+    pub ring_full_exits: u64,
+    /// Returns to the VMM because of a kick or a signal.
+    pub interrupted: u64,
+}
+
+#[derive(Debug, Default)]
+struct Counters {
+    port_exits: AtomicU64,
+    mmio_exits: AtomicU64,
+    ring_full_exits: AtomicU64,
+    interrupted: AtomicU64,
+}
+
+/// What all threads share.
+#[derive(Debug)]
+pub(crate) struct Vcpu {
+    pub index: usize,
+    /// Locked by the vCPU's thread, except while it is parked.
+    pub fd: Mutex<VcpuFd>,
+    pub kick: Kick,
+    counters: Counters,
+}
+
+impl Vcpu {
+    pub fn new(index: usize, fd: VcpuFd) -> io::Result<Self> {
+        let kick = Kick::new(&fd)?;
+        Ok(Self { index, fd: Mutex::new(fd), kick, counters: Counters::default() })
+    }
+
+    /// Relaxed: counters are read one by one, for reports.
+    pub fn counters(&self) -> VcpuCounters {
+        VcpuCounters {
+            port_exits: self.counters.port_exits.load(Ordering::Relaxed),
+            mmio_exits: self.counters.mmio_exits.load(Ordering::Relaxed),
+            ring_full_exits: self.counters.ring_full_exits.load(Ordering::Relaxed),
+            interrupted: self.counters.interrupted.load(Ordering::Relaxed),
+        }
+    }
+}
+
+fn count(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
+}
+
+/// The serial port's other end: the last bytes are kept, all are passed on.
+#[derive(Debug)]
+pub(crate) struct Serial {
+    kept: VecDeque<u8>,
+    sink: Option<Console>,
+}
+
+impl Serial {
+    const KEPT_BYTES: usize = 64 << 10;
+
+    pub fn new(sink: Option<Console>) -> Self {
+        Self { kept: VecDeque::new(), sink }
+    }
+
+    pub fn kept(&self) -> String {
+        let (front, back) = self.kept.as_slices();
+        String::from_utf8_lossy(&[front, back].concat()).into_owned()
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        self.kept.extend(bytes);
+        let surplus = self.kept.len().saturating_sub(Self::KEPT_BYTES);
+        self.kept.drain(..surplus);
+        if let Some(Console(sink)) = &mut self.sink
+            && sink.write_all(bytes).and_then(|()| sink.flush()).is_err()
+        {
+            // Whoever listened is gone; the guest is not to suffer.
+            self.sink = None;
+        }
+    }
+}
+
+/// Starts the thread that runs `vcpu`; it waits at the gate first.
+pub(crate) fn spawn(
+    vcpu: Arc<Vcpu>,
+    gate: Arc<Gate>,
+    serial: Arc<Mutex<Serial>>,
+    mut hooks: Option<Box<dyn VcpuHooks>>,
+) -> Result<JoinHandle<()>, TestVmError> {
+    let index = vcpu.index;
+    let body = move || {
+        vcpu.kick.adopt();
+        let ended = catch_unwind(AssertUnwindSafe(|| run(&vcpu, &gate, &serial, hooks.as_deref_mut())));
+        vcpu.kick.leave();
+        gate.ended(index, ended.unwrap_or(VcpuStatus::Failed(VcpuError::Panicked)));
+    };
+    let thread = Builder::new().name(format!("vcpu{index}")).spawn(body);
+    thread.map_err(|error| TestVmError::Thread { vcpu: index, error })
+}
+
+/// What is left of an exit when those with data have been answered.
+enum Rest {
+    Answered,
+    Exit,
+    Errno(i32),
+    Ended(u32),
+}
+
+/// Runs the vCPU until it or the VM ends.
+fn run(
+    vcpu: &Vcpu,
+    gate: &Gate,
+    serial: &Mutex<Serial>,
+    mut hooks: Option<&mut (dyn VcpuHooks + 'static)>,
+) -> VcpuStatus {
+    let mut fd = vcpu.fd.lock();
+    if !MutexGuard::unlocked(&mut fd, || gate.pass(vcpu.index)) {
+        return VcpuStatus::Paused;
+    }
+    loop {
+        if let Some(hooks) = hooks.as_deref_mut() {
+            hooks.before_run();
+        }
+        let rest = match fd.run() {
+            Ok(VcpuExit::IoOut(port, bytes)) => {
+                count(&vcpu.counters.port_exits);
+                match port {
+                    0x3f8 => serial.lock().write(bytes),
+                    IDLE_PORT => vcpu.kick.idle(Duration::from_micros(little_endian(bytes).into())),
+                    _ => {}
+                }
+                if port == EXIT_PORT { Rest::Ended(little_endian(bytes)) } else { Rest::Answered }
+            }
+            Ok(VcpuExit::IoIn(port, bytes)) => {
+                count(&vcpu.counters.port_exits);
+                bytes.fill(match port {
+                    SERIAL_LINE_STATUS => SERIAL_READY,
+                    port if SERIAL_PORTS.contains(&port) => 0,
+                    _ => 0xff,
+                });
+                Rest::Answered
+            }
+            Ok(VcpuExit::MmioRead(_, bytes)) => {
+                count(&vcpu.counters.mmio_exits);
+                bytes.fill(0xff);
+                Rest::Answered
+            }
+            Ok(VcpuExit::MmioWrite(..)) => {
+                count(&vcpu.counters.mmio_exits);
+                Rest::Answered
+            }
+            Ok(_) => Rest::Exit,
+            Err(error) => Rest::Errno(error.errno()),
+        };
+        match rest {
+            Rest::Answered => {}
+            Rest::Ended(code) => return VcpuStatus::Exited { code },
+            // The one place where the thread stops: KVM completes a pending port or memory access before it
+            // returns EINTR, so here the registers are those between two instructions.
+            Rest::Errno(libc::EINTR | libc::EAGAIN) => {
+                count(&vcpu.counters.interrupted);
+                vcpu.kick.acknowledge();
+                if !MutexGuard::unlocked(&mut fd, || gate.pass(vcpu.index)) {
+                    return VcpuStatus::Paused;
+                }
+            }
+            Rest::Errno(errno) => {
+                return VcpuStatus::Failed(VcpuError::Run { errno, rip: rip(&fd) });
+            }
+            Rest::Exit if fd.get_kvm_run().exit_reason == EXIT_DIRTY_RING_FULL => {
+                count(&vcpu.counters.ring_full_exits);
+                let answered = match hooks.as_deref_mut() {
+                    Some(hooks) => hooks.ring_full().map_err(|error| error.to_string()),
+                    None => Err("the dirty ring is full and nobody tracks".to_owned()),
+                };
+                if let Err(error) = answered {
+                    return VcpuStatus::Failed(VcpuError::Hook(error));
+                }
+            }
+            Rest::Exit => return VcpuStatus::Failed(failure(&mut fd)),
+        }
+    }
+}
+
+fn little_endian(bytes: &[u8]) -> u32 {
+    let mut word = [0; 4];
+    let length = bytes.len().min(4);
+    word[..length].copy_from_slice(&bytes[..length]);
+    u32::from_le_bytes(word)
+}

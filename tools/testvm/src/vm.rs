@@ -1,0 +1,355 @@
+//! The test VM: built from a [`Config`], started, paused, moved.
+#![expect(unsafe_code, reason = "KVM takes guest RAM by host address")]
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use kvm_bindings::{
+    KVM_API_VERSION, KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
+    kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, Kvm, VmFd};
+use parking_lot::Mutex;
+use ringferry::vm::VmError;
+use ringferry::{GuestAddress, GuestMemory, Paused, Vm};
+
+use crate::config::{Boot, Config};
+use crate::error::TestVmError;
+use crate::gate::{Gate, VcpuStatus, Wanted};
+use crate::memory::Ram;
+use crate::vcpu::{self, Serial, Vcpu, VcpuCounters};
+use crate::{boot, cpuid};
+
+/// How long a pause waits for the slowest vCPU. A kick takes well below a millisecond; on a host that is short of
+/// CPUs, sixteen vCPU threads may wait long for a turn.
+const PAUSE_LIMIT: Duration = Duration::from_secs(10);
+
+/// Where KVM keeps its task state segment on Intel hosts without unrestricted guests: three pages that are no RAM.
+const TSS_ADDRESS: usize = 0xfffb_d000;
+
+/// What the test VMM stands on.
+const REQUIRED: [(Cap, &str, &str); 10] = [
+    (Cap::UserMemory, "KVM_CAP_USER_MEMORY", "guest RAM"),
+    (Cap::Irqchip, "KVM_CAP_IRQCHIP", "interrupt controllers, and vCPUs that wait for INIT and SIPI"),
+    (Cap::Pit2, "KVM_CAP_PIT2", "the timer of a PC"),
+    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID", "the identity of vCPUs"),
+    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT", "kicking a vCPU without a race"),
+    (Cap::MpState, "KVM_CAP_MP_STATE", "saving vCPUs"),
+    (Cap::Xsave, "KVM_CAP_XSAVE", "saving vector registers"),
+    (Cap::Xcrs, "KVM_CAP_XCRS", "saving vector registers"),
+    (Cap::Debugregs, "KVM_CAP_DEBUGREGS", "saving debug registers"),
+    (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK", "saving the VM's clock"),
+];
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Phase {
+    /// Never ran.
+    Built,
+    Running,
+    Paused,
+}
+
+impl Phase {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Built => "not started yet",
+            Self::Running => "running",
+            Self::Paused => "paused",
+        }
+    }
+}
+
+/// A VM on this host's KVM: vCPUs with a thread each, RAM, the interrupt controllers and the timer of a PC.
+#[derive(Debug)]
+pub struct TestVm {
+    // The order is that of dropping: threads are joined by `Drop`, then vCPUs, the VM, and last its RAM.
+    threads: Vec<JoinHandle<()>>,
+    vcpus: Vec<Arc<Vcpu>>,
+    vm: VmFd,
+    ram: Arc<Ram>,
+    gate: Arc<Gate>,
+    serial: Arc<Mutex<Serial>>,
+    tsc_khz: u32,
+    boots: bool,
+    phase: Phase,
+}
+
+impl TestVm {
+    /// Builds the VM; nothing runs yet.
+    ///
+    /// # Errors
+    ///
+    /// [`TestVmError`]: what is missing on this host, or wrong with the configuration or the image.
+    pub fn new(config: Config) -> Result<Self, TestVmError> {
+        config.check()?;
+        let kvm = open_kvm()?;
+        let vm = kvm.create_vm().map_err(|e| {
+            kvm_error("KVM_CREATE_VM", e, "another hypervisor may hold this CPU's virtualization")
+        })?;
+        check_capabilities(&kvm, &vm, &config)?;
+        let ram = Ram::new(&config)?;
+        let boots = match &config.boot {
+            Boot::Image { image, append } => Some(boot::load(&ram, image, append)?),
+            Boot::Destination => None,
+        };
+        set_slots(&vm, ram.memory(), false)?;
+        vm.set_tss_address(TSS_ADDRESS)
+            .map_err(|e| kvm_error("KVM_SET_TSS_ADDR", e, "its pages collide with RAM"))?;
+        let no_chip = "this KVM emulates no interrupt controllers";
+        vm.create_irq_chip().map_err(|e| kvm_error("KVM_CREATE_IRQCHIP", e, no_chip))?;
+        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..kvm_pit_config::default() };
+        vm.create_pit2(pit).map_err(|e| kvm_error("KVM_CREATE_PIT2", e, no_chip))?;
+
+        let serial = Arc::new(Mutex::new(Serial::new(config.console)));
+        let gate = Arc::new(Gate::new(config.vcpus));
+        let mut vcpus = Vec::with_capacity(config.vcpus);
+        let mut tsc_khz = 0;
+        for index in 0..config.vcpus {
+            let fd = vm
+                .create_vcpu(index as u64)
+                .map_err(|e| kvm_error("KVM_CREATE_VCPU", e, "the host may be short of memory"))?;
+            tsc_khz = fd.get_tsc_khz().unwrap_or(0);
+            let cpuid = cpuid::for_vcpu(&kvm, index, config.vcpus, tsc_khz)?;
+            let refused = "this CPU cannot be shown to the guest";
+            fd.set_cpuid2(&cpuid).map_err(|e| kvm_error("KVM_SET_CPUID2", e, refused))?;
+            if let (0, Some(entry)) = (index, boots) {
+                boot::enter(&fd, entry)?;
+            }
+            let vcpu = Vcpu::new(index, fd).map_err(|error| TestVmError::Kvm {
+                call: "mapping kvm_run",
+                error,
+                hint: "the address space of this process may be limited (ulimit -v)",
+            })?;
+            vcpus.push(Arc::new(vcpu));
+        }
+        let mut built = Self {
+            threads: Vec::with_capacity(config.vcpus),
+            vcpus,
+            vm,
+            ram,
+            gate,
+            serial,
+            tsc_khz,
+            boots: boots.is_some(),
+            phase: Phase::Built,
+        };
+        for vcpu in &built.vcpus {
+            let thread = vcpu::spawn(vcpu.clone(), built.gate.clone(), built.serial.clone(), None)?;
+            built.threads.push(thread);
+        }
+        Ok(built)
+    }
+
+    /// Starts the image.
+    ///
+    /// # Errors
+    ///
+    /// The VM has been started already, or it is a destination, which `restore_state` and `resume` set going.
+    pub fn start(&mut self) -> Result<(), TestVmError> {
+        match (self.phase, self.boots) {
+            (Phase::Built, true) => {
+                self.run();
+                Ok(())
+            }
+            (Phase::Built, false) => Err(TestVmError::WrongPhase {
+                tried: "starting the VM",
+                found: "a destination without image",
+            }),
+            (phase, _) => Err(TestVmError::WrongPhase { tried: "starting the VM", found: phase.name() }),
+        }
+    }
+
+    fn run(&mut self) {
+        self.phase = Phase::Running;
+        self.gate.want(Wanted::Run);
+    }
+
+    /// Guest RAM as this process maps it. Neither it nor a clone may be used after the VM is dropped.
+    pub fn memory(&self) -> &GuestMemory {
+        self.ram.memory()
+    }
+
+    /// The VM's file descriptor.
+    pub fn vm_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the descriptor is open as long as `self`, whose borrow the result carries.
+        unsafe { BorrowedFd::borrow_raw(self.vm.as_raw_fd()) }
+    }
+
+    /// How many vCPUs the VM has.
+    pub fn vcpus(&self) -> usize {
+        self.vcpus.len()
+    }
+
+    /// Frequency of the guest's time stamp counter in kHz; 0 if KVM does not say.
+    pub fn tsc_khz(&self) -> u32 {
+        self.tsc_khz
+    }
+
+    /// What each vCPU does.
+    pub fn status(&self) -> Vec<VcpuStatus> {
+        self.gate.status()
+    }
+
+    /// Waits until some vCPU has exited or failed, or `limit` is over: then `None`.
+    pub fn wait_for_end(&self, limit: Duration) -> Option<(usize, VcpuStatus)> {
+        let ended = |s: &VcpuStatus| matches!(s, VcpuStatus::Exited { .. } | VcpuStatus::Failed(_));
+        self.gate.wait_for(limit, ended)
+    }
+
+    /// Exits of vCPU `index`, counted since the VM was built.
+    pub fn counters(&self, index: usize) -> Option<VcpuCounters> {
+        self.vcpus.get(index).map(|vcpu| vcpu.counters())
+    }
+
+    /// The last 64 KiB that the guest wrote to its serial port.
+    pub fn console(&self) -> String {
+        self.serial.lock().kept()
+    }
+
+    /// Copies guest RAM; aligned words are read whole. The guest may be running.
+    ///
+    /// # Errors
+    ///
+    /// [`TestVmError::NotRam`].
+    pub fn read_ram(&self, address: GuestAddress, bytes: &mut [u8]) -> Result<(), TestVmError> {
+        self.ram.read(address, bytes)
+    }
+
+    /// Writes guest RAM; aligned words are written whole. Reported to [`Config::written_by_vmm`].
+    ///
+    /// # Errors
+    ///
+    /// [`TestVmError::NotRam`]; nothing is written then.
+    pub fn write_ram(&self, address: GuestAddress, bytes: &[u8]) -> Result<(), TestVmError> {
+        self.ram.write(address, bytes)
+    }
+
+    fn kick_all(&self) {
+        for vcpu in &self.vcpus {
+            vcpu.kick.kick();
+        }
+    }
+}
+
+impl Vm for TestVm {
+    fn pause(&mut self) -> Result<Paused, VmError> {
+        if self.phase != Phase::Running {
+            let found = self.phase.name();
+            return Err(TestVmError::WrongPhase { tried: "pausing the VM", found }.into());
+        }
+        self.gate.want(Wanted::Pause);
+        self.kick_all();
+        if let Err(vcpu) = self.gate.wait_until_none_runs(PAUSE_LIMIT) {
+            self.gate.want(Wanted::Run);
+            let waited_ms = u64::try_from(PAUSE_LIMIT.as_millis()).unwrap_or(u64::MAX);
+            return Err(TestVmError::PauseTimeout { vcpu, waited_ms }.into());
+        }
+        self.phase = Phase::Paused;
+        Ok(Paused::declare_every_vcpu_is_outside_kvm_run())
+    }
+
+    fn resume(&mut self, _: Paused) -> Result<(), VmError> {
+        if self.phase != Phase::Paused {
+            let found = self.phase.name();
+            return Err(TestVmError::WrongPhase { tried: "resuming the VM", found }.into());
+        }
+        self.run();
+        Ok(())
+    }
+
+    fn save_state(&mut self, _: &Paused) -> Result<Vec<u8>, VmError> {
+        Err(TestVmError::WrongPhase { tried: "saving state", found: self.phase.name() }.into())
+    }
+
+    fn restore_state(&mut self, _: &[u8]) -> Result<Paused, VmError> {
+        Err(TestVmError::WrongPhase { tried: "restoring state", found: self.phase.name() }.into())
+    }
+
+    fn set_dirty_logging(&mut self, enabled: bool) -> Result<(), VmError> {
+        Ok(set_slots(&self.vm, self.ram.memory(), enabled)?)
+    }
+
+    fn kick(&self, index: usize) {
+        if let Some(vcpu) = self.vcpus.get(index) {
+            vcpu.kick.kick();
+        }
+    }
+}
+
+impl Drop for TestVm {
+    /// Ends every vCPU's thread and joins it; whatever the guest was doing is over.
+    fn drop(&mut self) {
+        self.gate.want(Wanted::End);
+        self.kick_all();
+        for thread in self.threads.drain(..) {
+            // The thread catches its own panics and reports them as the vCPU's status.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl AsFd for TestVm {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.vm_fd()
+    }
+}
+
+pub(crate) fn kvm_error(call: &'static str, error: kvm_ioctls::Error, hint: &'static str) -> TestVmError {
+    TestVmError::Kvm { call, error: io::Error::from_raw_os_error(error.errno()), hint }
+}
+
+fn open_kvm() -> Result<Kvm, TestVmError> {
+    Kvm::new().map_err(|error| match error.errno() {
+        libc::ENOENT => TestVmError::NoKvm,
+        libc::EACCES | libc::EPERM => TestVmError::KvmPermission,
+        _ => kvm_error("opening /dev/kvm", error, "see whether the kernel's log says more"),
+    })
+}
+
+fn check_capabilities(kvm: &Kvm, vm: &VmFd, config: &Config) -> Result<(), TestVmError> {
+    if i64::from(kvm.get_api_version()) != i64::from(KVM_API_VERSION) {
+        return Err(TestVmError::MissingCapability { what: "API version 12", purpose: "everything" });
+    }
+    for (cap, what, purpose) in REQUIRED {
+        if !vm.check_extension(cap) {
+            return Err(TestVmError::MissingCapability { what, purpose });
+        }
+    }
+    let limit = |what: String, limit: String| Err(TestVmError::Config { what, limit });
+    if config.vcpus > kvm.get_max_vcpus() {
+        return limit(
+            format!("{} vCPUs", config.vcpus),
+            format!("KVM of this host allows {}", kvm.get_max_vcpus()),
+        );
+    }
+    // One more: the hole below 4 GiB may cut a region.
+    if config.regions + 1 > kvm.get_nr_memslots() {
+        return limit(
+            format!("{} regions", config.regions),
+            format!("KVM of this host has {} slots", kvm.get_nr_memslots()),
+        );
+    }
+    Ok(())
+}
+
+/// Registers every region as a memory slot, with or without dirty logging.
+fn set_slots(vm: &VmFd, memory: &GuestMemory, log_dirty_pages: bool) -> Result<(), TestVmError> {
+    for region in memory.regions() {
+        let slot = kvm_userspace_memory_region {
+            slot: region.slot.0,
+            flags: if log_dirty_pages { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
+            guest_phys_addr: region.pages.first.address().0,
+            memory_size: region.len_bytes() as u64,
+            userspace_addr: region.host.addr() as u64,
+        };
+        // SAFETY:
+        // * the host range is one mapping of exactly this length, kept by `Ram`, which outlives the VM;
+        // * whatever the guest does in it, this process accesses it atomically only.
+        let set = unsafe { vm.set_user_memory_region(slot) };
+        set.map_err(|e| kvm_error("KVM_SET_USER_MEMORY_REGION", e, "the host may be short of memory"))?;
+    }
+    Ok(())
+}
