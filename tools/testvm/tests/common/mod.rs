@@ -203,7 +203,7 @@ pub fn build(config: Config) -> Option<TestVm> {
 
 pub fn word(vm: &TestVm, address: u64) -> u64 {
     let mut bytes = [0; 8];
-    vm.read_ram(GuestAddress(address), &mut bytes).unwrap();
+    vm.read_ram(GuestAddress(address), &mut bytes).expect("inside RAM");
     u64::from_le_bytes(bytes)
 }
 
