@@ -1,54 +1,167 @@
 //! Which pages are dirty, and who dirtied them.
+//!
+//! [`DirtyTracker`] is what a VMM links, for all of a VM's life; its vCPU threads hold a [`VcpuHandle`] each. What a
+//! migration asks is the trait [`DirtySource`], which the tracker implements on KVM's dirty rings or on its bitmap.
+//!
+//! The one rule of this module: a page is handed out only after it was write-protected again, so that whoever
+//! reads it then misses no later write. `rings` and `bitmap` say how each backend keeps it.
 
+mod bitmap;
+mod figures;
+mod gate;
+mod pending;
+mod rings;
+mod slots;
+mod tracker;
+mod vcpu;
+
+use std::fmt;
+
+pub use self::figures::{Figures, VcpuFigures};
+pub use self::gate::{BeforeRun, Gate};
+pub use self::tracker::DirtyTracker;
+pub use self::vcpu::{KVM_EXIT_DIRTY_RING_FULL, VcpuHandle};
+use crate::kvm::KvmError;
+use crate::layout::{PageIndex, SlotId};
 use crate::page_set::PageSet;
 use crate::vm::Paused;
 
 /// Why tracking failed.
 #[derive(Debug)]
 #[non_exhaustive]
-pub enum TrackError {}
+pub enum TrackError {
+    /// KVM refused.
+    Kvm(KvmError),
+    /// Tracking was started twice; the first start stands.
+    AlreadyTracking,
+    /// Something was asked that only a started tracker can answer.
+    NotTracking,
+    /// A slot was added that the tracker has already.
+    SlotKnown(SlotId),
+    /// A slot was named that the tracker does not have.
+    SlotUnknown(SlotId),
+    /// A vCPU was attached under an index that is taken.
+    VcpuKnown(usize),
+    /// The caller's set ends before guest RAM does; nothing was harvested.
+    SetTooSmall {
+        /// Where the set ends.
+        capacity: PageIndex,
+        /// Where guest RAM ends.
+        needed: PageIndex,
+    },
+    /// The ring of this vCPU overflowed and could not be brought in step with KVM again. The vCPU will exit with
+    /// "ring full" for ever: stop tracking and stop the vCPU.
+    RingLost(usize),
+}
+
+impl fmt::Display for TrackError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Kvm(error) => error.fmt(f),
+            Self::AlreadyTracking => {
+                write!(
+                    f,
+                    "dirty tracking is on already: another migration or snapshot uses it; stop that first"
+                )
+            }
+            Self::NotTracking => write!(f, "dirty tracking is off: call `start` first"),
+            Self::SlotKnown(slot) => write!(f, "{slot:?} is tracked already: remove it before it is reused"),
+            Self::SlotUnknown(slot) => write!(f, "{slot:?} is not tracked: add its memory first"),
+            Self::VcpuKnown(index) => write!(f, "a vCPU with index {index} is attached already"),
+            Self::SetTooSmall { capacity, needed } => write!(
+                f,
+                "the page set ends at {}, guest RAM at {}: create it with `GuestMemory::end`",
+                capacity.address(),
+                needed.address()
+            ),
+            Self::RingLost(vcpu) => write!(
+                f,
+                "the dirty ring of vCPU {vcpu} overflowed and is out of step with KVM: stop tracking and restart \
+                 the VM, no page was reported clean"
+            ),
+        }
+    }
+}
+
+impl std::error::Error for TrackError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Self::Kvm(error) => Some(error),
+            _ => None,
+        }
+    }
+}
+
+impl From<KvmError> for TrackError {
+    fn from(error: KvmError) -> Self {
+        Self::Kvm(error)
+    }
+}
+
+/// What was dirtied since the last harvest, seen without disturbing the guest.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Observed {
+    /// Pages by the vCPU that dirtied them, in the order of [`DirtyTracker::attach_vcpu`]'s indices.
+    ///
+    /// A page counts once for the vCPU that dirtied it first. Only where KVM emulates guest instructions, or where a
+    /// page was dirtied again after a ring was recycled early, may it count again until the next harvest.
+    PerVcpu(Vec<u64>),
+    /// Pages, whoever dirtied them.
+    Total(u64),
+    /// This backend cannot look without protecting the pages again.
+    Unobservable,
+}
 
 /// One place that dirty pages come from.
 pub trait DirtySource: Send {
     /// The name that reports show: `ring`, `bitmap`, `pagemap`.
     fn backend(&self) -> &'static str;
 
-    /// Begins tracking; every page is clean from here on.
+    /// Begins tracking: what is dirtied from here on will be harvested.
     ///
     /// # Errors
     ///
-    /// [`TrackError`].
+    /// [`TrackError::AlreadyTracking`] when started twice, or what the kernel refused. Tracking is then as before.
     fn start(&mut self) -> Result<(), TrackError>;
 
-    /// Unique pages dirtied by each vCPU since they were last recycled. Costs the guest nothing.
+    /// What was dirtied since the last harvest. The pages stay writable, the guest feels nothing; only a ring that
+    /// would be full before the next look is recycled, here instead of on its vCPU's thread.
     ///
     /// # Errors
     ///
-    /// [`TrackError`].
-    fn observe(&mut self) -> Result<Vec<u64>, TrackError>;
+    /// [`TrackError::NotTracking`], or what the kernel refused.
+    fn observe(&mut self) -> Result<Observed, TrackError>;
 
     /// Adds to `dirty` all pages dirtied since the last harvest, each write-protected again by the time this
     /// returns, so that their content may be read.
     ///
     /// # Errors
     ///
-    /// [`TrackError`].
+    /// [`TrackError::NotTracking`], [`TrackError::SetTooSmall`], or what the kernel refused; `dirty` is then as
+    /// before, and nothing is lost: the next harvest hands it out.
     fn harvest(&mut self, dirty: &mut PageSet) -> Result<(), TrackError>;
 
     /// [`harvest`](Self::harvest) when nothing runs any more: the last and complete view.
     ///
+    /// ```compile_fail,E0061
+    /// # fn f(source: &mut dyn ringferry::DirtySource, dirty: &mut ringferry::PageSet) {
+    /// source.harvest_final(dirty).unwrap(); // where is the proof that no vCPU runs?
+    /// # }
+    /// ```
+    ///
     /// # Errors
     ///
-    /// [`TrackError`].
+    /// As for `harvest`.
     fn harvest_final(&mut self, paused: &Paused, dirty: &mut PageSet) -> Result<(), TrackError>;
 
-    /// Marks pages dirty again that were harvested and never arrived.
+    /// Marks pages dirty again that were harvested and never arrived. They come with the next harvest, also after
+    /// a stop and a new start.
     fn give_back(&mut self, pages: &PageSet);
 
-    /// Ends tracking.
+    /// Ends tracking. Pages dirtied and not harvested are forgotten; pages given back are not.
     ///
     /// # Errors
     ///
-    /// [`TrackError`].
+    /// The first thing that the kernel refused; tracking is off all the same.
     fn stop(&mut self) -> Result<(), TrackError>;
 }

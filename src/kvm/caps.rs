@@ -1,0 +1,172 @@
+//! What this kernel offers for dirty tracking, and switching it on for a VM.
+//!
+//! Ring and bitmap exclude each other: once the rings are on, the bitmap ioctls of that VM fail with `ENXIO`, and
+//! the rings cannot be switched off again. So the choice is made before the first vCPU exists, for good.
+
+use std::fmt;
+use std::os::fd::BorrowedFd;
+
+use kvm_bindings::{
+    KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP,
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
+};
+
+use super::{KvmError, sys};
+
+/// Bytes of one ring entry, `struct kvm_dirty_gfn`.
+const ENTRY_BYTES: u32 = 16;
+
+/// How many entries a vCPU's dirty ring has.
+///
+/// KVM makes a vCPU exit with "ring full" at its soft limit: 64 entries below the size, and another 512 below on
+/// a host with Intel's PML, so such hosts need at least 1,024.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RingSize(u32);
+
+impl RingSize {
+    /// The smallest ring, a page of 256 entries.
+    pub const MIN: Self = Self(4096 / ENTRY_BYTES);
+    /// The largest ring that KVM accepts, 65,536 entries (`KVM_DIRTY_RING_MAX_ENTRIES`): 1 MiB per vCPU, and
+    /// 256 MiB of guest memory before a vCPU must stop to recycle it.
+    pub const MAX: Self = Self(65_536);
+
+    /// A ring of so many entries.
+    ///
+    /// # Errors
+    ///
+    /// [`KvmError::RingSize`] unless it is a power of two from 256 to 65,536.
+    pub fn from_entries(entries: u32) -> Result<Self, KvmError> {
+        if entries.is_power_of_two() && (Self::MIN.0..=Self::MAX.0).contains(&entries) {
+            Ok(Self(entries))
+        } else {
+            Err(KvmError::RingSize { entries })
+        }
+    }
+
+    /// Its number of entries.
+    pub const fn entries(self) -> u32 {
+        self.0
+    }
+
+    /// Its size in bytes.
+    pub const fn bytes(self) -> usize {
+        (self.0 * ENTRY_BYTES) as usize
+    }
+}
+
+impl Default for RingSize {
+    /// The largest: what is in the ring costs the guest nothing, what has to be recycled early costs a fault.
+    fn default() -> Self {
+        Self::MAX
+    }
+}
+
+impl fmt::Debug for RingSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "RingSize({} entries)", self.0)
+    }
+}
+
+/// What KVM offers for tracking dirty pages.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Capabilities {
+    /// The largest ring for `KVM_CAP_DIRTY_LOG_RING_ACQ_REL` in entries, 0 without. Linux 6.1.
+    pub ring_acq_rel_entries: u32,
+    /// The same for `KVM_CAP_DIRTY_LOG_RING`, only on hosts with total store order. Linux 5.11.
+    pub ring_tso_entries: u32,
+    /// Whether pages dirtied by no vCPU go to a bitmap beside the rings (arm64).
+    pub ring_with_bitmap: bool,
+    /// Whether the bitmap can be got without protecting the pages in the same step. Linux 5.0.
+    pub manual_protect: bool,
+}
+
+impl Capabilities {
+    /// Asks KVM. `kvm` is a VM, or `/dev/kvm` itself.
+    ///
+    /// # Errors
+    ///
+    /// [`KvmError::Ioctl`] when the descriptor is not KVM's.
+    pub fn probe(kvm: BorrowedFd<'_>) -> Result<Self, KvmError> {
+        let check = |capability| {
+            sys::check_extension(kvm, capability)
+                .map_err(|source| KvmError::Ioctl { name: "KVM_CHECK_EXTENSION", source })
+        };
+        Ok(Self {
+            ring_acq_rel_entries: check(KVM_CAP_DIRTY_LOG_RING_ACQ_REL)? / ENTRY_BYTES,
+            ring_tso_entries: check(KVM_CAP_DIRTY_LOG_RING)? / ENTRY_BYTES,
+            ring_with_bitmap: check(KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP)? != 0,
+            manual_protect: check(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)? & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE
+                != 0,
+        })
+    }
+
+    /// The capability to enable rings by, preferred first, and the largest ring it allows.
+    fn ring(self) -> Option<(u32, u32)> {
+        [
+            (KVM_CAP_DIRTY_LOG_RING_ACQ_REL, self.ring_acq_rel_entries),
+            (KVM_CAP_DIRTY_LOG_RING, self.ring_tso_entries),
+        ]
+        .into_iter()
+        .find(|(_, entries)| *entries != 0)
+    }
+}
+
+/// Gives every future vCPU of the VM a dirty ring.
+pub(crate) fn enable_ring(vm: BorrowedFd<'_>, size: RingSize) -> Result<(), KvmError> {
+    let (capability, entries_max) = Capabilities::probe(vm)?.ring().ok_or(KvmError::RingUnsupported)?;
+    let too_large = KvmError::RingTooLarge { entries: size.entries(), entries_max };
+    if size.entries() > entries_max {
+        return Err(too_large);
+    }
+    sys::enable_cap(vm, capability, size.bytes() as u64).map_err(|source| match source.raw_os_error() {
+        Some(libc::E2BIG) => too_large,
+        // Size and power of two are right by construction, so what is left is what KVM checks next.
+        Some(libc::EINVAL) => KvmError::RingRefused { entries: size.entries() },
+        _ => KvmError::Ioctl { name: "KVM_ENABLE_CAP(KVM_CAP_DIRTY_LOG_RING)", source },
+    })
+}
+
+/// Parts `KVM_GET_DIRTY_LOG` from the protecting, which `KVM_CLEAR_DIRTY_LOG` then does.
+///
+/// Without `KVM_DIRTY_LOG_INITIALLY_SET`: it makes every page dirty at the start, and together with rings it is
+/// accepted and tracks nothing.
+pub(crate) fn enable_manual_protect(vm: BorrowedFd<'_>) -> Result<(), KvmError> {
+    if !Capabilities::probe(vm)?.manual_protect {
+        return Err(KvmError::ManualProtectUnsupported);
+    }
+    let flags = u64::from(KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE);
+    sys::enable_cap(vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, flags).map_err(|source| KvmError::Ioctl {
+        name: "KVM_ENABLE_CAP(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)",
+        source,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ring_size_is_a_power_of_two_between_a_page_and_a_mebibyte() {
+        for entries in [0, 1, 255, 257, 1000, 65_535, 65_537, 131_072, u32::MAX] {
+            assert!(RingSize::from_entries(entries).is_err(), "{entries}");
+        }
+        for shift in 8..=16 {
+            let size = RingSize::from_entries(1 << shift).unwrap();
+            assert_eq!(size.bytes(), 16 << shift);
+        }
+    }
+
+    #[test]
+    fn acquire_release_is_preferred_over_total_store_order() {
+        let both = Capabilities {
+            ring_acq_rel_entries: 65_536,
+            ring_tso_entries: 65_536,
+            ring_with_bitmap: false,
+            manual_protect: true,
+        };
+        assert_eq!(both.ring(), Some((KVM_CAP_DIRTY_LOG_RING_ACQ_REL, 65_536)));
+        let old = Capabilities { ring_acq_rel_entries: 0, ..both };
+        assert_eq!(old.ring(), Some((KVM_CAP_DIRTY_LOG_RING, 65_536)));
+        assert_eq!(Capabilities { ring_tso_entries: 0, ..old }.ring(), None);
+    }
+}

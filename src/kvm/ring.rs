@@ -1,0 +1,268 @@
+//! One vCPU's dirty ring: the only memory that we share with KVM.
+//!
+//! An entry goes 00 -(KVM: a page was dirtied)-> DIRTY -(we: taken)-> RESET -(KVM: page protected)-> 00. Both
+//! sides keep their positions to themselves and only the flags tell how far the other is: KVM pushes at its dirty
+//! index and resets at its reset index, we take at `fetch`.
+//!
+//! This file owns the positions and the memory orderings. It does not know pages, and it cannot make KVM reset
+//! anything: `track` does, for all rings at once, and then says so here with [`DirtyRing::confirm`].
+#![expect(unsafe_code, reason = "the ring is memory that KVM writes at any time")]
+
+use std::fmt;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use kvm_bindings::{KVM_DIRTY_LOG_PAGE_OFFSET, kvm_dirty_gfn};
+use memmap2::{MmapOptions, MmapRaw};
+
+use super::{KvmError, RingSize};
+use crate::layout::{PAGE_SIZE, SlotId};
+
+/// KVM has nothing to say about the entry, and may fill it.
+pub(super) const EMPTY: u32 = 0;
+/// KVM filled the entry (`KVM_DIRTY_GFN_F_DIRTY`).
+pub(super) const DIRTY: u32 = 1;
+/// We took the entry, and ask KVM to protect the page again (`KVM_DIRTY_GFN_F_RESET`).
+pub(super) const RESET: u32 = 2;
+
+/// `struct kvm_dirty_gfn`, of atomics: KVM writes it while we read. Slot and offset are ordered by the flags.
+#[repr(C)]
+#[derive(Default)]
+pub(crate) struct Entry {
+    pub(super) flags: AtomicU32,
+    pub(super) slot: AtomicU32,
+    pub(super) offset: AtomicU64,
+}
+
+const _: () = {
+    assert!(size_of::<Entry>() == size_of::<kvm_dirty_gfn>());
+    assert!(align_of::<Entry>() == align_of::<kvm_dirty_gfn>());
+    assert!(std::mem::offset_of!(Entry, flags) == std::mem::offset_of!(kvm_dirty_gfn, flags));
+    assert!(std::mem::offset_of!(Entry, slot) == std::mem::offset_of!(kvm_dirty_gfn, slot));
+    assert!(std::mem::offset_of!(Entry, offset) == std::mem::offset_of!(kvm_dirty_gfn, offset));
+};
+
+/// What keeps the entries where they are.
+#[allow(dead_code, reason = "memory of our own is for tests")]
+enum Backing {
+    Vcpu { _mapping: MmapRaw },
+    Memory { _entries: Arc<[Entry]> },
+}
+
+/// The entries of one ring.
+struct RingMemory {
+    first: NonNull<Entry>,
+    size: RingSize,
+    _backing: Backing,
+}
+
+// SAFETY:
+// * The entries are atomics and stay mapped for as long as `_backing` lives, whichever thread that is in.
+unsafe impl Send for RingMemory {}
+
+impl RingMemory {
+    fn map(vcpu: &impl AsRawFd, size: RingSize) -> io::Result<Self> {
+        let mapping = MmapOptions::new()
+            .offset(u64::from(KVM_DIRTY_LOG_PAGE_OFFSET) * PAGE_SIZE as u64)
+            .len(size.bytes())
+            .map_raw(vcpu)?;
+        let first = NonNull::new(mapping.as_mut_ptr().cast::<Entry>())
+            .ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
+        Ok(Self { first, size, _backing: Backing::Vcpu { _mapping: mapping } })
+    }
+
+    fn entry(&self, position: u32) -> &Entry {
+        let i = position & (self.size.entries() - 1);
+        // SAFETY:
+        // * `i` is below the number of entries, which is a power of two, and both kinds of backing hold that many.
+        // * The memory lives as long as `self`, is aligned (a page, or an `Arc<[Entry]>`), and is initialised: KVM
+        //   zeroes it, and every bit pattern is an entry.
+        // * All access is atomic, KVM's included, so that a shared reference is right although it writes.
+        unsafe { self.first.add(i as usize).as_ref() }
+    }
+}
+
+/// Our end of one vCPU's ring. Positions count entries since the ring began, modulo 2³², and the ring's size
+/// divides that, so that they wrap as the kernel's do.
+pub(crate) struct DirtyRing {
+    memory: RingMemory,
+    /// The next entry to take.
+    fetch: u32,
+    /// The first entry that KVM may not have reset yet; `fetch` when all have been.
+    reset: u32,
+    /// The first entry, `fetch` or later, that was not dirty when we last looked.
+    seen: u32,
+}
+
+impl DirtyRing {
+    /// Maps the ring of a vCPU that was created after the rings were enabled with this size.
+    pub(crate) fn map(vcpu: &impl AsRawFd, size: RingSize) -> Result<Self, KvmError> {
+        let ring = Self::new(RingMemory::map(vcpu, size).map_err(KvmError::Map)?, 0);
+        // The mapping succeeds even on a VM without rings: the pages then give SIGBUS or belong to something else.
+        // `attach_vcpu` can only be called on a tracker that has enabled them, so there is nothing to check here.
+        Ok(ring)
+    }
+
+    /// A ring over memory of our own, at any position: somebody else plays KVM.
+    #[cfg(any(test, feature = "fake-kernel"))]
+    #[allow(dead_code, reason = "memory of our own is for tests")]
+    pub(crate) fn over(entries: Arc<[Entry]>, size: RingSize, position: u32) -> Self {
+        assert_eq!(entries.len(), size.entries() as usize);
+        let first = NonNull::from(&entries[0]);
+        Self::new(RingMemory { first, size, _backing: Backing::Memory { _entries: entries } }, position)
+    }
+
+    fn new(memory: RingMemory, position: u32) -> Self {
+        Self { memory, fetch: position, reset: position, seen: position }
+    }
+
+    pub(crate) fn size(&self) -> RingSize {
+        self.memory.size
+    }
+
+    /// Takes every dirty entry in order, gives its slot and page offset to `page`, and flags it for reset. Returns
+    /// how many. The pages stay writable, and so must not be read, until KVM has reset the entries.
+    #[inline]
+    pub(crate) fn take(&mut self, mut page: impl FnMut(SlotId, u64)) -> u32 {
+        let from = self.fetch;
+        // Once around at most, counted from what is flagged: an entry is not taken again before it was reset.
+        let end = self.reset.wrapping_add(self.size().entries());
+        while self.fetch != end {
+            let entry = self.memory.entry(self.fetch);
+            // Acquire, pairs with the `smp_wmb()` between KVM's writing of slot and offset and of DIRTY: having
+            // seen DIRTY, we see them.
+            if entry.flags.load(Ordering::Acquire) != DIRTY {
+                break;
+            }
+            page(SlotId(entry.slot.load(Ordering::Relaxed)), entry.offset.load(Ordering::Relaxed));
+            // Release, pairs with the `smp_load_acquire()` of the flags in `kvm_dirty_gfn_harvested()`: once KVM
+            // sees RESET and hands the entry out again, our reads above are done.
+            entry.flags.store(RESET, Ordering::Release);
+            self.fetch = self.fetch.wrapping_add(1);
+        }
+        self.seen = self.fetch;
+        self.fetch.wrapping_sub(from)
+    }
+
+    /// Entries that were taken and may not be reset yet.
+    pub(crate) fn unconfirmed(&self) -> u32 {
+        self.fetch.wrapping_sub(self.reset)
+    }
+
+    /// Every taken entry has been reset: the counts of all rings together said so.
+    pub(crate) fn confirm(&mut self) {
+        self.reset = self.fetch;
+    }
+
+    /// Entries that are dirty and not taken. Looks only at the new ones, at the logarithm of their number: KVM fills
+    /// entries in order, so that a dirty one has none but dirty ones before it, back to `fetch`. On a weakly
+    /// ordered machine too: the `smp_wmb()` of each push stands between all earlier flags and its own, and
+    /// the load here acquires.
+    pub(crate) fn look(&mut self) -> u32 {
+        let mut left = self.size().entries() - self.seen.wrapping_sub(self.fetch);
+        let is_dirty = |position: u32| self.memory.entry(position).flags.load(Ordering::Acquire) == DIRTY;
+        // Double the stride while it lands on dirty entries, then halve it.
+        let mut stride = 1;
+        while stride <= left && is_dirty(self.seen.wrapping_add(stride - 1)) {
+            self.seen = self.seen.wrapping_add(stride);
+            left -= stride;
+            stride *= 2;
+        }
+        while stride > 1 {
+            stride /= 2;
+            if stride <= left && is_dirty(self.seen.wrapping_add(stride - 1)) {
+                self.seen = self.seen.wrapping_add(stride);
+                left -= stride;
+            }
+        }
+        self.seen.wrapping_sub(self.fetch)
+    }
+
+    /// How far KVM seems to have come with the taken entries: those at the front that are no longer flagged for
+    /// reset. Each was either reset or, if the ring overflowed, overwritten.
+    pub(crate) fn unflagged_prefix(&self) -> Prefix {
+        let mut prefix = Prefix::default();
+        while prefix.entries < self.unconfirmed() {
+            match self.flags(self.reset.wrapping_add(prefix.entries)) {
+                RESET => break,
+                EMPTY => {}
+                _ => prefix.dirty_again = true,
+            }
+            prefix.entries += 1;
+        }
+        prefix
+    }
+
+    /// The first `entries` of the taken entries, at least one, have been reset. Returns what the last of them named,
+    /// unless KVM has used the entry again since.
+    pub(crate) fn confirm_prefix(&mut self, entries: u32) -> Option<(SlotId, u64)> {
+        self.reset = self.reset.wrapping_add(entries.min(self.unconfirmed()));
+        let entry = self.memory.entry(self.reset.wrapping_sub(1));
+        // Slot and offset first, flags last: what is empty after they were read was empty when they were. Acquire
+        // on the first two keeps that order.
+        let slot = SlotId(entry.slot.load(Ordering::Acquire));
+        let offset = entry.offset.load(Ordering::Acquire);
+        (entry.flags.load(Ordering::Relaxed) == EMPTY).then_some((slot, offset))
+    }
+
+    /// After an overflow: how many empty entries stand before the next dirty one, `None` if none is dirty. KVM
+    /// counts them as dirty, but what they said was overwritten.
+    pub(crate) fn gap(&self) -> Option<u32> {
+        let first_dirty =
+            |entries: u32| (0..entries).find(|i| self.flags(self.fetch.wrapping_add(*i)) == DIRTY);
+        // KVM may push while we look, and fill an entry that we have passed after one that we find. Having found
+        // one, we see all that was pushed before it: the second look tells which was first.
+        let found = first_dirty(self.size().entries() - self.unconfirmed())?;
+        Some(first_dirty(found).unwrap_or(found))
+    }
+
+    /// After an overflow: flags the next `entries`, empty as they are, so that KVM's reset goes past them. This is
+    /// outside the documented ABI. KVM protects the pages that they named the last time, which is harmless.
+    pub(crate) fn skip(&mut self, entries: u32) {
+        for _ in 0..entries.min(self.size().entries() - self.unconfirmed()) {
+            self.memory.entry(self.fetch).flags.store(RESET, Ordering::Release);
+            self.fetch = self.fetch.wrapping_add(1);
+        }
+        self.seen = self.fetch;
+    }
+
+    /// After an overflow, with KVM stuck at a taken entry that it has overwritten: flags these entries again.
+    /// Returns how many entries KVM should now reset. Only while the vCPU is outside the guest.
+    pub(crate) fn flag_again(&mut self) -> u32 {
+        // What is empty was reset, and so was all before it.
+        let is_empty = |i: &u32| self.flags(self.reset.wrapping_add(*i)) == EMPTY;
+        if let Some(last) = (0..self.unconfirmed()).rev().find(is_empty) {
+            self.reset = self.reset.wrapping_add(last + 1);
+        }
+        for i in 0..self.unconfirmed() {
+            self.memory.entry(self.reset.wrapping_add(i)).flags.store(RESET, Ordering::Release);
+        }
+        self.unconfirmed()
+    }
+
+    fn flags(&self, position: u32) -> u32 {
+        self.memory.entry(position).flags.load(Ordering::Acquire)
+    }
+}
+
+/// See [`DirtyRing::unflagged_prefix`].
+#[derive(Clone, Copy, Default, Debug)]
+pub(crate) struct Prefix {
+    pub(crate) entries: u32,
+    /// Some of them are dirty: KVM has used them again, rightly after a reset, wrongly without.
+    pub(crate) dirty_again: bool,
+}
+
+impl fmt::Debug for DirtyRing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DirtyRing")
+            .field("size", &self.size())
+            .field("fetch", &self.fetch)
+            .field("reset", &self.reset)
+            .field("seen", &self.seen)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,166 @@
+//! The ioctls, one function each, on whatever file descriptor the VMM has. Nothing else in the library issues
+//! one. What they mean and in which order they may be called is told in `caps`, `ring` and `log`.
+#![expect(unsafe_code, reason = "ioctls and signal masks have no safe interface in libc")]
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::ptr;
+
+use kvm_bindings::{
+    KVMIO, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_dirty_log,
+    kvm_dirty_log__bindgen_ty_1, kvm_enable_cap, kvm_userspace_memory_region,
+};
+
+const IOC_NONE: libc::c_ulong = 0;
+const IOC_WRITE: libc::c_ulong = 1;
+const IOC_READ: libc::c_ulong = 2;
+
+/// An ioctl number as `<asm-generic/ioctl.h>` builds it: direction, argument size, type, number.
+const fn request<T>(direction: libc::c_ulong, number: libc::c_ulong) -> libc::c_ulong {
+    direction << 30 | (size_of::<T>() as libc::c_ulong) << 16 | (KVMIO as libc::c_ulong) << 8 | number
+}
+
+const KVM_CHECK_EXTENSION: libc::c_ulong = request::<()>(IOC_NONE, 0x03);
+const KVM_GET_DIRTY_LOG: libc::c_ulong = request::<kvm_dirty_log>(IOC_WRITE, 0x42);
+const KVM_SET_USER_MEMORY_REGION: libc::c_ulong = request::<kvm_userspace_memory_region>(IOC_WRITE, 0x46);
+const KVM_ENABLE_CAP: libc::c_ulong = request::<kvm_enable_cap>(IOC_WRITE, 0xa3);
+const KVM_CLEAR_DIRTY_LOG: libc::c_ulong = request::<kvm_clear_dirty_log>(IOC_WRITE | IOC_READ, 0xc0);
+const KVM_RESET_DIRTY_RINGS: libc::c_ulong = request::<()>(IOC_NONE, 0xc7);
+
+fn outcome(returned: libc::c_int) -> io::Result<u32> {
+    // Negative means that errno is set.
+    u32::try_from(returned).map_err(|_| io::Error::last_os_error())
+}
+
+/// A descriptor of our own for the same open file, closed on exec.
+pub(super) fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: `fcntl` takes numbers only; a descriptor that is not open is answered with `EBADF`.
+    let fd = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for us, and nobody else knows its number.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// `KVM_CHECK_EXTENSION`: 0 when `capability` is missing, otherwise what KVM has to say about it.
+pub(super) fn check_extension(vm: BorrowedFd<'_>, capability: u32) -> io::Result<u32> {
+    // SAFETY:
+    // * The descriptor is open for the call, as it is borrowed.
+    // * The argument is a number; KVM reads and writes no memory of ours.
+    outcome(unsafe { libc::ioctl(vm.as_raw_fd(), KVM_CHECK_EXTENSION, libc::c_ulong::from(capability)) })
+}
+
+/// `KVM_ENABLE_CAP` with one argument.
+pub(super) fn enable_cap(vm: BorrowedFd<'_>, capability: u32, argument: u64) -> io::Result<()> {
+    let cap = kvm_enable_cap { cap: capability, args: [argument, 0, 0, 0], ..Default::default() };
+    // SAFETY:
+    // * The descriptor is open for the call, as it is borrowed.
+    // * KVM only reads `cap`, which has the layout that the request number announces.
+    outcome(unsafe { libc::ioctl(vm.as_raw_fd(), KVM_ENABLE_CAP, &raw const cap) }).map(drop)
+}
+
+/// `KVM_SET_USER_MEMORY_REGION`.
+///
+/// # Safety
+///
+/// Guest and kernel may read and write `region.userspace_addr` for `region.memory_size` bytes for as long as the
+/// slot exists.
+pub(super) unsafe fn set_user_memory_region(
+    vm: BorrowedFd<'_>,
+    region: &kvm_userspace_memory_region,
+) -> io::Result<()> {
+    // SAFETY:
+    // * The descriptor is open for the call, as it is borrowed.
+    // * KVM only reads the struct, which has the layout that the request number announces.
+    // * What KVM does with the memory afterwards is what our caller vouches for.
+    outcome(unsafe { libc::ioctl(vm.as_raw_fd(), KVM_SET_USER_MEMORY_REGION, ptr::from_ref(region)) })
+        .map(drop)
+}
+
+/// `KVM_GET_DIRTY_LOG`: fills `words` with the bitmap of a slot of at most 64 pages per word.
+///
+/// # Safety
+///
+/// The slot has at most `64 * words.len()` pages: KVM writes a bit for each.
+pub(super) unsafe fn get_dirty_log(vm: BorrowedFd<'_>, slot: u32, words: &mut [u64]) -> io::Result<()> {
+    let log = kvm_dirty_log {
+        slot,
+        padding1: 0,
+        __bindgen_anon_1: kvm_dirty_log__bindgen_ty_1 { dirty_bitmap: words.as_mut_ptr().cast() },
+    };
+    // SAFETY:
+    // * The descriptor is open for the call, as it is borrowed.
+    // * KVM reads `log` and writes the slot's bitmap rounded up to whole longs into `words`, which our caller
+    //   vouches is long enough and which is ours alone.
+    outcome(unsafe { libc::ioctl(vm.as_raw_fd(), KVM_GET_DIRTY_LOG, &raw const log) }).map(drop)
+}
+
+/// `KVM_CLEAR_DIRTY_LOG`: protects those of the `pages` pages from `first` on whose bits are set in `words`.
+/// `first` is a multiple of 64, and so is `pages` unless the range ends with the slot.
+pub(super) fn clear_dirty_log(
+    vm: BorrowedFd<'_>,
+    slot: u32,
+    first: u64,
+    pages: u32,
+    words: &[u64],
+) -> io::Result<()> {
+    if (words.len() as u64) < u64::from(pages).div_ceil(64) {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    let log = kvm_clear_dirty_log {
+        slot,
+        num_pages: pages,
+        first_page: first,
+        // The field is a mutable pointer in the ABI; KVM only reads through it.
+        __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 {
+            dirty_bitmap: words.as_ptr().cast_mut().cast(),
+        },
+    };
+    // SAFETY:
+    // * The descriptor is open for the call, as it is borrowed.
+    // * KVM reads `log` and as many bits of `words` as there are pages, which are there by the check above.
+    outcome(unsafe { libc::ioctl(vm.as_raw_fd(), KVM_CLEAR_DIRTY_LOG, &raw const log) }).map(drop)
+}
+
+/// `KVM_RESET_DIRTY_RINGS` with every signal blocked: how many entries, of all rings, were reset.
+///
+/// A pending signal makes the ioctl stop early (since 6.17). Blocked ones do not count as pending, which leaves
+/// `SIGSTOP`, a freezing cgroup and task work; so the count may be short even so, and the caller must check it.
+pub(super) fn reset_dirty_rings(vm: BorrowedFd<'_>) -> io::Result<u32> {
+    let mut every = MaybeUninit::<libc::sigset_t>::uninit();
+    let mut before = MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY:
+    // * `sigfillset` initialises `every`; `pthread_sigmask` reads it and initialises `before`.
+    // * The only way for either to fail is an invalid argument, and these are valid.
+    unsafe {
+        libc::sigfillset(every.as_mut_ptr());
+        libc::pthread_sigmask(libc::SIG_BLOCK, every.as_ptr(), before.as_mut_ptr());
+    }
+    // SAFETY:
+    // * The descriptor is open for the call, as it is borrowed.
+    // * The ioctl has no argument and touches no memory but the rings, whose entries are atomics.
+    let outcome = outcome(unsafe { libc::ioctl(vm.as_raw_fd(), KVM_RESET_DIRTY_RINGS, 0) });
+    // SAFETY: `before` was initialised above and is a mask of this same thread.
+    unsafe {
+        libc::pthread_sigmask(libc::SIG_SETMASK, before.as_ptr(), ptr::null_mut());
+    }
+    outcome
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn request_numbers_are_those_of_the_kernel_headers() {
+        // From <linux/kvm.h> on x86-64 and arm64, whose ioctl encoding is the generic one.
+        assert_eq!(KVM_CHECK_EXTENSION, 0xae03);
+        assert_eq!(KVM_GET_DIRTY_LOG, 0x4010_ae42);
+        assert_eq!(KVM_SET_USER_MEMORY_REGION, 0x4020_ae46);
+        assert_eq!(KVM_ENABLE_CAP, 0x4068_aea3);
+        assert_eq!(KVM_CLEAR_DIRTY_LOG, 0xc018_aec0);
+        assert_eq!(KVM_RESET_DIRTY_RINGS, 0xaec7);
+    }
+}

@@ -1,0 +1,47 @@
+//! The backend on KVM's bitmap, one bit per page of a slot: get, then clear, which protects, then hand out.
+//!
+//! It needs no room in the guest's path and cannot overflow, but it costs by the size of memory, not by what was
+//! written, and it cannot tell who wrote.
+
+use super::TrackError;
+use super::pending::Protected;
+use super::rings::Context;
+use crate::page_set::PageSet;
+
+/// Proof that every page that was got has been cleared, and so protected.
+pub(super) struct AllCleared(());
+
+impl Protected for AllCleared {}
+
+/// The bitmap of the largest slot, kept from harvest to harvest.
+#[derive(Default, Debug)]
+pub(super) struct BitmapLog {
+    words: Vec<u64>,
+}
+
+impl BitmapLog {
+    /// Adds the dirty pages of every slot to `pending`, all of them protected by the time this returns `Ok`. After an
+    /// error, what was cleared is in `pending`, and the rest still in KVM.
+    pub(super) fn collect(
+        &mut self,
+        cx: Context<'_>,
+        pending: &mut PageSet,
+    ) -> Result<AllCleared, TrackError> {
+        for region in cx.slots.regions() {
+            let pages = region.pages.pages;
+            let words = usize::try_from(pages.div_ceil(64)).unwrap_or(usize::MAX);
+            if self.words.len() < words {
+                self.words.resize(words, 0);
+            }
+            let words = &mut self.words[..words];
+            cx.kernel.get_dirty_log(region.slot, pages, words)?;
+            if words.iter().all(|word| *word == 0) {
+                continue;
+            }
+            pending.union_words(region.pages.first, words);
+            // A page dirtied since the get keeps its bit if the get did not see it, and is in `pending` if it did.
+            cx.kernel.clear_dirty_log(region.slot, pages, words)?;
+        }
+        Ok(AllCleared(()))
+    }
+}

@@ -1,0 +1,124 @@
+//! What tracking did and what it cost, counted while it happens and readable at any time from any thread.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A count that many threads may add to. Relaxed throughout: a figure orders nothing.
+#[derive(Default, Debug)]
+pub(super) struct Counter(AtomicU64);
+
+impl Counter {
+    pub(super) fn add(&self, n: u64) {
+        self.0.fetch_add(n, Ordering::Relaxed);
+    }
+
+    pub(super) fn set(&self, n: u64) {
+        self.0.store(n, Ordering::Relaxed);
+    }
+
+    pub(super) fn raise_to(&self, n: u64) {
+        self.0.fetch_max(n, Ordering::Relaxed);
+    }
+
+    pub(super) fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// One vCPU's counters. Sums are since it was attached.
+#[derive(Default, Debug)]
+pub(super) struct VcpuCounters {
+    pub(super) pages: Counter,
+    pub(super) duplicates: Counter,
+    pub(super) ring_full_exits: Counter,
+    pub(super) harvest_ns: Counter,
+    pub(super) occupancy: Counter,
+    pub(super) occupancy_max: Counter,
+    pub(super) overflows: Counter,
+}
+
+/// The VM's counters, for what cannot be told apart by vCPU.
+#[derive(Default, Debug)]
+pub(super) struct VmCounters {
+    pub(super) harvests: Counter,
+    pub(super) resets: Counter,
+    pub(super) reset_ns: Counter,
+    pub(super) entries_reset: Counter,
+    pub(super) short_resets: Counter,
+    pub(super) unknown_slot_entries: Counter,
+    pub(super) rearms: Counter,
+}
+
+/// What one vCPU did. Sums are since it was attached.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct VcpuFigures {
+    /// The VMM's index of the vCPU.
+    pub index: usize,
+    /// Entries taken whose page was not dirty yet: pages that this vCPU was the first to dirty since a harvest.
+    pub pages: u64,
+    /// Entries taken whose page was dirty already: emulated writes, or a ring recycled between two harvests.
+    pub duplicate_entries: u64,
+    /// Times that the vCPU left the guest because its ring was full.
+    pub ring_full_exits: u64,
+    /// Time spent in taking its entries, on whatever thread, in nanoseconds.
+    pub harvest_ns: u64,
+    /// Entries in the ring at the last look.
+    pub ring_entries: u64,
+    /// The most that `ring_entries` ever was.
+    pub ring_entries_max: u64,
+    /// Times that the ring overflowed, so that every page was declared dirty.
+    pub overflows: u64,
+    /// Time for which its gate was closed to it, in nanoseconds.
+    pub throttled_ns: u64,
+}
+
+/// What tracking did. Sums are since the tracker was made.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct Figures {
+    /// Each vCPU, in the order of attachment.
+    pub vcpus: Vec<VcpuFigures>,
+    /// Harvests handed out.
+    pub harvests: u64,
+    /// Calls of `KVM_RESET_DIRTY_RINGS`.
+    pub resets: u64,
+    /// Time spent in them, in nanoseconds.
+    pub reset_ns: u64,
+    /// Entries that they reset.
+    pub entries_reset: u64,
+    /// How many of them reset fewer entries than were flagged.
+    pub short_resets: u64,
+    /// Entries that named a slot the tracker does not have, or a page beyond its end.
+    pub unknown_slot_entries: u64,
+    /// Times that all of memory was declared dirty and protected anew, after an overflow.
+    pub rearms: u64,
+}
+
+impl VmCounters {
+    pub(super) fn figures(&self, vcpus: Vec<VcpuFigures>) -> Figures {
+        Figures {
+            vcpus,
+            harvests: self.harvests.get(),
+            resets: self.resets.get(),
+            reset_ns: self.reset_ns.get(),
+            entries_reset: self.entries_reset.get(),
+            short_resets: self.short_resets.get(),
+            unknown_slot_entries: self.unknown_slot_entries.get(),
+            rearms: self.rearms.get(),
+        }
+    }
+}
+
+impl VcpuCounters {
+    pub(super) fn figures(&self, index: usize, throttled_ns: u64) -> VcpuFigures {
+        VcpuFigures {
+            index,
+            pages: self.pages.get(),
+            duplicate_entries: self.duplicates.get(),
+            ring_full_exits: self.ring_full_exits.get(),
+            harvest_ns: self.harvest_ns.get(),
+            ring_entries: self.occupancy.get(),
+            ring_entries_max: self.occupancy_max.get(),
+            overflows: self.overflows.get(),
+            throttled_ns,
+        }
+    }
+}

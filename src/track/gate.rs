@@ -1,0 +1,186 @@
+//! The gate that a vCPU passes before each `KVM_RUN`, and that a throttle may close for a while.
+//!
+//! A gate does not know why or for how long a vCPU should wait: `converge` computes that. It promises that an
+//! open gate costs one relaxed load, that a closed one opens by itself, and that every wait is counted.
+#![expect(unsafe_code, reason = "futexes have no interface in std that a signal can interrupt")]
+
+use std::ptr;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
+
+use super::figures::Counter;
+
+/// The longest that one closing may last: a vCPU that waits longer looks hung to its guest.
+const CLOSED_MAX: Duration = Duration::from_millis(10);
+
+/// `FUTEX_WAIT_BITSET` with this mask is woken by any `FUTEX_WAKE`.
+const ANY: libc::c_int = -1;
+
+/// What the vCPU thread should do next.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[must_use = "an interrupted wait means that somebody kicked this vCPU: look why before running it"]
+pub enum BeforeRun {
+    /// Enter the guest.
+    Run,
+    /// A signal ended the wait early: look at what the VMM's kick is for, then call `before_run` again.
+    Interrupted,
+}
+
+/// One vCPU's gate. Any thread may close and open it.
+#[derive(Default, Debug)]
+pub struct Gate {
+    /// `CLOCK_MONOTONIC` in nanoseconds at which the gate opens by itself; 0 when it is open.
+    opens_at_ns: AtomicU64,
+    /// The futex: changes when `opens_at_ns` does.
+    changes: AtomicU32,
+    throttled_ns: Counter,
+}
+
+impl Gate {
+    /// Keeps the vCPU out of the guest for `wait` from now, 10 ms at most; what was set before no longer counts.
+    /// A vCPU that is inside must be kicked to notice.
+    pub fn close_for(&self, wait: Duration) {
+        let wait_ns = u64::try_from(wait.min(CLOSED_MAX).as_nanos()).unwrap_or(u64::MAX);
+        self.set(now_ns() + wait_ns);
+    }
+
+    /// Lets the vCPU into the guest at once.
+    pub fn open(&self) {
+        if self.opens_at_ns.load(Ordering::Relaxed) != 0 {
+            self.set(0);
+        }
+    }
+
+    /// How long vCPUs have waited here altogether.
+    pub fn throttled(&self) -> Duration {
+        Duration::from_nanos(self.throttled_ns.get())
+    }
+
+    pub(super) fn throttled_ns(&self) -> u64 {
+        self.throttled_ns.get()
+    }
+
+    fn set(&self, opens_at_ns: u64) {
+        self.opens_at_ns.store(opens_at_ns, Ordering::Relaxed);
+        // Release, pairs with the acquire in `wait`: who sees the new count sees the new time. Who does not see it
+        // before waiting has its wait refused by the kernel, which compares the count under its own lock.
+        self.changes.fetch_add(1, Ordering::Release);
+        // SAFETY:
+        // * The futex word is an aligned, live `AtomicU32`, and the kernel only uses its address.
+        unsafe {
+            libc::syscall(
+                libc::SYS_futex,
+                self.changes.as_ptr(),
+                libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG,
+                libc::c_int::MAX,
+            );
+        }
+    }
+
+    /// Waits until the gate is open, or a signal comes.
+    #[inline]
+    pub(super) fn pass(&self) -> BeforeRun {
+        // Relaxed: a vCPU that just misses a closing is kicked, and sees it the next time.
+        if self.opens_at_ns.load(Ordering::Relaxed) == 0 {
+            return BeforeRun::Run;
+        }
+        self.wait()
+    }
+
+    #[cold]
+    fn wait(&self) -> BeforeRun {
+        let came_ns = now_ns();
+        let mut now = came_ns;
+        let outcome = loop {
+            let changes = self.changes.load(Ordering::Acquire);
+            let opens_at_ns = self.opens_at_ns.load(Ordering::Relaxed);
+            if opens_at_ns <= now {
+                // Nobody has closed it again since: the next pass costs one load. Else: they have, and it stays.
+                let _ =
+                    self.opens_at_ns.compare_exchange(opens_at_ns, 0, Ordering::Relaxed, Ordering::Relaxed);
+                break BeforeRun::Run;
+            }
+            let interrupted = self.sleep(changes, opens_at_ns);
+            now = now_ns();
+            if interrupted {
+                break BeforeRun::Interrupted;
+            }
+        };
+        self.throttled_ns.add(now - came_ns);
+        outcome
+    }
+
+    /// Sleeps until the time, a change or a signal comes; true for a signal.
+    fn sleep(&self, changes: u32, until_ns: u64) -> bool {
+        let until = libc::timespec {
+            tv_sec: libc::time_t::try_from(until_ns / 1_000_000_000).unwrap_or(libc::time_t::MAX),
+            tv_nsec: libc::c_long::try_from(until_ns % 1_000_000_000).unwrap_or(0),
+        };
+        // SAFETY:
+        // * The futex word is an aligned, live `AtomicU32`; the kernel only reads it.
+        // * `until` is a valid absolute time on CLOCK_MONOTONIC, which FUTEX_WAIT_BITSET takes without a flag.
+        let returned = unsafe {
+            libc::syscall(
+                libc::SYS_futex,
+                self.changes.as_ptr(),
+                libc::FUTEX_WAIT_BITSET | libc::FUTEX_PRIVATE_FLAG,
+                changes,
+                &raw const until,
+                ptr::null::<u32>(),
+                ANY,
+            )
+        };
+        returned != 0 && std::io::Error::last_os_error().raw_os_error() == Some(libc::EINTR)
+    }
+}
+
+fn now_ns() -> u64 {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `now` is writable; this clock exists on every Linux, so the call cannot fail.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    // Since boot and below a second: neither is negative.
+    u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+
+    #[test]
+    fn an_open_gate_is_passed_without_waiting() {
+        let gate = Gate::default();
+        assert_eq!(gate.pass(), BeforeRun::Run);
+        assert_eq!(gate.throttled(), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_closed_gate_opens_by_itself_and_counts_the_wait() {
+        let gate = Gate::default();
+        gate.close_for(Duration::from_millis(3));
+        assert_eq!(gate.pass(), BeforeRun::Run);
+        assert!(gate.throttled() > Duration::ZERO);
+        let once = gate.throttled();
+        assert_eq!(gate.pass(), BeforeRun::Run);
+        assert_eq!(gate.throttled(), once, "the second pass found it open");
+    }
+
+    #[test]
+    fn no_closing_lasts_longer_than_its_bound() {
+        let gate = Gate::default();
+        gate.close_for(Duration::MAX);
+        assert_eq!(gate.pass(), BeforeRun::Run);
+    }
+
+    #[test]
+    fn opening_wakes_a_waiting_vcpu() {
+        let gate = Gate::default();
+        gate.close_for(CLOSED_MAX);
+        thread::scope(|scope| {
+            let vcpu = scope.spawn(|| gate.pass());
+            gate.open();
+            assert_eq!(vcpu.join().unwrap(), BeforeRun::Run);
+        });
+    }
+}

@@ -1,0 +1,89 @@
+//! Pages known to be dirty and not yet handed out, behind the one rule: out only against proof that they are
+//! write-protected again.
+
+use super::TrackError;
+use crate::layout::{PageIndex, PageRun};
+use crate::page_set::PageSet;
+
+/// Proof that every page in [`Pending`] is write-protected. Only a backend makes one, at the end of its collecting,
+/// and it is used up before the tracker's lock is released.
+pub(super) trait Protected {}
+
+/// The pages between a backend and the next harvest.
+#[derive(Debug)]
+pub(super) struct Pending {
+    pages: PageSet,
+    /// Pages that an interrupted reset may have left writable with no entry to tell of later writes: dirty in
+    /// every harvest, until all of memory is protected anew.
+    unsure: PageSet,
+    /// An overflow lost entries: every page is dirty, and all of memory must be protected anew.
+    pub(super) everything: bool,
+}
+
+impl Pending {
+    pub(super) fn new() -> Self {
+        let empty = || PageSet::new(PageIndex(0));
+        Self { pages: empty(), unsure: empty(), everything: false }
+    }
+
+    /// Makes room for pages below `end`.
+    pub(super) fn grow(&mut self, end: PageIndex) {
+        for set in [&mut self.pages, &mut self.unsure] {
+            if set.capacity() < end {
+                let small = std::mem::replace(set, PageSet::new(end));
+                set.union(&small);
+            }
+        }
+    }
+
+    /// Where a backend puts what it finds.
+    pub(super) fn pages_mut(&mut self) -> &mut PageSet {
+        &mut self.pages
+    }
+
+    pub(super) fn insert_unsure(&mut self, run: PageRun) {
+        self.unsure.insert_run(run);
+    }
+
+    /// All of memory has been protected anew.
+    pub(super) fn rearmed(&mut self) {
+        self.unsure.clear();
+        self.everything = false;
+    }
+
+    /// These pages are no longer RAM.
+    pub(super) fn remove_run(&mut self, run: PageRun) {
+        self.pages.remove_run(run);
+        self.unsure.remove_run(run);
+    }
+
+    /// A new period of tracking begins.
+    pub(super) fn forget(&mut self) {
+        self.pages.clear();
+        self.rearmed();
+    }
+
+    /// Whether a set of this capacity can take everything.
+    pub(super) fn check_fits(&self, dirty: &PageSet) -> Result<(), TrackError> {
+        let (capacity, needed) = (dirty.capacity(), self.pages.capacity());
+        if capacity < needed { Err(TrackError::SetTooSmall { capacity, needed }) } else { Ok(()) }
+    }
+
+    /// Adds all pages to `dirty`.
+    pub(super) fn hand_out(&mut self, _: impl Protected, dirty: &mut PageSet) {
+        self.pages.union(&self.unsure);
+        if dirty.is_empty() && dirty.capacity() == self.pages.capacity() {
+            // The usual case, and the cheap one: no page is copied.
+            std::mem::swap(&mut self.pages, dirty);
+        } else {
+            dirty.union(&self.pages);
+        }
+        self.pages.clear();
+    }
+
+    /// The pages of one run as a bitmap, bit 0 of word 0 the first.
+    pub(super) fn hand_out_words(&mut self, _: impl Protected, run: PageRun) -> Vec<u64> {
+        self.pages.union(&self.unsure);
+        self.pages.take_words(run)
+    }
+}

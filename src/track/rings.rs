@@ -1,0 +1,345 @@
+//! The backend on KVM's per-vCPU dirty rings: take, flag, reset, check the count, and only then hand out.
+//!
+//! The reset is global: it covers the flagged entries of all rings, and any thread may have asked for it. So all
+//! of this happens under the tracker's one lock, as the kernel serialises the reset anyway, and what is counted is
+//! what *all* rings have outstanding. A vCPU with a full ring takes the same way, for its own ring only: the
+//! pages of the others stay writable, so that their guests feel nothing.
+//!
+//! A ring that overflowed (possible where KVM emulates guest instructions in bulk) is the rest of this file:
+//! `kernel-notes/dirty-ring.md` tells what such a ring looks like and why each step here is right.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::TrackError;
+use super::figures::VmCounters;
+use super::pending::{Pending, Protected};
+use super::slots::{SlotCursor, Slots};
+use super::vcpu::Vcpu;
+use crate::kvm::Kernel;
+use crate::kvm::ring::DirtyRing;
+use crate::layout::{PageIndex, PageRun, SlotId};
+
+/// Resets in a row that reset nothing, before a ring is taken for stuck. A stop signal, a freezing cgroup or task
+/// work interrupt one call each.
+const IDLE_RESETS_MAX: u32 = 16;
+
+/// Entries that KVM keeps free at the end of a ring: 64, and 512 more on a host with PML.
+const RESERVED_ENTRIES: u32 = 64 + 512;
+
+/// How often a ring may be found full and without a dirty entry while it is brought in step again.
+const BLIND_SKIPS_MAX: u32 = 64;
+
+/// Page frames that one batch of KVM's reset covers at most: the bits of a long.
+const BATCH_PAGES: u64 = 64;
+
+/// What the recycler needs of the rest of the tracker.
+#[derive(Clone, Copy)]
+pub(super) struct Context<'a> {
+    pub(super) kernel: &'a dyn Kernel,
+    pub(super) slots: &'a Slots,
+    pub(super) counters: &'a VmCounters,
+}
+
+/// Proof that every entry that was taken has been reset.
+pub(super) struct AllReset(());
+
+impl Protected for AllReset {}
+
+/// One vCPU's ring and what we think of it.
+#[derive(Debug)]
+struct Ring {
+    ring: DirtyRing,
+    vcpu: Arc<Vcpu>,
+    /// Pages taken early, since the last harvest.
+    early_pages: u64,
+    /// Dirty entries at the last look.
+    last_look: u32,
+    /// Times in a row that the vCPU said "full" and there was nothing to take.
+    empty_fulls: u32,
+    /// It may have overflowed, and entries that we cannot see may hide behind a gap.
+    suspect: bool,
+    blind_skips: u32,
+}
+
+/// All rings of a VM.
+#[derive(Default, Debug)]
+pub(super) struct Rings {
+    rings: Vec<Ring>,
+}
+
+impl Ring {
+    fn take_entries(&mut self, cx: Context<'_>, pending: &mut Pending) -> u32 {
+        let mut slots = SlotCursor::new(cx.slots);
+        let (mut new, mut unknown) = (0, 0);
+        let pages = pending.pages_mut();
+        let taken = self.ring.take(|slot, offset| match slots.page(slot, offset) {
+            Some(page) => new += u64::from(pages.insert(page)),
+            // The slot is gone, and its memory with it. KVM ignores such an entry too.
+            None => unknown += 1,
+        });
+        if taken > 0 {
+            self.vcpu.counters.pages.add(new);
+            self.vcpu.counters.duplicates.add(u64::from(taken) - new - unknown);
+            cx.counters.unknown_slot_entries.add(unknown);
+            self.early_pages += new;
+            self.empty_fulls = 0;
+        }
+        taken
+    }
+
+    /// Takes all that is in the ring. What it gave is not protected yet.
+    fn take(&mut self, cx: Context<'_>, pending: &mut Pending) {
+        let started = Instant::now();
+        let taken = self.take_entries(cx, pending);
+        self.note_occupancy(taken);
+        if self.ring.unconfirmed() == self.ring.size().entries() {
+            // KVM stops a vCPU short of that, so it may as well have gone beyond, over its own entries.
+            self.overflowed("every entry of its ring was dirty");
+        }
+        if self.suspect {
+            pending.everything = true;
+            match self.ring.gap() {
+                Some(gap) => {
+                    self.ring.skip(gap);
+                    self.take_entries(cx, pending);
+                    self.suspect = self.ring.unconfirmed() == self.ring.size().entries();
+                }
+                // Entries stood where they should, and none stands elsewhere.
+                None => self.suspect &= taken == 0 || taken == self.ring.size().entries(),
+            }
+        }
+        self.last_look = 0;
+        self.vcpu.counters.occupancy.set(0);
+        self.vcpu.counters.harvest_ns.add(nanos_since(started));
+    }
+
+    fn note_occupancy(&self, entries: u32) {
+        self.vcpu.counters.occupancy.set(u64::from(entries));
+        self.vcpu.counters.occupancy_max.raise_to(u64::from(entries));
+    }
+
+    fn overflowed(&mut self, sign: &'static str) {
+        if !self.suspect {
+            self.suspect = true;
+            self.vcpu.counters.overflows.add(1);
+            tracing::warn!(
+                vcpu = self.vcpu.index,
+                ring_entries = self.ring.size().entries(),
+                sign,
+                "dirty ring overflowed: every page is taken for dirty until it is in step again"
+            );
+        }
+    }
+
+    /// Where the ring should be recycled rather than looked at again, if it fills on as it does.
+    fn nears_its_limit(&self, entries: u32) -> bool {
+        let limit = match self.ring.size().entries() {
+            size @ 0..1024 => size - 64,
+            size => size - RESERVED_ENTRIES,
+        };
+        let grown = entries.saturating_sub(self.last_look);
+        grown > 0 && entries + grown >= limit
+    }
+}
+
+impl Rings {
+    pub(super) fn push(&mut self, ring: DirtyRing, vcpu: Arc<Vcpu>) {
+        self.rings.push(Ring {
+            ring,
+            vcpu,
+            early_pages: 0,
+            last_look: 0,
+            empty_fulls: 0,
+            suspect: false,
+            blind_skips: 0,
+        });
+    }
+
+    /// Takes and resets what is in every ring.
+    pub(super) fn recycle(&mut self, cx: Context<'_>, pending: &mut Pending) -> Result<AllReset, TrackError> {
+        self.recycle_these(0..self.rings.len(), cx, pending)
+    }
+
+    /// The same when every vCPU is outside the guest, and rings that are stuck can be brought in step.
+    pub(super) fn recycle_quiet(
+        &mut self,
+        cx: Context<'_>,
+        pending: &mut Pending,
+    ) -> Result<AllReset, TrackError> {
+        for at in 0..self.rings.len() {
+            self.unstick(at, cx, pending)?;
+        }
+        self.recycle(cx, pending)
+    }
+
+    /// A harvest was handed out: what comes now counts anew.
+    pub(super) fn harvested(&mut self) {
+        for ring in &mut self.rings {
+            ring.early_pages = 0;
+        }
+    }
+
+    /// Pages by vCPU since the last harvest; recycles a ring that would be full before the next look.
+    pub(super) fn observe(&mut self, cx: Context<'_>, pending: &mut Pending) -> Result<Vec<u64>, TrackError> {
+        let mut pages = Vec::with_capacity(self.rings.len());
+        for at in 0..self.rings.len() {
+            let ring = &mut self.rings[at];
+            let entries = ring.ring.look();
+            ring.note_occupancy(entries);
+            if ring.nears_its_limit(entries) {
+                self.recycle_these(at..at + 1, cx, pending)?;
+                pages.push(self.rings[at].early_pages);
+            } else {
+                ring.last_look = entries;
+                pages.push(ring.early_pages + u64::from(entries));
+            }
+        }
+        Ok(pages)
+    }
+
+    /// The vCPU says that its ring is full. It is outside the guest: we are on its thread.
+    pub(super) fn ring_full(
+        &mut self,
+        vcpu: &Arc<Vcpu>,
+        cx: Context<'_>,
+        pending: &mut Pending,
+    ) -> Result<(), TrackError> {
+        let Some(at) = self.rings.iter().position(|ring| Arc::ptr_eq(&ring.vcpu, vcpu)) else {
+            return Ok(());
+        };
+        self.unstick(at, cx, pending)?;
+        let ring = &mut self.rings[at];
+        // Before the take, which sets it back if there is anything to take.
+        ring.empty_fulls += 1;
+        ring.take(cx, pending);
+        if ring.empty_fulls >= 2 {
+            // The first time, another thread may have recycled the ring between the exit and this call. The second
+            // time KVM has looked again, nobody has taken anything in between, and it still counts entries that
+            // are not there.
+            ring.overflowed("KVM says full and the ring is empty");
+            pending.everything = true;
+            ring.blind_skips += 1;
+            if ring.blind_skips > BLIND_SKIPS_MAX {
+                return Err(TrackError::RingLost(ring.vcpu.index));
+            }
+            // How many is unknown, but a full ring counts more than a quarter of its size.
+            ring.ring.skip(ring.ring.size().entries() / 4);
+        } else if ring.empty_fulls == 0 {
+            ring.blind_skips = 0;
+        }
+        self.reset(cx, pending).map(drop)
+    }
+
+    fn recycle_these(
+        &mut self,
+        which: Range<usize>,
+        cx: Context<'_>,
+        pending: &mut Pending,
+    ) -> Result<AllReset, TrackError> {
+        for ring in &mut self.rings[which] {
+            ring.take(cx, pending);
+        }
+        self.reset(cx, pending)
+    }
+
+    /// Entries taken and not known to be reset, in all rings.
+    fn unconfirmed(&self) -> u64 {
+        self.rings.iter().map(|ring| u64::from(ring.ring.unconfirmed())).sum()
+    }
+
+    /// Has KVM reset everything that is flagged. Bounded: each turn either resets something or counts as idle.
+    fn reset(&mut self, cx: Context<'_>, pending: &mut Pending) -> Result<AllReset, TrackError> {
+        let mut idle = 0;
+        let mut left = self.unconfirmed();
+        while left > 0 {
+            let count = timed_reset(cx)?;
+            if count >= left {
+                self.rings.iter_mut().for_each(|ring| ring.ring.confirm());
+                break;
+            }
+            cx.counters.short_resets.add(1);
+            self.confirm_part(count, cx, pending);
+            left = self.unconfirmed();
+            if left == 0 {
+                // Another thread's reset took the rest. It may still be at it; ours waits for its lock.
+                timed_reset(cx)?;
+            }
+            idle = if count == 0 { idle + 1 } else { 0 };
+            if idle == IDLE_RESETS_MAX {
+                for ring in self.rings.iter_mut().filter(|ring| ring.ring.unconfirmed() > 0) {
+                    ring.overflowed("KVM does not reset the entries that are flagged");
+                }
+                pending.everything = true;
+                break;
+            }
+        }
+        Ok(AllReset(()))
+    }
+
+    /// An interrupted reset: finds out which of the flagged entries it got to.
+    fn confirm_part(&mut self, count: u64, cx: Context<'_>, pending: &mut Pending) {
+        let unflagged: u64 =
+            self.rings.iter().map(|ring| u64::from(ring.ring.unflagged_prefix().entries)).sum();
+        for ring in &mut self.rings {
+            let prefix = ring.ring.unflagged_prefix();
+            if prefix.dirty_again && unflagged != count {
+                // Overwritten before they were reset, or reset by another thread and used again: no telling.
+                ring.overflowed("entries were overwritten before they were reset");
+                pending.everything = true;
+            } else if prefix.entries > 0 {
+                match ring.ring.confirm_prefix(prefix.entries) {
+                    Some((slot, offset)) => insert_batch(slot, offset, cx.slots, pending),
+                    // The page is no longer known: so it may be any.
+                    None => pending.everything = true,
+                }
+            }
+        }
+    }
+
+    /// Brings a ring in step whose taken entries KVM has overwritten and so never resets.
+    fn unstick(&mut self, at: usize, cx: Context<'_>, pending: &mut Pending) -> Result<(), TrackError> {
+        let ring = &mut self.rings[at];
+        if ring.ring.unconfirmed() == 0 {
+            return Ok(());
+        }
+        ring.overflowed("entries were overwritten before they were reset");
+        pending.everything = true;
+        let mut left = u64::from(ring.ring.flag_again());
+        let mut idle = 0;
+        while left > 0 {
+            let count = timed_reset(cx)?;
+            left = left.saturating_sub(count);
+            idle = if count == 0 { idle + 1 } else { 0 };
+            if idle == IDLE_RESETS_MAX {
+                return Err(TrackError::RingLost(self.rings[at].vcpu.index));
+            }
+        }
+        self.rings[at].ring.confirm();
+        Ok(())
+    }
+}
+
+/// The pages that an interrupted reset may have counted and not protected: a batch around its last entry.
+fn insert_batch(slot: SlotId, offset: u64, slots: &Slots, pending: &mut Pending) {
+    let Some(region) = slots.get(slot) else { return };
+    let first = offset.saturating_sub(BATCH_PAGES - 1).min(region.pages.pages);
+    let end = offset.saturating_add(BATCH_PAGES).min(region.pages.pages);
+    if first < end {
+        pending.insert_unsure(PageRun { first: PageIndex(region.pages.first.0 + first), pages: end - first });
+    }
+}
+
+fn timed_reset(cx: Context<'_>) -> Result<u64, TrackError> {
+    let started = Instant::now();
+    let count = u64::from(cx.kernel.reset_dirty_rings()?);
+    cx.counters.resets.add(1);
+    cx.counters.reset_ns.add(nanos_since(started));
+    cx.counters.entries_reset.add(count);
+    Ok(count)
+}
+
+fn nanos_since(started: Instant) -> u64 {
+    u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,134 @@
+//! The memory slots of the VM as the tracker knows them: whose pages an entry names, and which pages are RAM.
+
+use std::sync::Arc;
+
+use super::TrackError;
+use crate::kvm::{Kernel, KvmError};
+use crate::layout::{GuestMemory, PageIndex, PageRun, Region, SlotId};
+
+/// One slot. It keeps the memory's owner-given promise alive, and with it the right to name it to KVM.
+#[derive(Clone, Debug)]
+struct Slot {
+    id: SlotId,
+    memory: Arc<GuestMemory>,
+    region: usize,
+}
+
+impl Slot {
+    fn region(&self) -> &Region {
+        &self.memory.regions()[self.region]
+    }
+}
+
+/// All tracked slots, by id.
+#[derive(Default, Debug)]
+pub(super) struct Slots {
+    slots: Vec<Slot>,
+}
+
+impl Slots {
+    /// The ids of `memory`'s regions are new, to the table and to each other.
+    fn check_new(&self, memory: &GuestMemory) -> Result<(), TrackError> {
+        let mut ids: Vec<SlotId> = memory.regions().iter().map(|region| region.slot).collect();
+        ids.extend(self.slots.iter().map(|slot| slot.id));
+        ids.sort_unstable();
+        match ids.windows(2).find(|pair| pair[0] == pair[1]) {
+            Some(pair) => Err(TrackError::SlotKnown(pair[0])),
+            None => Ok(()),
+        }
+    }
+
+    /// Adds every region of `memory` as a slot; none, if one is known already.
+    pub(super) fn add(&mut self, memory: &GuestMemory) -> Result<(), TrackError> {
+        self.check_new(memory)?;
+        let memory = Arc::new(memory.clone());
+        for (region, Region { slot, .. }) in memory.regions().iter().enumerate() {
+            self.slots.push(Slot { id: *slot, memory: Arc::clone(&memory), region });
+        }
+        self.slots.sort_by_key(|slot| slot.id);
+        Ok(())
+    }
+
+    fn position(&self, id: SlotId) -> Option<usize> {
+        self.slots.binary_search_by_key(&id, |slot| slot.id).ok()
+    }
+
+    pub(super) fn get(&self, id: SlotId) -> Option<&Region> {
+        self.position(id).map(|at| self.slots[at].region())
+    }
+
+    pub(super) fn remove(&mut self, id: SlotId) {
+        self.slots.retain(|slot| slot.id != id);
+    }
+
+    pub(super) fn regions(&self) -> impl Iterator<Item = &Region> {
+        self.slots.iter().map(Slot::region)
+    }
+
+    /// One past the highest page of any slot.
+    pub(super) fn end(&self) -> PageIndex {
+        self.regions().map(|region| region.pages.end()).max().unwrap_or(PageIndex(0))
+    }
+
+    /// What lies between the slots, below `end`.
+    pub(super) fn holes(&self, end: PageIndex) -> Vec<PageRun> {
+        let mut runs: Vec<PageRun> = self.regions().map(|region| region.pages).collect();
+        runs.sort_by_key(|run| run.first);
+        runs.push(PageRun { first: end, pages: 0 });
+        let mut free_from = PageIndex(0);
+        let mut holes = Vec::new();
+        for run in runs {
+            if free_from < run.first {
+                holes.push(PageRun { first: free_from, pages: run.first.0 - free_from.0 });
+            }
+            free_from = free_from.max(run.end());
+        }
+        holes
+    }
+
+    /// Switches dirty logging of all slots on or off. On: none is left on when one was refused. Off: all are tried,
+    /// and the first refusal is returned.
+    pub(super) fn set_logging(&self, kernel: &dyn Kernel, enabled: bool) -> Result<(), KvmError> {
+        let mut first_error = Ok(());
+        for (done, region) in self.regions().enumerate() {
+            if let Err(error) = kernel.set_dirty_logging(region, enabled) {
+                if enabled {
+                    for region in self.regions().take(done) {
+                        // Best effort: the refusal that matters is already being reported.
+                        let _ = kernel.set_dirty_logging(region, false);
+                    }
+                    return Err(error);
+                }
+                first_error = first_error.and(Err(error));
+            }
+        }
+        first_error
+    }
+}
+
+/// The slot that the last entry named: entries come in long runs of one slot.
+pub(super) struct SlotCursor<'a> {
+    slots: &'a Slots,
+    id: SlotId,
+    pages: PageRun,
+}
+
+impl<'a> SlotCursor<'a> {
+    pub(super) fn new(slots: &'a Slots) -> Self {
+        // An empty run: any first entry looks its slot up, unless it names this id, which then has no page either.
+        let nothing = PageRun { first: PageIndex(0), pages: 0 };
+        let (id, pages) =
+            slots.slots.first().map_or((SlotId(u32::MAX), nothing), |slot| (slot.id, slot.region().pages));
+        Self { slots, id, pages }
+    }
+
+    /// The page that an entry names, if there is such a page.
+    #[inline]
+    pub(super) fn page(&mut self, slot: SlotId, offset: u64) -> Option<PageIndex> {
+        if slot != self.id {
+            self.pages = self.slots.get(slot)?.pages;
+            self.id = slot;
+        }
+        (offset < self.pages.pages).then(|| PageIndex(self.pages.first.0 + offset))
+    }
+}

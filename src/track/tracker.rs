@@ -1,0 +1,361 @@
+//! The tracker that a VMM keeps for all of a VM's life: slots, vCPUs, and one lock around what they share.
+
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use super::bitmap::{AllCleared, BitmapLog};
+use super::figures::{Figures, VmCounters};
+use super::pending::{Pending, Protected};
+use super::rings::{AllReset, Context, Rings};
+use super::slots::Slots;
+use super::vcpu::{Vcpu, VcpuHandle};
+use super::{DirtySource, Observed, TrackError};
+use crate::kvm::ring::DirtyRing;
+use crate::kvm::{Kernel, KvmError, RingSize, VmFd, caps};
+use crate::layout::{GuestMemory, PageRun, SlotId};
+use crate::page_set::{AtomicPageSet, PageSet};
+use crate::vm::Paused;
+
+/// Dirty tracking of one VM, on KVM's rings or on its bitmap. Cheap to clone: all clones are the same tracker, so
+/// that the VMM keeps one, and lends one to a migration as its [`DirtySource`].
+///
+/// The tracker sets and clears `KVM_MEM_LOG_DIRTY_PAGES` itself, on the slots that it was told of with
+/// [`add_memory`](Self::add_memory): it must be able to do so from any thread and without a lock of the VMM's, to
+/// protect memory anew after an overflow. The VMM creates and deletes slots, and leaves that flag alone.
+#[derive(Clone, Debug)]
+pub struct DirtyTracker {
+    shared: Arc<Shared>,
+}
+
+/// What the tracker's clones and the vCPU handles share.
+#[derive(Debug)]
+pub(super) struct Shared {
+    kernel: Box<dyn Kernel>,
+    counters: VmCounters,
+    /// Whether marks are of interest. Ordered against the marks by fences: see `mark_dirty`.
+    tracking: AtomicBool,
+    /// Marks from outside the guest; replaced by a larger one when memory grows.
+    marks: RwLock<AtomicPageSet>,
+    /// The recycle lock. A `std` mutex is one futex word: unlike others it never allocates.
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    backend: Backend,
+    slots: Slots,
+    vcpus: Vec<Arc<Vcpu>>,
+    pending: Pending,
+    tracking: bool,
+}
+
+#[derive(Debug)]
+enum Backend {
+    Ring { size: RingSize, rings: Rings },
+    Bitmap(BitmapLog),
+}
+
+/// Proof from whichever backend it is.
+enum Collected {
+    Ring { _proof: AllReset },
+    Bitmap { _proof: AllCleared },
+}
+
+impl Protected for Collected {}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A panic elsewhere leaves pages in `pending` or in the rings: taking them again is harmless.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn ring_full(&self, vcpu: &Arc<Vcpu>) -> Result<(), TrackError> {
+        let State { backend, slots, pending, .. } = &mut *self.lock();
+        match backend {
+            Backend::Ring { rings, .. } => rings.ring_full(vcpu, self.context(slots), pending),
+            Backend::Bitmap(_) => Ok(()),
+        }
+    }
+
+    fn context<'a>(&'a self, slots: &'a Slots) -> Context<'a> {
+        Context { kernel: &*self.kernel, slots, counters: &self.counters }
+    }
+
+    /// Brings all that is dirty into `pending`, protected.
+    fn collect(&self, state: &mut State, quiet: bool) -> Result<Collected, TrackError> {
+        let State { backend, slots, pending, .. } = state;
+        let cx = self.context(slots);
+        let collected = match backend {
+            Backend::Ring { rings, .. } if quiet => {
+                Collected::Ring { _proof: rings.recycle_quiet(cx, pending)? }
+            }
+            Backend::Ring { rings, .. } => Collected::Ring { _proof: rings.recycle(cx, pending)? },
+            Backend::Bitmap(log) => Collected::Bitmap { _proof: log.collect(cx, pending.pages_mut())? },
+        };
+        self.drain_marks(slots, pending);
+        if pending.everything {
+            // Off forgets what is protected, on protects all. What is written in between is in the set already.
+            slots.set_logging(&*self.kernel, false)?;
+            slots.set_logging(&*self.kernel, true)?;
+            for region in slots.regions() {
+                pending.pages_mut().insert_run(region.pages);
+            }
+            pending.rearmed();
+            self.counters.rearms.add(1);
+        }
+        Ok(collected)
+    }
+
+    fn drain_marks(&self, slots: &Slots, pending: &mut Pending) {
+        let marks = self.marks.read().unwrap_or_else(PoisonError::into_inner);
+        marks.drain_into(pending.pages_mut());
+        for hole in slots.holes(marks.capacity()) {
+            pending.remove_run(hole);
+        }
+    }
+}
+
+impl DirtyTracker {
+    /// Gives every vCPU that is created from now on a dirty ring. It cannot be undone, and from then on KVM refuses
+    /// the bitmap ioctls for this VM: see [`take_slot_bitmap`](Self::take_slot_bitmap).
+    ///
+    /// # Errors
+    ///
+    /// [`TrackError::Kvm`]: no rings here, none of this size, or too late, because a vCPU exists.
+    pub fn enable(vm: &impl AsRawFd, size: RingSize) -> Result<Self, TrackError> {
+        let vm = VmFd::duplicate(vm)?;
+        caps::enable_ring(vm.as_fd(), size)?;
+        Ok(Self::on(Box::new(vm), Backend::Ring { size, rings: Rings::default() }))
+    }
+
+    /// Tracks by KVM's bitmap instead, with manual protection.
+    ///
+    /// # Errors
+    ///
+    /// [`TrackError::Kvm`]: this KVM cannot protect manually.
+    pub fn enable_bitmap(vm: &impl AsRawFd) -> Result<Self, TrackError> {
+        let vm = VmFd::duplicate(vm)?;
+        caps::enable_manual_protect(vm.as_fd())?;
+        Ok(Self::on(Box::new(vm), Backend::Bitmap(BitmapLog::default())))
+    }
+
+    fn on(kernel: Box<dyn Kernel>, backend: Backend) -> Self {
+        let pending = Pending::new();
+        let slots = Slots::default();
+        let marks = RwLock::new(AtomicPageSet::new(slots.end()));
+        let state = State { backend, slots, vcpus: Vec::new(), pending, tracking: false };
+        let shared = Shared {
+            kernel,
+            counters: VmCounters::default(),
+            tracking: AtomicBool::new(false),
+            marks,
+            state: Mutex::new(state),
+        };
+        Self { shared: Arc::new(shared) }
+    }
+
+    /// Every region of `memory` is a slot from now on. The VMM calls this once it has created the slots, at start-up
+    /// or when memory is plugged in. While tracking is on, all of the new memory counts as dirty.
+    ///
+    /// # Errors
+    ///
+    /// [`TrackError::SlotKnown`] for an id that is in use, or what KVM refused; no region is added then.
+    pub fn add_memory(&self, memory: &GuestMemory) -> Result<(), TrackError> {
+        let state = &mut *self.shared.lock();
+        state.slots.add(memory)?;
+        if state.tracking {
+            let mut refused = Ok(());
+            for region in memory.regions() {
+                refused = refused.and_then(|()| self.shared.kernel.set_dirty_logging(region, true));
+            }
+            if let Err(error) = refused {
+                memory.regions().iter().for_each(|region| state.slots.remove(region.slot));
+                return Err(error.into());
+            }
+        }
+        let end = state.slots.end();
+        state.pending.grow(end);
+        let mut marks = self.shared.marks.write().unwrap_or_else(PoisonError::into_inner);
+        if marks.capacity() < end {
+            marks.drain_into(state.pending.pages_mut());
+            *marks = AtomicPageSet::new(end);
+        }
+        if state.tracking {
+            for region in memory.regions() {
+                state.pending.pages_mut().insert_run(region.pages);
+            }
+        }
+        Ok(())
+    }
+
+    /// Forgets a slot. The VMM calls this before it deletes or moves the slot in KVM: entries that still name it are
+    /// recycled first, because KVM would take them for entries of the next slot with this id.
+    ///
+    /// # Errors
+    ///
+    /// [`TrackError::SlotUnknown`], or what KVM refused; the slot is then still tracked.
+    pub fn remove_slot(&self, slot: SlotId) -> Result<(), TrackError> {
+        let state = &mut *self.shared.lock();
+        let region = *state.slots.get(slot).ok_or(TrackError::SlotUnknown(slot))?;
+        if state.tracking {
+            self.shared.kernel.set_dirty_logging(&region, false)?;
+        }
+        // With logging off, nothing new can name the slot.
+        if let Backend::Ring { rings, .. } = &mut state.backend {
+            rings.recycle(self.shared.context(&state.slots), &mut state.pending)?;
+        }
+        state.slots.remove(slot);
+        state.pending.remove_run(region.pages);
+        Ok(())
+    }
+
+    /// Follows a vCPU, at start-up or when it is plugged in, before it first runs.
+    ///
+    /// # Errors
+    ///
+    /// [`TrackError::VcpuKnown`] if the index is taken, or that the vCPU's ring cannot be mapped.
+    pub fn attach_vcpu(&self, index: usize, vcpu: &impl AsRawFd) -> Result<VcpuHandle, TrackError> {
+        self.attach(index, |size| DirtyRing::map(vcpu, size))
+    }
+
+    fn attach(
+        &self,
+        index: usize,
+        map: impl FnOnce(RingSize) -> Result<DirtyRing, KvmError>,
+    ) -> Result<VcpuHandle, TrackError> {
+        let state = &mut *self.shared.lock();
+        if state.vcpus.iter().any(|vcpu| vcpu.index == index) {
+            return Err(TrackError::VcpuKnown(index));
+        }
+        let vcpu = Arc::new(Vcpu::new(index));
+        if let Backend::Ring { size, rings } = &mut state.backend {
+            rings.push(map(*size)?, Arc::clone(&vcpu));
+        }
+        state.vcpus.push(Arc::clone(&vcpu));
+        Ok(VcpuHandle::new(Arc::clone(&self.shared), vcpu))
+    }
+
+    /// Marks pages dirty that the VMM itself wrote, from any thread: after the write. Rings and bitmap do not see
+    /// such writes. A fence and a load while tracking is off.
+    pub fn mark_dirty(&self, run: PageRun) {
+        // The caller's write comes before our load, as `start` stores the flag before anybody reads a page: either
+        // we see the flag, or the reader sees the write. Both sides need the fence, for a store before a load.
+        fence(Ordering::SeqCst);
+        if self.shared.tracking.load(Ordering::Relaxed) {
+            self.shared.marks.read().unwrap_or_else(PoisonError::into_inner).insert_run(run);
+        }
+    }
+
+    /// What `KVM_GET_DIRTY_LOG` would say of one slot: bit 0 of word 0 is its first page. The pages of other slots
+    /// stay for their own turn.
+    ///
+    /// # Errors
+    ///
+    /// [`TrackError::SlotUnknown`], and as for [`harvest`](DirtySource::harvest).
+    pub fn take_slot_bitmap(&self, slot: SlotId) -> Result<Vec<u64>, TrackError> {
+        let state = &mut *self.shared.lock();
+        let run = state.slots.get(slot).ok_or(TrackError::SlotUnknown(slot))?.pages;
+        if !state.tracking {
+            return Err(TrackError::NotTracking);
+        }
+        let collected = self.shared.collect(state, false)?;
+        Ok(state.pending.hand_out_words(collected, run))
+    }
+
+    /// Handles of all vCPUs, in the order of attachment: for whoever throttles.
+    pub fn vcpus(&self) -> Vec<VcpuHandle> {
+        let state = self.shared.lock();
+        let handle = |vcpu: &Arc<Vcpu>| VcpuHandle::new(Arc::clone(&self.shared), Arc::clone(vcpu));
+        state.vcpus.iter().map(handle).collect()
+    }
+
+    /// What tracking did so far and what it cost.
+    pub fn snapshot(&self) -> Figures {
+        let state = self.shared.lock();
+        let vcpus = state.vcpus.iter().map(|vcpu| vcpu.figures()).collect();
+        self.shared.counters.figures(vcpus)
+    }
+
+    fn harvest_when(&self, quiet: bool, dirty: &mut PageSet) -> Result<(), TrackError> {
+        let state = &mut *self.shared.lock();
+        if !state.tracking {
+            return Err(TrackError::NotTracking);
+        }
+        state.pending.check_fits(dirty)?;
+        let collected = self.shared.collect(state, quiet)?;
+        state.pending.hand_out(collected, dirty);
+        if let Backend::Ring { rings, .. } = &mut state.backend {
+            rings.harvested();
+        }
+        self.shared.counters.harvests.add(1);
+        Ok(())
+    }
+}
+
+impl DirtySource for DirtyTracker {
+    fn backend(&self) -> &'static str {
+        match self.shared.lock().backend {
+            Backend::Ring { .. } => "ring",
+            Backend::Bitmap(_) => "bitmap",
+        }
+    }
+
+    fn start(&mut self) -> Result<(), TrackError> {
+        let state = &mut *self.shared.lock();
+        if state.tracking {
+            return Err(TrackError::AlreadyTracking);
+        }
+        if let Backend::Ring { rings, .. } = &mut state.backend {
+            // What an earlier period left behind.
+            rings.recycle(self.shared.context(&state.slots), &mut state.pending)?;
+            rings.harvested();
+        }
+        state.pending.forget();
+        state.slots.set_logging(&*self.shared.kernel, true)?;
+        state.tracking = true;
+        self.shared.tracking.store(true, Ordering::Relaxed);
+        // Before anybody reads a page: see `mark_dirty`.
+        fence(Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn observe(&mut self) -> Result<Observed, TrackError> {
+        let State { backend, slots, pending, tracking, .. } = &mut *self.shared.lock();
+        match backend {
+            _ if !*tracking => Err(TrackError::NotTracking),
+            Backend::Ring { rings, .. } => {
+                rings.observe(self.shared.context(slots), pending).map(Observed::PerVcpu)
+            }
+            Backend::Bitmap(_) => Ok(Observed::Unobservable),
+        }
+    }
+
+    fn harvest(&mut self, dirty: &mut PageSet) -> Result<(), TrackError> {
+        self.harvest_when(false, dirty)
+    }
+
+    fn harvest_final(&mut self, _: &Paused, dirty: &mut PageSet) -> Result<(), TrackError> {
+        self.harvest_when(true, dirty)
+    }
+
+    fn give_back(&mut self, pages: &PageSet) {
+        // With the marks, which a stop and a start leave alone.
+        self.shared.marks.read().unwrap_or_else(PoisonError::into_inner).union(pages);
+    }
+
+    fn stop(&mut self) -> Result<(), TrackError> {
+        let state = &mut *self.shared.lock();
+        if !state.tracking {
+            return Ok(());
+        }
+        state.tracking = false;
+        self.shared.tracking.store(false, Ordering::Relaxed);
+        let logging_off = state.slots.set_logging(&*self.shared.kernel, false);
+        if let Backend::Ring { rings, .. } = &mut state.backend {
+            rings.recycle(self.shared.context(&state.slots), &mut state.pending)?;
+        }
+        state.pending.forget();
+        Ok(logging_off?)
+    }
+}
