@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use ringferry::layout::LayoutError;
 
 use crate::multiboot::ImageError;
+use crate::state::StateError;
 
 /// Why a VM could not be built or driven.
 #[derive(Debug, thiserror::Error)]
@@ -128,6 +129,9 @@ pub enum TestVmError {
         /// Why.
         error: VcpuError,
     },
+    /// Saved state could not be read or set.
+    #[error(transparent)]
+    State(#[from] StateError),
     /// Dirty tracking could not be set up.
     #[error("setting up dirty tracking: {0}")]
     Tracking(String),

@@ -14,6 +14,7 @@ mod kick;
 mod memory;
 mod multiboot;
 mod skip;
+mod state;
 mod vcpu;
 mod vm;
 
@@ -27,5 +28,6 @@ pub use gate::VcpuStatus;
 pub use memory::{HOLE_END, HOLE_START, pc_layout};
 pub use multiboot::ImageError;
 pub use skip::skip;
+pub use state::{STATE_VERSION, SkippedMsr, StateError};
 pub use vcpu::{EXIT_PORT, IDLE_PORT, VcpuCounters, VcpuHooks};
 pub use vm::TestVm;

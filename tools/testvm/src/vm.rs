@@ -8,8 +8,8 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use kvm_bindings::{
-    KVM_API_VERSION, KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
-    kvm_userspace_memory_region,
+    KVM_API_VERSION, KVM_CAP_BINARY_STATS_FD, KVM_CAP_SREGS2, KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY,
+    kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use parking_lot::Mutex;
@@ -20,6 +20,7 @@ use crate::config::{Boot, Config};
 use crate::error::TestVmError;
 use crate::gate::{Gate, VcpuStatus, Wanted};
 use crate::memory::Ram;
+use crate::state::{self, Shape, SkippedMsr};
 use crate::vcpu::{self, Serial, Vcpu, VcpuCounters};
 use crate::{boot, cpuid};
 
@@ -72,6 +73,8 @@ pub struct TestVm {
     ram: Arc<Ram>,
     gate: Arc<Gate>,
     serial: Arc<Mutex<Serial>>,
+    shape: Shape,
+    skipped_msrs: Vec<SkippedMsr>,
     tsc_khz: u32,
     boots: bool,
     phase: Phase,
@@ -90,6 +93,7 @@ impl TestVm {
             kvm_error("KVM_CREATE_VM", e, "another hypervisor may hold this CPU's virtualization")
         })?;
         check_capabilities(&kvm, &vm, &config)?;
+        let shape = Shape::new(&kvm, &vm)?;
         let ram = Ram::new(&config)?;
         let boots = match &config.boot {
             Boot::Image { image, append } => Some(boot::load(&ram, image, append)?),
@@ -132,6 +136,8 @@ impl TestVm {
             ram,
             gate,
             serial,
+            shape,
+            skipped_msrs: Vec::new(),
             tsc_khz,
             boots: boots.is_some(),
             phase: Phase::Built,
@@ -227,6 +233,62 @@ impl TestVm {
         self.ram.write(address, bytes)
     }
 
+    /// MSRs that the last save could not read, or the last restore not set.
+    pub fn skipped_msrs(&self) -> &[SkippedMsr] {
+        &self.skipped_msrs
+    }
+
+    fn save(&mut self) -> Result<Vec<u8>, TestVmError> {
+        if self.phase == Phase::Running {
+            return Err(TestVmError::WrongPhase { tried: "saving state", found: self.phase.name() });
+        }
+        for (vcpu, status) in self.gate.status().into_iter().enumerate() {
+            match status {
+                VcpuStatus::Failed(error) => return Err(TestVmError::Vcpu { vcpu, error }),
+                VcpuStatus::Exited { .. } => {
+                    return Err(TestVmError::WrongPhase {
+                        tried: "saving state",
+                        found: "ended by its guest",
+                    });
+                }
+                VcpuStatus::Running | VcpuStatus::Paused => {}
+            }
+        }
+        let mut skipped = Vec::new();
+        let mut vcpus = Vec::with_capacity(self.vcpus.len());
+        for vcpu in &self.vcpus {
+            vcpus.push(state::save_vcpu(&vcpu.fd.lock(), vcpu.index, &self.shape, &mut skipped)?);
+        }
+        let vm = state::save_vm(&self.vm, &self.shape)?;
+        self.note_skipped("read", skipped);
+        Ok(state::write(self.tsc_khz, &vcpus, &vm))
+    }
+
+    fn restore(&mut self, bytes: &[u8]) -> Result<(), TestVmError> {
+        if self.phase != Phase::Built {
+            return Err(TestVmError::WrongPhase { tried: "restoring state", found: self.phase.name() });
+        }
+        let saved = state::read(bytes, self.vcpus.len())?;
+        let mut skipped = Vec::new();
+        for (vcpu, parts) in self.vcpus.iter().zip(&saved.vcpus) {
+            let fd = vcpu.fd.lock();
+            state::match_tsc(&fd, saved.tsc_khz, self.tsc_khz)?;
+            state::restore_vcpu(&fd, vcpu.index, &self.shape, parts, &mut skipped)?;
+        }
+        state::restore_vm(&self.vm, &self.shape, &saved.vm)?;
+        self.tsc_khz = saved.tsc_khz;
+        self.note_skipped("set", skipped);
+        self.phase = Phase::Paused;
+        Ok(())
+    }
+
+    fn note_skipped(&mut self, what: &str, skipped: Vec<SkippedMsr>) {
+        for SkippedMsr { vcpu, index, value } in &skipped {
+            tracing::warn!(vcpu, "MSR {index:#x} could not be {what} (value {value:x?}): it does not move");
+        }
+        self.skipped_msrs = skipped;
+    }
+
     fn kick_all(&self) {
         for vcpu in &self.vcpus {
             vcpu.kick.kick();
@@ -260,12 +322,15 @@ impl Vm for TestVm {
         Ok(())
     }
 
+    /// See `state` for what is in it. What could not be read is in [`TestVm::skipped_msrs`] afterwards.
     fn save_state(&mut self, _: &Paused) -> Result<Vec<u8>, VmError> {
-        Err(TestVmError::WrongPhase { tried: "saving state", found: self.phase.name() }.into())
+        Ok(self.save()?)
     }
 
-    fn restore_state(&mut self, _: &[u8]) -> Result<Paused, VmError> {
-        Err(TestVmError::WrongPhase { tried: "restoring state", found: self.phase.name() }.into())
+    /// For a VM that was built and has not run yet. What could not be set is in [`TestVm::skipped_msrs`] afterwards.
+    fn restore_state(&mut self, state: &[u8]) -> Result<Paused, VmError> {
+        self.restore(state)?;
+        Ok(Paused::declare_every_vcpu_is_outside_kvm_run())
     }
 
     fn set_dirty_logging(&mut self, enabled: bool) -> Result<(), VmError> {
@@ -324,6 +389,15 @@ fn check_capabilities(kvm: &Kvm, vm: &VmFd, config: &Config) -> Result<(), TestV
             format!("{} vCPUs", config.vcpus),
             format!("KVM of this host allows {}", kvm.get_max_vcpus()),
         );
+    }
+    // Numbers that kvm-ioctls has no names for.
+    for (number, what, purpose) in [
+        (KVM_CAP_SREGS2, "KVM_CAP_SREGS2", "saving control registers"),
+        (KVM_CAP_BINARY_STATS_FD, "KVM_CAP_BINARY_STATS_FD", "telling native guests from emulated ones"),
+    ] {
+        if vm.check_extension_raw(number.into()) <= 0 {
+            return Err(TestVmError::MissingCapability { what, purpose });
+        }
     }
     // One more: the hole below 4 GiB may cut a region.
     if config.regions + 1 > kvm.get_nr_memslots() {

@@ -246,3 +246,15 @@ pub fn assert_consistent(vm: &TestVm) {
         }
     }
 }
+
+/// Copies all of RAM page by page, whatever regions each side has.
+pub fn copy_ram(from: &TestVm, to: &TestVm) {
+    let mut page = vec![0; PAGE_SIZE];
+    for region in from.memory().regions() {
+        for index in 0..region.pages.pages {
+            let address = GuestAddress(region.pages.first.address().0 + index * PAGE_SIZE as u64);
+            from.read_ram(address, &mut page).expect("a page of the source's RAM");
+            to.write_ram(address, &page).expect("the same page at the destination");
+        }
+    }
+}
