@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use ringferry::layout::LayoutError;
+use ringferry::track::TrackError;
 
 use crate::multiboot::ImageError;
 use crate::state::StateError;
@@ -134,7 +135,7 @@ pub enum TestVmError {
     State(#[from] StateError),
     /// Dirty tracking could not be set up.
     #[error("setting up dirty tracking: {0}")]
-    Tracking(String),
+    Tracking(#[from] TrackError),
     /// The kernel's statistics were not in the documented form.
     #[error("reading KVM statistics: {0}")]
     Stats(String),
@@ -184,9 +185,9 @@ pub enum VcpuError {
         /// Where it was.
         rip: u64,
     },
-    /// A hook on the vCPU's path failed.
-    #[error("dirty tracking failed on the vCPU's thread: {0}")]
-    Hook(String),
+    /// Its full dirty ring could not be emptied.
+    #[error("the dirty ring is full: {0}")]
+    RingFull(String),
     /// The thread of the vCPU panicked: a defect of the test VMM.
     #[error("the thread of the vCPU panicked")]
     Panicked,

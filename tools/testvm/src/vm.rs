@@ -13,10 +13,12 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use parking_lot::Mutex;
+use ringferry::kvm::RingSize;
+use ringferry::track::{DirtyTracker, TrackError};
 use ringferry::vm::VmError;
 use ringferry::{GuestAddress, GuestMemory, Paused, Vm};
 
-use crate::config::{Boot, Config};
+use crate::config::{Boot, Config, Tracking};
 use crate::error::TestVmError;
 use crate::gate::{Gate, VcpuStatus, Wanted};
 use crate::memory::Ram;
@@ -70,7 +72,8 @@ pub struct TestVm {
     threads: Vec<JoinHandle<()>>,
     vcpus: Vec<Arc<Vcpu>>,
     vm: VmFd,
-    ram: Arc<Ram>,
+    ram: Ram,
+    tracker: Option<DirtyTracker>,
     gate: Arc<Gate>,
     serial: Arc<Mutex<Serial>>,
     shape: Shape,
@@ -94,12 +97,24 @@ impl TestVm {
         })?;
         check_capabilities(&kvm, &vm, &config)?;
         let shape = Shape::new(&kvm, &vm)?;
-        let ram = Ram::new(&config)?;
+        // Before any vCPU: they get their rings when they are created.
+        let tracker = match config.tracking {
+            Tracking::None => None,
+            Tracking::Ring { entries } => {
+                let size = RingSize::from_entries(entries).map_err(TrackError::from)?;
+                Some(DirtyTracker::enable(&vm, size)?)
+            }
+            Tracking::Bitmap => Some(DirtyTracker::enable_bitmap(&vm)?),
+        };
+        let ram = Ram::new(&config, tracker.clone())?;
         let boots = match &config.boot {
             Boot::Image { image, append } => Some(boot::load(&ram, image, append)?),
             Boot::Destination => None,
         };
         set_slots(&vm, ram.memory(), false)?;
+        if let Some(tracker) = &tracker {
+            tracker.add_memory(ram.memory())?;
+        }
         vm.set_tss_address(TSS_ADDRESS)
             .map_err(|e| kvm_error("KVM_SET_TSS_ADDR", e, "its pages collide with RAM"))?;
         let no_chip = "this KVM emulates no interrupt controllers";
@@ -122,7 +137,8 @@ impl TestVm {
             if let (0, Some(entry)) = (index, boots) {
                 boot::enter(&fd, entry)?;
             }
-            let vcpu = Vcpu::new(index, fd).map_err(|error| TestVmError::Kvm {
+            let tracked = tracker.as_ref().map(|tracker| tracker.attach_vcpu(index, &fd)).transpose()?;
+            let vcpu = Vcpu::new(index, fd, tracked).map_err(|error| TestVmError::Kvm {
                 call: "mapping kvm_run",
                 error,
                 hint: "the address space of this process may be limited (ulimit -v)",
@@ -134,6 +150,7 @@ impl TestVm {
             vcpus,
             vm,
             ram,
+            tracker,
             gate,
             serial,
             shape,
@@ -143,7 +160,7 @@ impl TestVm {
             phase: Phase::Built,
         };
         for vcpu in &built.vcpus {
-            let thread = vcpu::spawn(vcpu.clone(), built.gate.clone(), built.serial.clone(), None)?;
+            let thread = vcpu::spawn(vcpu.clone(), built.gate.clone(), built.serial.clone())?;
             built.threads.push(thread);
         }
         Ok(built)
@@ -173,9 +190,14 @@ impl TestVm {
         self.gate.want(Wanted::Run);
     }
 
-    /// Guest RAM as this process maps it. Neither it nor a clone may be used after the VM is dropped.
+    /// Guest RAM as this process maps it; a clone keeps it mapped.
     pub fn memory(&self) -> &GuestMemory {
         self.ram.memory()
+    }
+
+    /// The tracker of the guest's writes, if the configuration asks for one; a clone is the same tracker.
+    pub fn tracker(&self) -> Option<&DirtyTracker> {
+        self.tracker.as_ref()
     }
 
     /// The VM's file descriptor.
@@ -224,7 +246,7 @@ impl TestVm {
         self.ram.read(address, bytes)
     }
 
-    /// Writes guest RAM; aligned words are written whole. Reported to [`Config::written_by_vmm`].
+    /// Writes guest RAM; aligned words are written whole. The tracker is told.
     ///
     /// # Errors
     ///
@@ -289,9 +311,9 @@ impl TestVm {
         self.skipped_msrs = skipped;
     }
 
-    fn kick_all(&self) {
+    fn call_all_out(&self) {
         for vcpu in &self.vcpus {
-            vcpu.kick.kick();
+            vcpu.call_out();
         }
     }
 }
@@ -303,7 +325,7 @@ impl Vm for TestVm {
             return Err(TestVmError::WrongPhase { tried: "pausing the VM", found }.into());
         }
         self.gate.want(Wanted::Pause);
-        self.kick_all();
+        self.call_all_out();
         if let Err(vcpu) = self.gate.wait_until_none_runs(PAUSE_LIMIT) {
             self.gate.want(Wanted::Run);
             let waited_ms = u64::try_from(PAUSE_LIMIT.as_millis()).unwrap_or(u64::MAX);
@@ -339,7 +361,7 @@ impl Vm for TestVm {
 
     fn kick(&self, index: usize) {
         if let Some(vcpu) = self.vcpus.get(index) {
-            vcpu.kick.kick();
+            vcpu.kick();
         }
     }
 }
@@ -348,7 +370,7 @@ impl Drop for TestVm {
     /// Ends every vCPU's thread and joins it; whatever the guest was doing is over.
     fn drop(&mut self) {
         self.gate.want(Wanted::End);
-        self.kick_all();
+        self.call_all_out();
         for thread in self.threads.drain(..) {
             // The thread catches its own panics and reports them as the vCPU's status.
             let _ = thread.join();
