@@ -225,7 +225,7 @@ impl PageSet {
         let (mut next, end) = (run.first.0, run.end().0.min(self.end));
         std::iter::from_fn(move || {
             let first = self.next_page(next, end)?;
-            next = self.next_gap(first).min(end);
+            next = self.next_gap(first, end);
             Some(PageRun { first: PageIndex(first), pages: next - first })
         })
     }
@@ -337,15 +337,15 @@ impl PageSet {
         self.next_set(0, index(from)).map(|page| page as u64).filter(|page| *page < end)
     }
 
-    /// The next page that is not in the set, `from` included.
-    fn next_gap(&self, from: u64) -> u64 {
+    /// The next page that is not in the set, `from` included, or `end`; no word beyond `end` is looked at.
+    fn next_gap(&self, from: u64, end: u64) -> u64 {
         let (mut word, _) = split(index(from));
         let mut gaps = !self.levels[0][word] & bits_from(index(from));
-        while gaps == 0 {
+        while gaps == 0 && (word as u64 + 1) * WORD < end {
             word += 1;
-            gaps = self.levels[0].get(word).map_or(!0, |bits| !bits);
+            gaps = !self.levels[0][word];
         }
-        word as u64 * WORD + u64::from(gaps.trailing_zeros())
+        (word as u64 * WORD + u64::from(gaps.trailing_zeros())).min(end)
     }
 
     /// The 64 pages from `page` on, at any alignment.

@@ -1,0 +1,115 @@
+//! What can go wrong on the way, said so that a user knows what to do about it.
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use crate::layout::LayoutError;
+use crate::transport::ChannelSpec;
+use crate::wire::data::{DataError, Verdict};
+
+/// Why pages did not move.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TransportError {
+    /// No connection to the destination.
+    #[error("cannot connect channel {channel}: {source}{}", connect_advice(source))]
+    Connect {
+        /// The channel.
+        channel: ChannelSpec,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The destination does not want the connection.
+    #[error("channel {channel} was refused: {verdict}")]
+    Refused {
+        /// The channel.
+        channel: ChannelSpec,
+        /// Its answer.
+        verdict: Verdict,
+    },
+    /// The destination's listening address cannot be had.
+    #[error("cannot listen on {address} for data: {source}; is the port in use, the address this host's?")]
+    Bind {
+        /// The address.
+        address: SocketAddr,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The channels of a migration are too few or too many.
+    #[error("{found} channels asked for, between 1 and {limit} are possible")]
+    ChannelCount {
+        /// How many were asked for.
+        found: usize,
+        /// How many there may be.
+        limit: u16,
+    },
+    /// io_uring does not do what the transport needs.
+    #[error("io_uring: {what}: {source}; needed is Linux 6.1, and kernel.io_uring_disabled=0")]
+    Ring {
+        /// What was tried.
+        what: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A thread of the transport could not be started, or died.
+    #[error("thread {name}: {source}")]
+    Thread {
+        /// Its name.
+        name: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The peer sent what no peer of ours sends; the connection is closed.
+    #[error("{peer} sent something impossible: {source}")]
+    Malformed {
+        /// The peer.
+        peer: String,
+        /// What was wrong with it.
+        source: DataError,
+    },
+    /// A page that is not in the guest's RAM as this side knows it.
+    #[error("{peer}: {source}; do both sides have the same memory layout?")]
+    Layout {
+        /// Who named the page.
+        peer: String,
+        /// The page.
+        source: LayoutError,
+    },
+    /// The peer closed the connection, or the network lost it.
+    #[error("the connection to {peer} broke: {source}")]
+    Broken {
+        /// The peer.
+        peer: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Nothing moved for longer than is allowed.
+    #[error("{what}: nothing for {after:?}")]
+    TimedOut {
+        /// What was awaited.
+        what: String,
+        /// For how long.
+        after: Duration,
+    },
+    /// Every channel is gone.
+    #[error("no channel is left: {}", losses.join("; "))]
+    NoChannelLeft {
+        /// What happened to each.
+        losses: Vec<String>,
+    },
+    /// The migration was cancelled.
+    #[error("cancelled")]
+    Cancelled,
+}
+
+fn connect_advice(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::ECONNREFUSED) => " (nobody listens there: start the destination first, check the port)",
+        Some(libc::EADDRNOTAVAIL) => " (the local address is not one of this host's)",
+        Some(libc::ENODEV) => " (there is no such network device)",
+        Some(libc::EPERM) => " (binding to a device needs CAP_NET_RAW)",
+        Some(libc::EHOSTUNREACH | libc::ENETUNREACH) => " (no route: check the local address and the device)",
+        _ => "",
+    }
+}

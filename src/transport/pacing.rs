@@ -1,0 +1,152 @@
+//! `max-bandwidth`: one token bucket for all channels, whose rate can be changed while they send.
+
+use std::num::NonZeroU64;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+/// The bucket holds what the rate gives in this time: long enough that timers do not matter, short enough that
+/// a link with small buffers sees no burst.
+const BURST: Duration = Duration::from_millis(20);
+
+/// Bytes that a bucket holds at least: the smallest frames must pass.
+const BURST_BYTES_MIN: f64 = 64.0 * 1024.0;
+
+/// A rate limit in bytes of frames per second (headers counted, TCP and IP not), shared by everyone that clones
+/// it. Without a rate it limits nothing.
+#[derive(Clone, Debug, Default)]
+pub struct MaxBandwidth {
+    bucket: Arc<Mutex<Bucket>>,
+}
+
+#[derive(Debug, Default)]
+struct Bucket {
+    bytes_per_s: Option<NonZeroU64>,
+    /// Below zero after a frame that was larger than what was there.
+    tokens: f64,
+    filled: Option<Instant>,
+}
+
+impl MaxBandwidth {
+    /// A limit of `bytes_per_s`.
+    pub fn new(bytes_per_s: Option<NonZeroU64>) -> Self {
+        let limit = Self::default();
+        limit.set(bytes_per_s);
+        limit
+    }
+
+    /// The limit now.
+    pub fn get(&self) -> Option<NonZeroU64> {
+        self.bucket.lock().bytes_per_s
+    }
+
+    /// Changes the limit; `None` lifts it, as the final phase of a migration does. Whoever waits for tokens at
+    /// this moment waits to the end of its nap, at most 20 ms.
+    pub fn set(&self, bytes_per_s: Option<NonZeroU64>) {
+        let mut bucket = self.bucket.lock();
+        bucket.bytes_per_s = bytes_per_s;
+        // Debts and savings of another rate do not count.
+        bucket.tokens = 0.0;
+        bucket.filled = None;
+    }
+
+    /// Whether a frame may go now; if not, how long to wait before asking again.
+    pub(super) fn ask(&self, now: Instant) -> Result<(), Duration> {
+        let mut bucket = self.bucket.lock();
+        let Some(rate) = bucket.rate() else { return Ok(()) };
+        bucket.fill(now, rate);
+        if bucket.tokens > 0.0 {
+            return Ok(());
+        }
+        let wait = Duration::from_secs_f64((1.0 - bucket.tokens) / rate);
+        Err(wait.clamp(Duration::from_micros(50), BURST))
+    }
+
+    /// Books a frame that goes. It may be larger than what is there: the debt is waited for afterwards, so the
+    /// average holds whatever the size of frames.
+    pub(super) fn take(&self, bytes: u64) {
+        let mut bucket = self.bucket.lock();
+        if bucket.bytes_per_s.is_some() {
+            bucket.tokens -= precise(bytes);
+        }
+    }
+}
+
+impl Bucket {
+    fn rate(&self) -> Option<f64> {
+        self.bytes_per_s.map(|rate| precise(rate.get()))
+    }
+
+    fn fill(&mut self, now: Instant, rate: f64) {
+        let full = (rate * BURST.as_secs_f64()).max(BURST_BYTES_MIN);
+        let since = match self.filled.replace(now) {
+            Some(before) => now.saturating_duration_since(before),
+            None => BURST,
+        };
+        self.tokens = (self.tokens + rate * since.as_secs_f64()).min(full);
+    }
+}
+
+/// Byte counts are far below 2^53, where `f64` stops being exact.
+pub(super) fn precise(n: u64) -> f64 {
+    n as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Sends frames of `frame` bytes through the bucket for `seconds` of its own time; bytes per second.
+    fn rate_through(limit: &MaxBandwidth, frame: u64, seconds: u64) -> f64 {
+        let start = Instant::now();
+        let (mut now, mut sent) = (start, 0);
+        while now < start + Duration::from_secs(seconds) {
+            match limit.ask(now) {
+                Ok(()) => {
+                    limit.take(frame);
+                    sent += frame;
+                }
+                Err(wait) => now += wait,
+            }
+        }
+        precise(sent) / Duration::from_secs(seconds).as_secs_f64()
+    }
+
+    #[test]
+    fn the_average_holds_for_frames_far_smaller_and_far_larger_than_the_bucket() {
+        for frame in [100, 4096, 65_536, 4 << 20] {
+            let limit = MaxBandwidth::new(NonZeroU64::new(100_000_000));
+            let rate = rate_through(&limit, frame, 20);
+            assert!((rate / 1e8 - 1.0).abs() < 0.02, "{frame} byte frames: {rate} bytes/s");
+        }
+    }
+
+    #[test]
+    fn without_a_rate_nothing_waits_and_a_new_rate_forgets_old_debt() {
+        let limit = MaxBandwidth::default();
+        limit.take(u64::MAX / 2);
+        assert_eq!(limit.ask(Instant::now()), Ok(()));
+        limit.set(NonZeroU64::new(1_000));
+        let now = Instant::now();
+        assert_eq!(limit.ask(now), Ok(()));
+        limit.take(1 << 30);
+        assert!(limit.ask(now).is_err());
+        limit.set(NonZeroU64::new(1_000_000));
+        assert_eq!(limit.ask(now), Ok(()));
+    }
+
+    #[test]
+    fn an_idle_hour_is_not_saved_up() {
+        let limit = MaxBandwidth::new(NonZeroU64::new(100_000_000));
+        let now = Instant::now();
+        assert_eq!(limit.ask(now), Ok(()));
+        let later = now + Duration::from_secs(3600);
+        let mut burst = 0;
+        while limit.ask(later).is_ok() {
+            limit.take(4096);
+            burst += 4096;
+        }
+        assert!(burst <= 2_100_000, "{burst} bytes at once");
+    }
+}

@@ -1,0 +1,83 @@
+//! Guest RAM registered with the kernel: pinned once, instead of once per send.
+//!
+//! Registering faults every page in, so only what is populated is worth it: the caller says which extents.
+//! A registered buffer pins the page that was there when it was registered. If the VMM discards guest memory
+//! afterwards (balloon, `MADV_DONTNEED`, hole punching), the kernel would go on sending the old page; a VMM that
+//! does so during a migration must turn registration off.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+
+use super::Ring;
+use crate::layout::HostRun;
+
+/// Bytes in one registered buffer, at most: the kernel's own limit (`io_buffer_validate`).
+pub(in crate::transport) const BUFFER_BYTES_MAX: usize = 1 << 30;
+
+/// Buffers in one ring's table, at most (`IORING_MAX_REG_BUFFERS`).
+pub(in crate::transport) const BUFFERS_MAX: usize = 1 << 14;
+
+/// A table of registered buffers, alive as long as this: other rings clone it, which costs no further pin.
+#[derive(Debug)]
+pub(in crate::transport) struct RegisteredBuffers {
+    ring: OwnedFd,
+    table: Table,
+}
+
+/// Which buffer holds an address: the buffers in ascending order, by first address and length.
+#[derive(Clone, Debug)]
+struct Table(Vec<(usize, usize)>);
+
+/// One ring's view of registered memory.
+#[derive(Clone, Debug)]
+pub(in crate::transport) struct Registration(Table);
+
+impl Registration {
+    /// The buffer that holds all of `pieces`, if there is one.
+    pub(in crate::transport) fn buffer_of(&self, pieces: &[HostRun]) -> Option<u16> {
+        let first = pieces.first()?.host.addr();
+        let Table(buffers) = &self.0;
+        let index = buffers.partition_point(|(start, _)| *start <= first).checked_sub(1)?;
+        let (start, length) = buffers[index];
+        let inside = |piece: &HostRun| {
+            piece.host.addr() >= start && piece.host.addr() + piece.len_bytes() <= start + length
+        };
+        pieces.iter().all(inside).then(|| u16::try_from(index).ok()).flatten()
+    }
+}
+
+impl RegisteredBuffers {
+    /// Registers `extents` of guest RAM with `ring`, cut into buffers.
+    pub(super) fn register(ring: &Ring, extents: &[HostRun]) -> io::Result<(Self, Registration)> {
+        let mut buffers = Vec::new();
+        for extent in extents {
+            for offset in (0..extent.len_bytes()).step_by(BUFFER_BYTES_MAX) {
+                let length = (extent.len_bytes() - offset).min(BUFFER_BYTES_MAX);
+                buffers
+                    .push(libc::iovec { iov_base: extent.host.wrapping_add(offset).cast(), iov_len: length });
+            }
+        }
+        if buffers.len() > BUFFERS_MAX {
+            return Err(io::Error::from_raw_os_error(libc::EMFILE));
+        }
+        buffers.sort_by_key(|buffer| buffer.iov_base.addr());
+        // SAFETY: the extents are guest RAM, which by `GuestMemory::new` is mapped as long as any clone of the
+        // layout lives; the rings that use the table hold one.
+        unsafe { ring.io.submitter().register_buffers(&buffers) }?;
+        let table = Table(buffers.iter().map(|buffer| (buffer.iov_base.addr(), buffer.iov_len)).collect());
+        // SAFETY: the ring's descriptor is open as long as `ring` is borrowed.
+        let ring = unsafe { BorrowedFd::borrow_raw(ring.fd()) }.try_clone_to_owned()?;
+        Ok((Self { ring, table: table.clone() }, Registration(table)))
+    }
+
+    /// Gives another ring the same table.
+    pub(super) fn clone_into(&self, ring: &Ring) -> io::Result<Registration> {
+        ring.io.submitter().register_buffers_clone(self.ring.as_raw_fd())?;
+        Ok(Registration(self.table.clone()))
+    }
+
+    /// Bytes that are registered.
+    pub(in crate::transport) fn bytes(&self) -> u64 {
+        self.table.0.iter().map(|(_, length)| *length as u64).sum()
+    }
+}

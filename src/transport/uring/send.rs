@@ -1,0 +1,406 @@
+//! Sending frames: the header copied, the pages by the method that was asked for, in order, with as many
+//! notifications outstanding as the socket allows.
+//!
+//! A frame is sent as two linked operations: `SEND` of header and run list (with `MSG_MORE`), then `SENDMSG` or
+//! `SENDMSG_ZC` of the pages. Only one frame is being sent at a time, because TCP has one order and io_uring
+//! none; the socket's buffer keeps the wire busy meanwhile. What remains after a short send is sent by calling
+//! [`SendRing::send`] again.
+
+use std::io;
+use std::mem::offset_of;
+use std::net::TcpStream;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use io_uring::{cqueue, opcode, squeue, types};
+
+use super::{DRAIN, RegisteredBuffers, Registration, Ring, result_of};
+use crate::layout::{GuestMemory, HostRun};
+use crate::transport::{TransportError, socket};
+use crate::wire::data::{Acknowledgement, FrameHeader, WireRun};
+use crate::wire::{FRAME_DATA_PAGES_MAX, FRAME_RUNS_MAX};
+
+/// Frames that may wait for their acknowledgement on one connection.
+pub(in crate::transport) const SLOTS: usize = 64;
+
+const HEADER_BYTES_MAX: usize = FrameHeader::BYTES + FRAME_RUNS_MAX as usize * WireRun::BYTES;
+
+/// Acknowledgements that one receive can take.
+const ACKNOWLEDGEMENT_BYTES: usize = SLOTS * Acknowledgement::BYTES;
+
+/// `IORING_RECVSEND_FIXED_BUF`: the buffer comes from the ring's table (`SENDMSG_ZC`: Linux 6.15).
+const FIXED_BUFFER: u16 = 1 << 2;
+/// `IORING_SEND_ZC_REPORT_USAGE`: the notification says whether the kernel copied after all (Linux 6.2).
+const REPORT_USAGE: u16 = 1 << 3;
+/// `IORING_NOTIF_USAGE_ZC_COPIED`: it did.
+const USAGE_COPIED: u32 = 1 << 31;
+
+/// How the pages of a frame leave.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(in crate::transport) enum SendMethod {
+    /// Copied into the socket's buffer.
+    Copy,
+    /// Zero-copy, the pages pinned for each send.
+    ZeroCopy,
+    /// Zero-copy out of this registered buffer.
+    ZeroCopyFixed(u16),
+}
+
+/// How far a frame got.
+#[derive(Debug)]
+pub(in crate::transport) enum SendOutcome {
+    /// The kernel took all of it.
+    Complete,
+    /// It took a part, or wants to be asked again: the same frame may be sent on.
+    Short(Option<io::Error>),
+    /// It will never take it.
+    Failed(io::Error),
+}
+
+/// What came back from the kernel.
+#[derive(Debug)]
+pub(in crate::transport) enum Completion {
+    /// A frame's send ended.
+    Sent(SendOutcome),
+    /// The kernel no longer needs the pages of a zero-copy send.
+    Notified {
+        /// Whether it had copied them.
+        copied: bool,
+    },
+    /// Bytes from the peer are in [`SendRing::received`]; 0 if it closed.
+    Received(io::Result<usize>),
+}
+
+/// What the kernel reads of the frame that is being sent.
+struct Outgoing {
+    header: Vec<u8>,
+    header_sent: usize,
+    pieces: Vec<libc::iovec>,
+    piece: usize,
+    message: libc::msghdr,
+    /// Main completions outstanding.
+    pending: u8,
+    outcome: Option<io::Error>,
+}
+
+/// The ring of one outgoing connection.
+pub(in crate::transport) struct SendRing {
+    ring: Ring,
+    stream: Arc<TcpStream>,
+    /// Keeps guest RAM mapped while the kernel reads it.
+    _memory: GuestMemory,
+    /// Boxed: the kernel holds its address.
+    outgoing: Box<Outgoing>,
+    received: Box<[u8; ACKNOWLEDGEMENT_BYTES]>,
+    receiving: bool,
+    finished: bool,
+}
+
+#[derive(Clone, Copy)]
+#[repr(u64)]
+enum Operation {
+    Header = 1,
+    Payload = 2,
+    Receive = 3,
+}
+
+impl SendRing {
+    pub(in crate::transport) fn new(
+        stream: Arc<TcpStream>,
+        memory: &GuestMemory,
+    ) -> Result<Self, TransportError> {
+        Ok(Self {
+            ring: Ring::new(128)?,
+            stream,
+            _memory: memory.clone(),
+            outgoing: Box::new(Outgoing {
+                header: Vec::with_capacity(HEADER_BYTES_MAX),
+                header_sent: 0,
+                pieces: Vec::with_capacity(FRAME_DATA_PAGES_MAX as usize),
+                piece: 0,
+                // SAFETY: a `msghdr` of zeros is one without address, data and control message.
+                message: unsafe { std::mem::zeroed() },
+                pending: 0,
+                outcome: None,
+            }),
+            received: Box::new([0; ACKNOWLEDGEMENT_BYTES]),
+            receiving: false,
+            finished: false,
+        })
+    }
+
+    /// Registers extents of guest RAM with this ring.
+    pub(in crate::transport) fn register(
+        &self,
+        extents: &[HostRun],
+    ) -> io::Result<(RegisteredBuffers, Registration)> {
+        RegisteredBuffers::register(&self.ring, extents)
+    }
+
+    /// Takes over what another ring registered.
+    pub(in crate::transport) fn register_from(&self, other: &RegisteredBuffers) -> io::Result<Registration> {
+        other.clone_into(&self.ring)
+    }
+
+    /// Whether a frame is being sent.
+    pub(in crate::transport) fn is_sending(&self) -> bool {
+        self.outgoing.pending > 0
+    }
+
+    /// Takes up the next frame: `write` fills in header and run list; `pages` is its payload. No frame may be
+    /// on its way.
+    pub(in crate::transport) fn load(&mut self, pages: &[HostRun], write: impl FnOnce(&mut Vec<u8>)) {
+        assert!(!self.is_sending(), "the kernel still reads the frame before");
+        let outgoing = &mut *self.outgoing;
+        write(&mut outgoing.header);
+        outgoing.header_sent = 0;
+        outgoing.pieces.clear();
+        outgoing.piece = 0;
+        outgoing.pieces.extend(
+            pages.iter().map(|run| libc::iovec { iov_base: run.host.cast(), iov_len: run.len_bytes() }),
+        );
+    }
+
+    /// Sends what is left of the loaded frame.
+    pub(in crate::transport) fn send(&mut self, method: SendMethod) -> io::Result<()> {
+        assert!(!self.is_sending(), "the kernel still reads the frame before");
+        let fd = types::Fd(self.stream.as_raw_fd());
+        let outgoing = &mut *self.outgoing;
+        let header = &outgoing.header[outgoing.header_sent..];
+        let pieces = &mut outgoing.pieces[outgoing.piece..];
+        let wait_all = libc::MSG_WAITALL | libc::MSG_NOSIGNAL;
+        let header_entry = (!header.is_empty()).then(|| {
+            let more = if pieces.is_empty() { 0 } else { libc::MSG_MORE };
+            let length = u32::try_from(header.len()).unwrap_or(u32::MAX);
+            opcode::Send::new(fd, header.as_ptr(), length)
+                .flags(wait_all | more)
+                .build()
+                .user_data(Operation::Header as u64)
+        });
+        let payload_entry = (!pieces.is_empty()).then(|| {
+            outgoing.message.msg_iov = pieces.as_mut_ptr();
+            outgoing.message.msg_iovlen = pieces.len() as _;
+            let message = &raw const outgoing.message;
+            let flags = wait_all.cast_unsigned();
+            let entry = match method {
+                SendMethod::Copy => opcode::SendMsg::new(fd, message).flags(flags).build(),
+                SendMethod::ZeroCopy => {
+                    opcode::SendMsgZc::new(fd, message).flags(flags).ioprio(REPORT_USAGE).build()
+                }
+                SendMethod::ZeroCopyFixed(buffer) => {
+                    let ioprio = REPORT_USAGE | FIXED_BUFFER;
+                    let entry = opcode::SendMsgZc::new(fd, message).flags(flags).ioprio(ioprio).build();
+                    with_buffer_index(entry, buffer)
+                }
+            };
+            entry.user_data(Operation::Payload as u64)
+        });
+        let result = match (header_entry, payload_entry) {
+            (Some(header), Some(payload)) => {
+                outgoing.pending = 2;
+                // Linked: the pages go only after the whole header; otherwise they come back as cancelled.
+                let header = header.flags(squeue::Flags::IO_LINK);
+                // SAFETY:
+                // * `outgoing` is boxed and not touched while `pending` counts these operations: `load` and
+                //   `send` refuse, and drop drains the ring first.
+                // * The pieces are guest RAM, mapped as long as `_memory` lives.
+                // * The socket is open as long as `stream` is held.
+                unsafe { self.ring.push(&[header, payload]) }
+            }
+            (Some(entry), None) | (None, Some(entry)) => {
+                outgoing.pending = 1;
+                // SAFETY: as above.
+                unsafe { self.ring.push(&[entry]) }
+            }
+            (None, None) => Ok(()),
+        };
+        if result.is_err() {
+            self.outgoing.pending = 0;
+        }
+        result
+    }
+
+    /// Asks for acknowledgements, unless that is already asked.
+    pub(in crate::transport) fn receive(&mut self) -> io::Result<()> {
+        if self.receiving {
+            return Ok(());
+        }
+        let fd = types::Fd(self.stream.as_raw_fd());
+        let length = u32::try_from(self.received.len()).unwrap_or(0);
+        let entry = opcode::Recv::new(fd, self.received.as_mut_ptr(), length)
+            .build()
+            .user_data(Operation::Receive as u64);
+        // SAFETY: `received` is boxed, and read only after `receiving` turned false; drop drains the ring first.
+        unsafe { self.ring.push(&[entry]) }?;
+        self.receiving = true;
+        Ok(())
+    }
+
+    /// What the last [`Completion::Received`] brought.
+    pub(in crate::transport) fn received(&self, length: usize) -> &[u8] {
+        if self.receiving { &[] } else { &self.received[..length] }
+    }
+
+    /// Everything sent has been acknowledged: closes the connection in good order, not by abortion.
+    pub(in crate::transport) fn finish(&mut self) {
+        self.finished = !self.is_sending();
+    }
+
+    /// Submits what is queued.
+    pub(in crate::transport) fn submit(&mut self) -> io::Result<()> {
+        self.ring.submit()
+    }
+
+    /// Submits what is queued and waits for something to come back, at most `timeout`.
+    pub(in crate::transport) fn wait(&mut self, timeout: Duration) -> io::Result<()> {
+        self.ring.enter(timeout)
+    }
+
+    /// The next thing that came back.
+    pub(in crate::transport) fn completion(&mut self) -> Option<Completion> {
+        while let Some(entry) = self.ring.completion() {
+            if cqueue::notif(entry.flags()) {
+                let copied = entry.result().cast_unsigned() & USAGE_COPIED != 0;
+                return Some(Completion::Notified { copied });
+            }
+            if entry.user_data() == Operation::Receive as u64 {
+                self.receiving = false;
+                return Some(Completion::Received(result_of(&entry)));
+            }
+            let of_header = entry.user_data() == Operation::Header as u64;
+            self.outgoing.advance(of_header, result_of(&entry));
+            if self.outgoing.pending == 0 {
+                return Some(Completion::Sent(self.outgoing.outcome()));
+            }
+        }
+        None
+    }
+}
+
+impl Outgoing {
+    /// Books the end of one of the frame's operations.
+    fn advance(&mut self, of_header: bool, result: io::Result<usize>) {
+        self.pending = self.pending.saturating_sub(1);
+        match result {
+            Ok(sent) if of_header => self.header_sent += sent,
+            Ok(mut sent) => {
+                while sent > 0 && self.piece < self.pieces.len() {
+                    let piece = &mut self.pieces[self.piece];
+                    let step = sent.min(piece.iov_len);
+                    piece.iov_base = piece.iov_base.wrapping_byte_add(step);
+                    piece.iov_len -= step;
+                    sent -= step;
+                    if piece.iov_len == 0 {
+                        self.piece += 1;
+                    }
+                }
+            }
+            // The pages were cancelled because their header did not go in one piece: its own result says why.
+            Err(error) if error.raw_os_error() == Some(libc::ECANCELED) && self.outcome.is_none() => {}
+            Err(error) => self.outcome = Some(error),
+        }
+    }
+
+    fn outcome(&mut self) -> SendOutcome {
+        let complete = self.header_sent == self.header.len() && self.piece == self.pieces.len();
+        match self.outcome.take() {
+            None if complete => SendOutcome::Complete,
+            None => SendOutcome::Short(None),
+            Some(error) => match error.raw_os_error() {
+                Some(
+                    libc::EAGAIN
+                    | libc::EINTR
+                    | libc::ENOBUFS
+                    | libc::ENOMEM
+                    | libc::EOPNOTSUPP
+                    | libc::EINVAL,
+                ) => SendOutcome::Short(Some(error)),
+                _ => SendOutcome::Failed(error),
+            },
+        }
+    }
+}
+
+impl Drop for SendRing {
+    fn drop(&mut self) {
+        if self.finished {
+            // A connection that cannot be shut down is gone already.
+            let _ = self.stream.shutdown(std::net::Shutdown::Both);
+        } else {
+            socket::abort(&self.stream);
+        }
+        let deadline = Instant::now() + DRAIN;
+        // Sends and receives on an aborted connection end at once. Notifications need not be awaited: they
+        // concern guest pages, which the kernel itself holds, and no memory of ours.
+        while self.ring.in_flight > 0 && Instant::now() < deadline {
+            if self.ring.enter(super::LOOK_UP).is_err() {
+                break;
+            }
+            while self.ring.completion().is_some() {}
+        }
+        if self.ring.in_flight > 0 {
+            // Never seen; but the kernel's claim on this memory goes before ours.
+            tracing::error!(
+                operations = self.ring.in_flight,
+                "io_uring keeps operations of an aborted socket"
+            );
+            std::mem::forget(std::mem::replace(
+                &mut self.outgoing,
+                Box::new(Outgoing {
+                    header: Vec::new(),
+                    header_sent: 0,
+                    pieces: Vec::new(),
+                    piece: 0,
+                    // SAFETY: as in `new`.
+                    message: unsafe { std::mem::zeroed() },
+                    pending: 0,
+                    outcome: None,
+                }),
+            ));
+            std::mem::forget(std::mem::replace(&mut self.received, Box::new([0; ACKNOWLEDGEMENT_BYTES])));
+        }
+    }
+}
+
+/// The part of `struct io_uring_sqe` that matters here; `SendMsgZc` of the io-uring crate cannot set
+/// `buf_index`.
+#[repr(C)]
+struct SubmissionEntry {
+    before: [u64; 5],
+    buf_index: u16,
+    personality: u16,
+    splice_fd_in: i32,
+    after: [u64; 2],
+}
+
+const _: () = assert!(size_of::<SubmissionEntry>() == 64 && size_of::<squeue::Entry>() == 64);
+const _: () = assert!(offset_of!(SubmissionEntry, buf_index) == 40);
+const _: () = assert!(align_of::<SubmissionEntry>() <= align_of::<squeue::Entry>());
+
+fn with_buffer_index(mut entry: squeue::Entry, index: u16) -> squeue::Entry {
+    let view = (&raw mut entry).cast::<SubmissionEntry>();
+    // SAFETY:
+    // * `squeue::Entry` is `repr(C)` around the kernel's `io_uring_sqe`, plain integers without padding rules:
+    //   same size, no stricter alignment (asserted above), any bits valid.
+    // * The offset of `buf_index` is kernel ABI; a test compares it with the crate's own `SendZc`.
+    unsafe { (*view).buf_index = index };
+    entry
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_buffer_index_lands_where_the_crate_puts_it_itself() {
+        let bytes = |entry: squeue::Entry| {
+            // SAFETY: an entry is 64 initialised bytes.
+            unsafe { std::mem::transmute::<squeue::Entry, [u8; 64]>(entry) }
+        };
+        let send = || opcode::SendZc::new(types::Fd(7), std::ptr::null(), 0);
+        let by_crate = send().buf_index(Some(0x1234)).build();
+        let by_us = with_buffer_index(send().buf_index(Some(0)).build(), 0x1234);
+        assert_eq!(bytes(by_crate), bytes(by_us));
+    }
+}
