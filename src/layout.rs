@@ -10,7 +10,9 @@
 //! [`PageSet`]: crate::page_set::PageSet
 #![expect(unsafe_code, reason = "regions carry host pointers, whose validity the VMM vouches for once, here")]
 
+use std::any::Any;
 use std::fmt;
+use std::sync::Arc;
 
 /// Bytes in a page of guest memory: KVM tracks dirtiness in units of 4 KiB on x86, whatever backs the page.
 pub const PAGE_SIZE: usize = 4096;
@@ -166,6 +168,8 @@ impl std::error::Error for LayoutError {}
 #[derive(Clone, Debug)]
 pub struct GuestMemory {
     regions: Vec<Region>,
+    /// Dropped with the last clone.
+    owner: Option<Arc<dyn Any + Send + Sync>>,
 }
 
 // SAFETY:
@@ -220,7 +224,14 @@ impl GuestMemory {
         {
             return Err(LayoutError::Aliased(pair[0].slot, pair[1].slot));
         }
-        Ok(Self { regions })
+        Ok(Self { regions, owner: None })
+    }
+
+    /// Keeps `owner`, which holds the mappings, for as long as the value and its clones live: the easy way to fulfil
+    /// what [`new`](Self::new) demands.
+    pub fn kept_by(mut self, owner: Arc<dyn Any + Send + Sync>) -> Self {
+        self.owner = Some(owner);
+        self
     }
 
     /// The regions in guest-physical order.

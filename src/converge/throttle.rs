@@ -258,8 +258,9 @@ mod tests {
         ) {
             let (pages, _, longest) = run(&mut bucket(quota), rate, look_us, 2);
             prop_assert!(longest <= LONGEST_STALL);
-            // What a look can overdraw is all that goes beyond the quota, where the stalls can make up for it.
-            let overdraft = rate * (look_us as f64 / 1e6);
+            // What a vCPU overdraws before a look may close its gate is all that goes beyond the quota, where the
+            // stalls can make up for it.
+            let overdraft = rate * (look_us as f64 / 1e6 + SHORTEST_RUN.as_secs_f64());
             let floor = overdraft.max(1.0) * 2.0 / LONGEST_STALL.as_secs_f64();
             prop_assert!(pages <= 2.1 * quota.max(floor) + 4.0 * overdraft + 10.0, "{} of {}", pages, quota);
             let mut timed = Throttle::default();

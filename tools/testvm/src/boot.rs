@@ -151,7 +151,7 @@ mod tests {
     use crate::config::Config;
 
     fn map(memory_bytes: u64, regions: usize) -> Vec<(u64, u64, bool)> {
-        let ram = Ram::new(&Config { memory_bytes, regions, ..Config::default() }).unwrap();
+        let ram = Ram::new(&Config { memory_bytes, regions, ..Config::default() }, None).unwrap();
         memory_map(ram.memory()).iter().map(|e| (e.start, e.bytes, e.usable)).collect()
     }
 
@@ -169,7 +169,7 @@ mod tests {
     #[test]
     fn an_image_that_does_not_fit_the_vm_is_refused() {
         let config = Config { memory_bytes: 2 << 20, ..Config::default() };
-        let ram = Ram::new(&config).unwrap();
+        let ram = Ram::new(&config, None).unwrap();
         let plan = |address, memory_bytes| LoadPlan {
             segments: vec![multiboot::Segment { address, file: 0..0, memory_bytes }],
             entry: address,
@@ -181,7 +181,7 @@ mod tests {
 
     #[test]
     fn a_file_that_is_not_there_and_a_command_line_that_does_not_fit_are_named() {
-        let ram = Ram::new(&Config::default()).unwrap();
+        let ram = Ram::new(&Config::default(), None).unwrap();
         let missing = Image::File("/nonexistent/image".into());
         assert!(load(&ram, &missing, "").unwrap_err().to_string().contains("/nonexistent/image"));
         let image = Image::Bytes { name: "x", bytes: b"" };

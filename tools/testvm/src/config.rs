@@ -3,9 +3,6 @@
 use std::fmt;
 use std::io::Write;
 use std::path::PathBuf;
-use std::sync::Arc;
-
-use ringferry::PageRun;
 
 use crate::error::TestVmError;
 
@@ -37,8 +34,6 @@ pub struct Config {
     pub tracking: Tracking,
     /// Where the guest's serial port goes, besides [`TestVm::console`](crate::TestVm::console).
     pub console: Option<Console>,
-    /// Told of every page of RAM that the VMM itself writes: no dirty ring sees those.
-    pub written_by_vmm: Option<WrittenByVmm>,
 }
 
 impl Default for Config {
@@ -53,7 +48,6 @@ impl Default for Config {
             boot: Boot::Destination,
             tracking: Tracking::None,
             console: None,
-            written_by_vmm: None,
         }
     }
 }
@@ -156,15 +150,5 @@ pub struct Console(pub Box<dyn Write + Send>);
 impl fmt::Debug for Console {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Console")
-    }
-}
-
-/// Called with each run of pages that the VMM has just written.
-#[derive(Clone)]
-pub struct WrittenByVmm(pub Arc<dyn Fn(PageRun) + Send + Sync>);
-
-impl fmt::Debug for WrittenByVmm {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("WrittenByVmm")
     }
 }

@@ -4,8 +4,10 @@ use std::io;
 use std::path::PathBuf;
 
 use ringferry::layout::LayoutError;
+use ringferry::track::TrackError;
 
 use crate::multiboot::ImageError;
+use crate::state::StateError;
 
 /// Why a VM could not be built or driven.
 #[derive(Debug, thiserror::Error)]
@@ -128,9 +130,12 @@ pub enum TestVmError {
         /// Why.
         error: VcpuError,
     },
+    /// Saved state could not be read or set.
+    #[error(transparent)]
+    State(#[from] StateError),
     /// Dirty tracking could not be set up.
     #[error("setting up dirty tracking: {0}")]
-    Tracking(String),
+    Tracking(#[from] TrackError),
     /// The kernel's statistics were not in the documented form.
     #[error("reading KVM statistics: {0}")]
     Stats(String),
@@ -180,9 +185,9 @@ pub enum VcpuError {
         /// Where it was.
         rip: u64,
     },
-    /// A hook on the vCPU's path failed.
-    #[error("dirty tracking failed on the vCPU's thread: {0}")]
-    Hook(String),
+    /// Its full dirty ring could not be emptied.
+    #[error("the dirty ring is full: {0}")]
+    RingFull(String),
     /// The thread of the vCPU panicked: a defect of the test VMM.
     #[error("the thread of the vCPU panicked")]
     Panicked,

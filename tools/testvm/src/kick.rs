@@ -83,6 +83,11 @@ impl Kick {
         }
     }
 
+    /// Whether a kick has come that is not acknowledged yet.
+    pub fn is_pending(&self) -> bool {
+        self.immediate_exit().load(Ordering::SeqCst) != 0
+    }
+
     /// The vCPU's thread has seen the kick and will now look at what is wanted of it.
     pub fn acknowledge(&self) {
         self.immediate_exit().store(0, Ordering::SeqCst);
@@ -91,7 +96,7 @@ impl Kick {
     /// Sleeps on the vCPU's thread until `limit` is over or a kick comes.
     pub fn idle(&self, limit: Duration) {
         let end = Instant::now() + limit;
-        while self.immediate_exit().load(Ordering::SeqCst) == 0 {
+        while !self.is_pending() {
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 break;

@@ -14,18 +14,19 @@ mod kick;
 mod memory;
 mod multiboot;
 mod skip;
+mod state;
 mod vcpu;
 mod vm;
 
 pub use boot::MAX_COMMAND_LINE;
 pub use config::{
     Backing, Boot, Config, Console, HugePages, Image, MAX_REGIONS, MAX_VCPUS, MIN_MEMORY_BYTES, Tracking,
-    WrittenByVmm,
 };
 pub use error::{TestVmError, VcpuError};
 pub use gate::VcpuStatus;
 pub use memory::{HOLE_END, HOLE_START, pc_layout};
 pub use multiboot::ImageError;
 pub use skip::skip;
-pub use vcpu::{EXIT_PORT, IDLE_PORT, VcpuCounters, VcpuHooks};
+pub use state::{STATE_VERSION, SkippedMsr, StateError};
+pub use vcpu::{EXIT_PORT, IDLE_PORT, VcpuCounters};
 pub use vm::TestVm;

@@ -12,9 +12,10 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use memmap2::{Advice, MmapMut, MmapOptions, MmapRaw};
 use ringferry::layout::LayoutError;
+use ringferry::track::DirtyTracker;
 use ringferry::{GuestAddress, GuestMemory, PAGE_SIZE, PageIndex, PageRun, Region, SlotId};
 
-use crate::config::{Backing, Config, HugePages, WrittenByVmm};
+use crate::config::{Backing, Config, HugePages};
 use crate::error::TestVmError;
 
 /// Where RAM stops below 4 GiB: a PC keeps the last GiB of the 32-bit space for devices.
@@ -45,17 +46,17 @@ pub fn pc_layout(memory_bytes: u64, regions: usize, unit_bytes: u64) -> Vec<Page
     layout
 }
 
-/// Guest RAM, mapped for as long as the value lives.
+/// Guest RAM, mapped for as long as the value or a clone of its `memory` lives.
 #[derive(Debug)]
 pub(crate) struct Ram {
     memory: GuestMemory,
-    written: Option<WrittenByVmm>,
-    _mappings: Vec<MmapRaw>,
+    tracker: Option<DirtyTracker>,
 }
 
 impl Ram {
     /// Maps what `config` asks for; nothing is touched, so nothing is populated.
-    pub fn new(config: &Config) -> Result<Arc<Self>, TestVmError> {
+    /// `tracker` is told of every page that the VMM itself writes: no ring and no bitmap sees those.
+    pub fn new(config: &Config, tracker: Option<DirtyTracker>) -> Result<Self, TestVmError> {
         let layout = pc_layout(config.memory_bytes, config.regions, config.page_bytes());
         if config.huge_pages == HugePages::Reserved {
             let (needed, free) = (config.memory_bytes >> 21, free_huge_pages());
@@ -72,10 +73,9 @@ impl Ram {
         }
         // SAFETY:
         // * each region is one mapping of its length, readable and writable, page-aligned by mmap;
-        // * the mappings live in the value beside it, and nobody makes references into them;
-        // * `TestVm::memory` passes on the demand that clones do not outlive the VM.
-        let memory = unsafe { GuestMemory::new(regions) }?;
-        Ok(Arc::new(Self { memory, written: config.written_by_vmm.clone(), _mappings: mappings }))
+        // * the value and its clones keep the mappings, and nobody makes references into them.
+        let memory = unsafe { GuestMemory::new(regions) }?.kept_by(Arc::new(mappings));
+        Ok(Self { memory, tracker })
     }
 
     pub fn memory(&self) -> &GuestMemory {
@@ -92,15 +92,16 @@ impl Ram {
         Ok(())
     }
 
-    /// Copies `bytes` into guest RAM from `address` on, and says so to whoever tracks the VMM's writes.
+    /// Copies `bytes` into guest RAM from `address` on.
     pub fn write(&self, address: GuestAddress, bytes: &[u8]) -> Result<(), TestVmError> {
         let mut done = 0;
         for piece in self.pieces(address, bytes.len())? {
             store(&piece, &bytes[done..done + piece.bytes]);
             done += piece.bytes;
         }
-        if let (Some(WrittenByVmm(written)), Some(run)) = (&self.written, page_run(address, bytes.len())) {
-            written(run);
+        // After the write: who harvests the mark then reads what was written.
+        if let (Some(tracker), Some(run)) = (&self.tracker, page_run(address, bytes.len())) {
+            tracker.mark_dirty(run);
         }
         Ok(())
     }
@@ -242,7 +243,6 @@ fn free_huge_pages() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Mutex;
 
     fn ranges(memory_bytes: u64, regions: usize, unit: u64) -> Vec<(u64, u64)> {
         let layout = pc_layout(memory_bytes, regions, unit);
@@ -279,7 +279,7 @@ mod tests {
     #[test]
     fn what_is_written_is_read_back_across_regions_and_odd_addresses() {
         for backing in [Backing::Anonymous, Backing::Memfd] {
-            let ram = Ram::new(&small(backing, 2)).unwrap();
+            let ram = Ram::new(&small(backing, 2), None).unwrap();
             let bytes: Vec<u8> = (0..=255u8).cycle().take(10_001).collect();
             for address in [0, 3, (1 << 20) - 5000, (1 << 20) - 5001] {
                 ram.write(GuestAddress(address), &bytes).unwrap();
@@ -292,7 +292,7 @@ mod tests {
 
     #[test]
     fn an_access_outside_ram_is_refused_and_writes_nothing() {
-        let ram = Ram::new(&small(Backing::Anonymous, 1)).unwrap();
+        let ram = Ram::new(&small(Backing::Anonymous, 1), None).unwrap();
         let last = GuestAddress((2 << 20) - 4);
         assert!(matches!(ram.write(last, &[1; 8]), Err(TestVmError::NotRam { .. })));
         let mut bytes = [7; 4];
@@ -302,23 +302,9 @@ mod tests {
     }
 
     #[test]
-    fn every_write_of_the_vmm_is_reported_with_its_pages() {
-        let seen = Arc::new(Mutex::new(Vec::new()));
-        let sink = seen.clone();
-        let hook = WrittenByVmm(Arc::new(move |run| sink.lock().unwrap().push(run)));
-        let config = Config { written_by_vmm: Some(hook), ..small(Backing::Anonymous, 1) };
-        let ram = Ram::new(&config).unwrap();
-        ram.write(GuestAddress(4095), &[1; 2]).unwrap();
-        ram.write(GuestAddress(8192), &[1; 8]).unwrap();
-        ram.write(GuestAddress(0), &[]).unwrap();
-        let run = |first, pages| PageRun { first: PageIndex(first), pages };
-        assert_eq!(*seen.lock().unwrap(), [run(0, 2), run(2, 1)]);
-    }
-
-    #[test]
     fn transparent_huge_pages_are_asked_for() {
         let config = Config { huge_pages: HugePages::Transparent, ..small(Backing::Anonymous, 1) };
-        if let Err(error) = Ram::new(&config) {
+        if let Err(error) = Ram::new(&config, None) {
             crate::skip(&error.to_string());
         }
     }
@@ -327,7 +313,7 @@ mod tests {
     fn too_few_reserved_huge_pages_are_named() {
         let config =
             Config { huge_pages: HugePages::Reserved, memory_bytes: 1 << 40, ..small(Backing::Memfd, 1) };
-        let error = Ram::new(&config).unwrap_err();
+        let error = Ram::new(&config, None).unwrap_err();
         assert!(matches!(error, TestVmError::NoHugePages { needed: 524_288, .. }), "{error}");
         assert!(error.to_string().contains("vm.nr_hugepages"));
     }

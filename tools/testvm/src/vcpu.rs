@@ -10,16 +10,13 @@ use std::time::Duration;
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use parking_lot::{Mutex, MutexGuard};
-use ringferry::vm::VmError;
+use ringferry::track::{BeforeRun, KVM_EXIT_DIRTY_RING_FULL, VcpuHandle};
 
 use crate::config::Console;
 use crate::error::{TestVmError, VcpuError};
 use crate::exit::{failure, rip};
 use crate::gate::{Gate, VcpuStatus};
 use crate::kick::Kick;
-
-/// `KVM_EXIT_DIRTY_RING_FULL`. Tested by number: kvm-ioctls has no variant for it, and may get one.
-const EXIT_DIRTY_RING_FULL: u32 = 31;
 
 /// The first serial port of a PC; its line status register lies at offset 5.
 const SERIAL_PORTS: std::ops::RangeInclusive<u16> = 0x3f8..=0x3ff;
@@ -30,19 +27,6 @@ const SERIAL_READY: u8 = 0x60;
 pub const IDLE_PORT: u16 = 0x5e0;
 /// Writing n here ends the vCPU with code n.
 pub const EXIT_PORT: u16 = 0x5e4;
-
-/// What happens on a vCPU's thread around `KVM_RUN`, besides running: dirty tracking and throttling.
-pub trait VcpuHooks: Send {
-    /// Just before each entry to the guest. May wait, but must return soon after a kick.
-    fn before_run(&mut self);
-
-    /// The vCPU's dirty ring is full: returns when the guest can be entered again.
-    ///
-    /// # Errors
-    ///
-    /// Whatever makes going on pointless; the vCPU is then failed.
-    fn ring_full(&mut self) -> Result<(), VmError>;
-}
 
 /// How often a vCPU's thread was called upon.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -71,14 +55,31 @@ pub(crate) struct Vcpu {
     pub index: usize,
     /// Locked by the vCPU's thread, except while it is parked.
     pub fd: Mutex<VcpuFd>,
-    pub kick: Kick,
+    kick: Kick,
+    tracked: Option<VcpuHandle>,
     counters: Counters,
 }
 
 impl Vcpu {
-    pub fn new(index: usize, fd: VcpuFd) -> io::Result<Self> {
+    /// # Errors
+    ///
+    /// The kernel's: `kvm_run` cannot be mapped.
+    pub fn new(index: usize, fd: VcpuFd, tracked: Option<VcpuHandle>) -> io::Result<Self> {
         let kick = Kick::new(&fd)?;
-        Ok(Self { index, fd: Mutex::new(fd), kick, counters: Counters::default() })
+        Ok(Self { index, fd: Mutex::new(fd), kick, tracked, counters: Counters::default() })
+    }
+
+    /// Makes the thread look soon at what is wanted of it.
+    pub fn kick(&self) {
+        self.kick.kick();
+    }
+
+    /// The same for a vCPU that is not to run again soon: it need not wait for its throttle either.
+    pub fn call_out(&self) {
+        if let Some(tracked) = &self.tracked {
+            tracked.gate().open();
+        }
+        self.kick.kick();
     }
 
     /// Relaxed: counters are read one by one, for reports.
@@ -133,12 +134,11 @@ pub(crate) fn spawn(
     vcpu: Arc<Vcpu>,
     gate: Arc<Gate>,
     serial: Arc<Mutex<Serial>>,
-    mut hooks: Option<Box<dyn VcpuHooks>>,
 ) -> Result<JoinHandle<()>, TestVmError> {
     let index = vcpu.index;
     let body = move || {
         vcpu.kick.adopt();
-        let ended = catch_unwind(AssertUnwindSafe(|| run(&vcpu, &gate, &serial, hooks.as_deref_mut())));
+        let ended = catch_unwind(AssertUnwindSafe(|| run(&vcpu, &gate, &serial)));
         vcpu.kick.leave();
         gate.ended(index, ended.unwrap_or(VcpuStatus::Failed(VcpuError::Panicked)));
     };
@@ -155,19 +155,18 @@ enum Rest {
 }
 
 /// Runs the vCPU until it or the VM ends.
-fn run(
-    vcpu: &Vcpu,
-    gate: &Gate,
-    serial: &Mutex<Serial>,
-    mut hooks: Option<&mut (dyn VcpuHooks + 'static)>,
-) -> VcpuStatus {
+fn run(vcpu: &Vcpu, gate: &Gate, serial: &Mutex<Serial>) -> VcpuStatus {
     let mut fd = vcpu.fd.lock();
     if !MutexGuard::unlocked(&mut fd, || gate.pass(vcpu.index)) {
         return VcpuStatus::Paused;
     }
     loop {
-        if let Some(hooks) = hooks.as_deref_mut() {
-            hooks.before_run();
+        // After a kick, KVM_RUN is to return at once; after any other signal, the throttle still holds.
+        if let Some(tracked) = &vcpu.tracked
+            && tracked.before_run() == BeforeRun::Interrupted
+            && !vcpu.kick.is_pending()
+        {
+            continue;
         }
         let rest = match fd.run() {
             Ok(VcpuExit::IoOut(port, bytes)) => {
@@ -215,14 +214,14 @@ fn run(
             Rest::Errno(errno) => {
                 return VcpuStatus::Failed(VcpuError::Run { errno, rip: rip(&fd) });
             }
-            Rest::Exit if fd.get_kvm_run().exit_reason == EXIT_DIRTY_RING_FULL => {
+            Rest::Exit if fd.get_kvm_run().exit_reason == KVM_EXIT_DIRTY_RING_FULL => {
                 count(&vcpu.counters.ring_full_exits);
-                let answered = match hooks.as_deref_mut() {
-                    Some(hooks) => hooks.ring_full().map_err(|error| error.to_string()),
-                    None => Err("the dirty ring is full and nobody tracks".to_owned()),
+                let emptied = match &vcpu.tracked {
+                    Some(tracked) => tracked.ring_full().map_err(|error| error.to_string()),
+                    None => Err("nobody tracks this VM".to_owned()),
                 };
-                if let Err(error) = answered {
-                    return VcpuStatus::Failed(VcpuError::Hook(error));
+                if let Err(error) = emptied {
+                    return VcpuStatus::Failed(VcpuError::RingFull(error));
                 }
             }
             Rest::Exit => return VcpuStatus::Failed(failure(&mut fd)),

@@ -8,18 +8,21 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use kvm_bindings::{
-    KVM_API_VERSION, KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
-    kvm_userspace_memory_region,
+    KVM_API_VERSION, KVM_CAP_BINARY_STATS_FD, KVM_CAP_SREGS2, KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY,
+    kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use parking_lot::Mutex;
+use ringferry::kvm::RingSize;
+use ringferry::track::{DirtyTracker, TrackError};
 use ringferry::vm::VmError;
 use ringferry::{GuestAddress, GuestMemory, Paused, Vm};
 
-use crate::config::{Boot, Config};
+use crate::config::{Boot, Config, Tracking};
 use crate::error::TestVmError;
 use crate::gate::{Gate, VcpuStatus, Wanted};
 use crate::memory::Ram;
+use crate::state::{self, Shape, SkippedMsr};
 use crate::vcpu::{self, Serial, Vcpu, VcpuCounters};
 use crate::{boot, cpuid};
 
@@ -69,9 +72,12 @@ pub struct TestVm {
     threads: Vec<JoinHandle<()>>,
     vcpus: Vec<Arc<Vcpu>>,
     vm: VmFd,
-    ram: Arc<Ram>,
+    ram: Ram,
+    tracker: Option<DirtyTracker>,
     gate: Arc<Gate>,
     serial: Arc<Mutex<Serial>>,
+    shape: Shape,
+    skipped_msrs: Vec<SkippedMsr>,
     tsc_khz: u32,
     boots: bool,
     phase: Phase,
@@ -90,12 +96,25 @@ impl TestVm {
             kvm_error("KVM_CREATE_VM", e, "another hypervisor may hold this CPU's virtualization")
         })?;
         check_capabilities(&kvm, &vm, &config)?;
-        let ram = Ram::new(&config)?;
+        let shape = Shape::new(&kvm, &vm)?;
+        // Before any vCPU: they get their rings when they are created.
+        let tracker = match config.tracking {
+            Tracking::None => None,
+            Tracking::Ring { entries } => {
+                let size = RingSize::from_entries(entries).map_err(TrackError::from)?;
+                Some(DirtyTracker::enable(&vm, size)?)
+            }
+            Tracking::Bitmap => Some(DirtyTracker::enable_bitmap(&vm)?),
+        };
+        let ram = Ram::new(&config, tracker.clone())?;
         let boots = match &config.boot {
             Boot::Image { image, append } => Some(boot::load(&ram, image, append)?),
             Boot::Destination => None,
         };
         set_slots(&vm, ram.memory(), false)?;
+        if let Some(tracker) = &tracker {
+            tracker.add_memory(ram.memory())?;
+        }
         vm.set_tss_address(TSS_ADDRESS)
             .map_err(|e| kvm_error("KVM_SET_TSS_ADDR", e, "its pages collide with RAM"))?;
         let no_chip = "this KVM emulates no interrupt controllers";
@@ -118,7 +137,8 @@ impl TestVm {
             if let (0, Some(entry)) = (index, boots) {
                 boot::enter(&fd, entry)?;
             }
-            let vcpu = Vcpu::new(index, fd).map_err(|error| TestVmError::Kvm {
+            let tracked = tracker.as_ref().map(|tracker| tracker.attach_vcpu(index, &fd)).transpose()?;
+            let vcpu = Vcpu::new(index, fd, tracked).map_err(|error| TestVmError::Kvm {
                 call: "mapping kvm_run",
                 error,
                 hint: "the address space of this process may be limited (ulimit -v)",
@@ -130,14 +150,17 @@ impl TestVm {
             vcpus,
             vm,
             ram,
+            tracker,
             gate,
             serial,
+            shape,
+            skipped_msrs: Vec::new(),
             tsc_khz,
             boots: boots.is_some(),
             phase: Phase::Built,
         };
         for vcpu in &built.vcpus {
-            let thread = vcpu::spawn(vcpu.clone(), built.gate.clone(), built.serial.clone(), None)?;
+            let thread = vcpu::spawn(vcpu.clone(), built.gate.clone(), built.serial.clone())?;
             built.threads.push(thread);
         }
         Ok(built)
@@ -167,9 +190,14 @@ impl TestVm {
         self.gate.want(Wanted::Run);
     }
 
-    /// Guest RAM as this process maps it. Neither it nor a clone may be used after the VM is dropped.
+    /// Guest RAM as this process maps it; a clone keeps it mapped.
     pub fn memory(&self) -> &GuestMemory {
         self.ram.memory()
+    }
+
+    /// The tracker of the guest's writes, if the configuration asks for one; a clone is the same tracker.
+    pub fn tracker(&self) -> Option<&DirtyTracker> {
+        self.tracker.as_ref()
     }
 
     /// The VM's file descriptor.
@@ -218,7 +246,7 @@ impl TestVm {
         self.ram.read(address, bytes)
     }
 
-    /// Writes guest RAM; aligned words are written whole. Reported to [`Config::written_by_vmm`].
+    /// Writes guest RAM; aligned words are written whole. The tracker is told.
     ///
     /// # Errors
     ///
@@ -227,9 +255,65 @@ impl TestVm {
         self.ram.write(address, bytes)
     }
 
-    fn kick_all(&self) {
+    /// MSRs that the last save could not read, or the last restore not set.
+    pub fn skipped_msrs(&self) -> &[SkippedMsr] {
+        &self.skipped_msrs
+    }
+
+    fn save(&mut self) -> Result<Vec<u8>, TestVmError> {
+        if self.phase == Phase::Running {
+            return Err(TestVmError::WrongPhase { tried: "saving state", found: self.phase.name() });
+        }
+        for (vcpu, status) in self.gate.status().into_iter().enumerate() {
+            match status {
+                VcpuStatus::Failed(error) => return Err(TestVmError::Vcpu { vcpu, error }),
+                VcpuStatus::Exited { .. } => {
+                    return Err(TestVmError::WrongPhase {
+                        tried: "saving state",
+                        found: "ended by its guest",
+                    });
+                }
+                VcpuStatus::Running | VcpuStatus::Paused => {}
+            }
+        }
+        let mut skipped = Vec::new();
+        let mut vcpus = Vec::with_capacity(self.vcpus.len());
         for vcpu in &self.vcpus {
-            vcpu.kick.kick();
+            vcpus.push(state::save_vcpu(&vcpu.fd.lock(), vcpu.index, &self.shape, &mut skipped)?);
+        }
+        let vm = state::save_vm(&self.vm, &self.shape)?;
+        self.note_skipped("read", skipped);
+        Ok(state::write(self.tsc_khz, &vcpus, &vm))
+    }
+
+    fn restore(&mut self, bytes: &[u8]) -> Result<(), TestVmError> {
+        if self.phase != Phase::Built {
+            return Err(TestVmError::WrongPhase { tried: "restoring state", found: self.phase.name() });
+        }
+        let saved = state::read(bytes, self.vcpus.len())?;
+        let mut skipped = Vec::new();
+        for (vcpu, parts) in self.vcpus.iter().zip(&saved.vcpus) {
+            let fd = vcpu.fd.lock();
+            state::match_tsc(&fd, saved.tsc_khz, self.tsc_khz)?;
+            state::restore_vcpu(&fd, vcpu.index, &self.shape, parts, &mut skipped)?;
+        }
+        state::restore_vm(&self.vm, &self.shape, &saved.vm)?;
+        self.tsc_khz = saved.tsc_khz;
+        self.note_skipped("set", skipped);
+        self.phase = Phase::Paused;
+        Ok(())
+    }
+
+    fn note_skipped(&mut self, what: &str, skipped: Vec<SkippedMsr>) {
+        for SkippedMsr { vcpu, index, value } in &skipped {
+            tracing::warn!(vcpu, "MSR {index:#x} could not be {what} (value {value:x?}): it does not move");
+        }
+        self.skipped_msrs = skipped;
+    }
+
+    fn call_all_out(&self) {
+        for vcpu in &self.vcpus {
+            vcpu.call_out();
         }
     }
 }
@@ -241,7 +325,7 @@ impl Vm for TestVm {
             return Err(TestVmError::WrongPhase { tried: "pausing the VM", found }.into());
         }
         self.gate.want(Wanted::Pause);
-        self.kick_all();
+        self.call_all_out();
         if let Err(vcpu) = self.gate.wait_until_none_runs(PAUSE_LIMIT) {
             self.gate.want(Wanted::Run);
             let waited_ms = u64::try_from(PAUSE_LIMIT.as_millis()).unwrap_or(u64::MAX);
@@ -260,12 +344,15 @@ impl Vm for TestVm {
         Ok(())
     }
 
+    /// See `state` for what is in it. What could not be read is in [`TestVm::skipped_msrs`] afterwards.
     fn save_state(&mut self, _: &Paused) -> Result<Vec<u8>, VmError> {
-        Err(TestVmError::WrongPhase { tried: "saving state", found: self.phase.name() }.into())
+        Ok(self.save()?)
     }
 
-    fn restore_state(&mut self, _: &[u8]) -> Result<Paused, VmError> {
-        Err(TestVmError::WrongPhase { tried: "restoring state", found: self.phase.name() }.into())
+    /// For a VM that was built and has not run yet. What could not be set is in [`TestVm::skipped_msrs`] afterwards.
+    fn restore_state(&mut self, state: &[u8]) -> Result<Paused, VmError> {
+        self.restore(state)?;
+        Ok(Paused::declare_every_vcpu_is_outside_kvm_run())
     }
 
     fn set_dirty_logging(&mut self, enabled: bool) -> Result<(), VmError> {
@@ -274,7 +361,7 @@ impl Vm for TestVm {
 
     fn kick(&self, index: usize) {
         if let Some(vcpu) = self.vcpus.get(index) {
-            vcpu.kick.kick();
+            vcpu.kick();
         }
     }
 }
@@ -283,7 +370,7 @@ impl Drop for TestVm {
     /// Ends every vCPU's thread and joins it; whatever the guest was doing is over.
     fn drop(&mut self) {
         self.gate.want(Wanted::End);
-        self.kick_all();
+        self.call_all_out();
         for thread in self.threads.drain(..) {
             // The thread catches its own panics and reports them as the vCPU's status.
             let _ = thread.join();
@@ -324,6 +411,15 @@ fn check_capabilities(kvm: &Kvm, vm: &VmFd, config: &Config) -> Result<(), TestV
             format!("{} vCPUs", config.vcpus),
             format!("KVM of this host allows {}", kvm.get_max_vcpus()),
         );
+    }
+    // Numbers that kvm-ioctls has no names for.
+    for (number, what, purpose) in [
+        (KVM_CAP_SREGS2, "KVM_CAP_SREGS2", "saving control registers"),
+        (KVM_CAP_BINARY_STATS_FD, "KVM_CAP_BINARY_STATS_FD", "telling native guests from emulated ones"),
+    ] {
+        if vm.check_extension_raw(number.into()) <= 0 {
+            return Err(TestVmError::MissingCapability { what, purpose });
+        }
     }
     // One more: the hole below 4 GiB may cut a region.
     if config.regions + 1 > kvm.get_nr_memslots() {

@@ -9,7 +9,7 @@
 use std::arch::global_asm;
 use std::time::{Duration, Instant};
 
-use ringferry::{GuestAddress, PAGE_SIZE};
+use ringferry::{GuestAddress, PAGE_SIZE, PageRun};
 use ringferry_testvm::{Boot, Config, Image, TestVm, TestVmError, VcpuStatus};
 
 /// Page i belongs to vCPU i; its first word is the count.
@@ -243,6 +243,38 @@ pub fn assert_consistent(vm: &TestVm) {
                 allowed.contains(&found),
                 "vCPU {vcpu} page {page}: found {found}, published {published}, allowed {allowed:?}"
             );
+        }
+    }
+}
+
+/// Copies all of RAM page by page, whatever regions each side has.
+pub fn copy_ram(from: &TestVm, to: &TestVm) {
+    let mut page = vec![0; PAGE_SIZE];
+    for region in from.memory().regions() {
+        for index in 0..region.pages.pages {
+            let address = GuestAddress(region.pages.first.address().0 + index * PAGE_SIZE as u64);
+            from.read_ram(address, &mut page).expect("a page of the source's RAM");
+            to.write_ram(address, &page).expect("the same page at the destination");
+        }
+    }
+}
+
+/// Copies some pages.
+pub fn copy_run(from: &TestVm, to: &TestVm, run: PageRun) {
+    let mut bytes = vec![0; usize::try_from(run.pages).expect("fits RAM") * PAGE_SIZE];
+    from.read_ram(run.first.address(), &mut bytes).expect("pages of the source's RAM");
+    to.write_ram(run.first.address(), &bytes).expect("the same pages at the destination");
+}
+
+/// Both have the same bytes everywhere.
+pub fn assert_same_ram(one: &TestVm, other: &TestVm) {
+    let (mut left, mut right) = (vec![0; PAGE_SIZE], vec![0; PAGE_SIZE]);
+    for region in one.memory().regions() {
+        for index in 0..region.pages.pages {
+            let address = GuestAddress(region.pages.first.address().0 + index * PAGE_SIZE as u64);
+            one.read_ram(address, &mut left).expect("a page of RAM");
+            other.read_ram(address, &mut right).expect("a page of RAM");
+            assert!(left == right, "the page at {address} differs");
         }
     }
 }

@@ -1,0 +1,64 @@
+//! What the tracker harvests from a running test VM is all that changed in its RAM.
+
+mod common;
+
+use common::{
+    assert_consistent, assert_same_ram, build, copy_ram, copy_run, counting_config, counts, wait_for_progress,
+};
+use ringferry::{DirtySource, GuestAddress, PageSet, Vm};
+use ringferry_testvm::{Boot, Config, TestVm, Tracking};
+
+/// Moves a running guest: everything, what changed, what changed at last. True if it could be tried.
+fn moves_whole(vcpus: usize, tracking: Tracking) -> Option<TestVm> {
+    let mut source = build(Config { tracking, ..counting_config(vcpus) })?;
+    let mut target = build(Config { boot: Boot::Destination, ..counting_config(vcpus) })?;
+    source.start().expect("a fresh VM starts");
+    wait_for_progress(&source, &vec![0; vcpus], 1000);
+
+    let mut tracker = source.tracker().expect("configured").clone();
+    tracker.start().expect("tracking starts");
+    copy_ram(&source, &target);
+    let mut dirty = PageSet::new(source.memory().end());
+    for _ in 0..20 {
+        let before = counts(&source);
+        tracker.harvest(&mut dirty).expect("a harvest while the guest runs");
+        dirty.runs().for_each(|run| copy_run(&source, &target, run));
+        dirty.clear();
+        wait_for_progress(&source, &before, 1000);
+    }
+    // The VMM's own write is tracked like the guest's.
+    source.write_ram(GuestAddress(0x38_0000), b"written by the VMM").expect("inside RAM");
+    let paused = source.pause().expect("the guest pauses");
+    tracker.harvest_final(&paused, &mut dirty).expect("a harvest of the paused guest");
+    assert!(dirty.contains(GuestAddress(0x38_0000).page()));
+    dirty.runs().for_each(|run| copy_run(&source, &target, run));
+    tracker.stop().expect("tracking stops");
+
+    assert_same_ram(&source, &target);
+    let state = source.save_state(&paused).expect("state is saved");
+    let before = counts(&source);
+    let paused = target.restore_state(&state).expect("state is restored");
+    target.resume(paused).expect("the guest goes on");
+    wait_for_progress(&target, &before, 1000);
+    let _paused = target.pause().expect("the guest pauses");
+    assert_consistent(&target);
+    Some(source)
+}
+
+#[test]
+fn a_guest_followed_by_its_rings_arrives_whole() {
+    moves_whole(4, Tracking::Ring { entries: 4096 });
+}
+
+#[test]
+fn a_guest_followed_by_its_bitmap_arrives_whole() {
+    moves_whole(2, Tracking::Bitmap);
+}
+
+#[test]
+fn rings_that_are_full_all_the_time_lose_nothing() {
+    // 256 entries are full at 192; the guest writes 257 pages per vCPU in a circle.
+    let Some(source) = moves_whole(2, Tracking::Ring { entries: 256 }) else { return };
+    let full: u64 = (0..2).filter_map(|vcpu| source.counters(vcpu)).map(|c| c.ring_full_exits).sum();
+    assert!(full > 0, "the rings were meant to be too small");
+}
