@@ -340,6 +340,9 @@ mod tests {
         use std::os::unix::fs::FileExt;
         file.write_at(&[1], 3 * PAGE_SIZE as u64).unwrap();
         touch(host, 700);
+        if populated(&memory).assumed_pages == PAGES as u64 {
+            return ringferry_testvm::skip("asking the file behind a mapping takes CAP_CHECKPOINT_RESTORE");
+        }
         let pages = found(&memory);
         // A file system may allocate, and so report, more than one page around the written one.
         assert!(pages.contains(&3) && pages.contains(&700), "{pages:?}");
