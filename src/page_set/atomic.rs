@@ -93,8 +93,13 @@ impl AtomicPageSet {
 
     /// Moves every page into `pages`. What is beyond the capacity of `pages` ends as ignored there.
     pub fn drain_into(&self, pages: &mut PageSet) {
+        self.drain_words(|word, bits| pages.add_within(word, bits));
+    }
+
+    /// Takes every word that holds a page: its number and its bits, which leave the set.
+    pub(crate) fn drain_words(&self, mut taken: impl FnMut(usize, u64)) {
         for word in 0..self.levels[LEVELS - 1].len() {
-            self.drain_word(LEVELS - 1, word, pages);
+            self.drain_word(LEVELS - 1, word, &mut taken);
         }
     }
 
@@ -133,7 +138,7 @@ impl AtomicPageSet {
     }
 
     /// Takes what is in one word of a level and everything below it. The ordering is argued at `add`.
-    fn drain_word(&self, level: usize, word: usize, pages: &mut PageSet) {
+    fn drain_word(&self, level: usize, word: usize, taken: &mut impl FnMut(usize, u64)) {
         // Not to write, and so to own, the cache line of a word that is empty anyway. An insert that has
         // returned set the bit before; one that has not may wait for the next drain.
         if self.levels[level][word].load(Ordering::SeqCst) == 0 {
@@ -141,11 +146,10 @@ impl AtomicPageSet {
         }
         let mut bits = self.levels[level][word].swap(0, Ordering::SeqCst);
         if level == 0 {
-            pages.add_within(word, bits);
-            return;
+            return taken(word, bits);
         }
         while bits != 0 {
-            self.drain_word(level - 1, word * 64 + bits.trailing_zeros() as usize, pages);
+            self.drain_word(level - 1, word * 64 + bits.trailing_zeros() as usize, taken);
             bits &= bits - 1;
         }
     }

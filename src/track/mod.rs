@@ -23,6 +23,9 @@ pub use self::tracker::DirtyTracker;
 pub use self::vcpu::{KVM_EXIT_DIRTY_RING_FULL, VcpuHandle};
 use crate::kvm::KvmError;
 use crate::layout::{PageIndex, SlotId};
+pub mod external;
+
+pub use self::external::ExternalSource;
 use crate::page_set::PageSet;
 use crate::vm::Paused;
 
