@@ -15,6 +15,7 @@ mod memory;
 mod multiboot;
 mod skip;
 mod state;
+mod stats;
 mod vcpu;
 mod vm;
 

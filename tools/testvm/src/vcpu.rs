@@ -1,7 +1,7 @@
 //! A vCPU and its thread: entering the guest, and answering its exits.
 
 use std::collections::VecDeque;
-use std::io::{self, Write};
+use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,6 +17,7 @@ use crate::error::{TestVmError, VcpuError};
 use crate::exit::{failure, rip};
 use crate::gate::{Gate, VcpuStatus};
 use crate::kick::Kick;
+use crate::stats::Stats;
 
 /// The first serial port of a PC; its line status register lies at offset 5.
 const SERIAL_PORTS: std::ops::RangeInclusive<u16> = 0x3f8..=0x3ff;
@@ -55,6 +56,8 @@ pub(crate) struct Vcpu {
     pub index: usize,
     /// Locked by the vCPU's thread, except while it is parked.
     pub fd: Mutex<VcpuFd>,
+    /// Readable while the thread has `fd`.
+    pub stats: Stats,
     kick: Kick,
     tracked: Option<VcpuHandle>,
     counters: Counters,
@@ -63,10 +66,15 @@ pub(crate) struct Vcpu {
 impl Vcpu {
     /// # Errors
     ///
-    /// The kernel's: `kvm_run` cannot be mapped.
-    pub fn new(index: usize, fd: VcpuFd, tracked: Option<VcpuHandle>) -> io::Result<Self> {
-        let kick = Kick::new(&fd)?;
-        Ok(Self { index, fd: Mutex::new(fd), kick, tracked, counters: Counters::default() })
+    /// [`TestVmError`]: `kvm_run` cannot be mapped, or there are no statistics.
+    pub fn new(index: usize, fd: VcpuFd, tracked: Option<VcpuHandle>) -> Result<Self, TestVmError> {
+        let kick = Kick::new(&fd).map_err(|error| TestVmError::Kvm {
+            call: "mapping kvm_run",
+            error,
+            hint: "the address space of this process may be limited (ulimit -v)",
+        })?;
+        let stats = Stats::open(&fd)?;
+        Ok(Self { index, fd: Mutex::new(fd), stats, kick, tracked, counters: Counters::default() })
     }
 
     /// Makes the thread look soon at what is wanted of it.

@@ -1,6 +1,7 @@
 //! The test VM: built from a [`Config`], started, paused, moved.
 #![expect(unsafe_code, reason = "KVM takes guest RAM by host address")]
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
@@ -138,12 +139,7 @@ impl TestVm {
                 boot::enter(&fd, entry)?;
             }
             let tracked = tracker.as_ref().map(|tracker| tracker.attach_vcpu(index, &fd)).transpose()?;
-            let vcpu = Vcpu::new(index, fd, tracked).map_err(|error| TestVmError::Kvm {
-                call: "mapping kvm_run",
-                error,
-                hint: "the address space of this process may be limited (ulimit -v)",
-            })?;
-            vcpus.push(Arc::new(vcpu));
+            vcpus.push(Arc::new(Vcpu::new(index, fd, tracked)?));
         }
         let mut built = Self {
             threads: Vec::with_capacity(config.vcpus),
@@ -230,6 +226,16 @@ impl TestVm {
     /// Exits of vCPU `index`, counted since the VM was built.
     pub fn counters(&self, index: usize) -> Option<VcpuCounters> {
         self.vcpus.get(index).map(|vcpu| vcpu.counters())
+    }
+
+    /// KVM's own counters of vCPU `index` by their kernel names; empty if there is no such vCPU. May be asked while it
+    /// runs. `insn_emulation` stands still while the guest runs natively.
+    ///
+    /// # Errors
+    ///
+    /// [`TestVmError::Stats`].
+    pub fn kernel_counters(&self, index: usize) -> Result<BTreeMap<String, u64>, TestVmError> {
+        self.vcpus.get(index).map_or_else(|| Ok(BTreeMap::new()), |vcpu| vcpu.stats.read())
     }
 
     /// The last 64 KiB that the guest wrote to its serial port.

@@ -2,9 +2,11 @@
 
 mod common;
 
+use std::time::Duration;
+
 use common::{assert_consistent, build, counting_config, counts, wait_for_progress};
 use ringferry::Vm;
-use ringferry_testvm::{Backing, Config};
+use ringferry_testvm::{Backing, Boot, Config, Image, TestVm, VcpuError, VcpuStatus};
 
 #[test]
 fn one_two_and_eight_vcpus_start_and_count() {
@@ -46,3 +48,33 @@ fn a_thousand_pauses_lose_no_kick() {
     let before = counts(&vm);
     wait_for_progress(&vm, &before, 1000);
 }
+
+#[test]
+fn the_guest_runs_natively_in_its_loop() {
+    let Some(mut vm) = build(counting_config(2)) else { return };
+    vm.start().unwrap();
+    wait_for_progress(&vm, &[0, 0], 1000);
+    let emulated = |vm: &TestVm| -> Vec<u64> {
+        (0..2).map(|vcpu| vm.kernel_counters(vcpu).unwrap()["insn_emulation"]).collect()
+    };
+    let (before, counted) = (emulated(&vm), counts(&vm));
+    wait_for_progress(&vm, &counted, 1_000_000);
+    assert_eq!(emulated(&vm), before, "instructions emulated by the kernel");
+}
+
+#[test]
+fn a_guest_that_dies_is_reported_and_pauses_all_the_same() {
+    let image = Image::Bytes { name: "triple fault", bytes: TRIPLE_FAULT };
+    let boot = Boot::Image { image, append: String::new() };
+    let Some(mut vm) = build(Config { boot, ..Config::default() }) else { return };
+    vm.start().unwrap();
+    let ended = vm.wait_for_end(Duration::from_secs(60));
+    assert!(matches!(ended, Some((0, VcpuStatus::Failed(VcpuError::Shutdown { .. })))), "{ended:?}");
+    let paused = vm.pause().unwrap();
+    let error = vm.save_state(&paused).unwrap_err().to_string();
+    assert!(error.starts_with("vCPU 0 has stopped: shutdown"), "{error}");
+}
+
+/// A flat multiboot image whose first instruction raises an exception for which there is no table.
+const TRIPLE_FAULT: &[u8] = b"\x02\xb0\xad\x1b\x00\x00\x01\x00\xfe\x4f\x51\xe4\
+    \x00\x00\x10\x00\x00\x00\x10\x00\0\0\0\0\0\0\0\0\x20\x00\x10\x00\x0f\x01\x1d\x28\x00\x10\x00\x0f\x0b\0\0\0\0\0\0";
