@@ -5,6 +5,8 @@
 //! and when they may be read, is decided one floor up, in [`track`](crate::track).
 
 pub mod caps;
+#[cfg(any(test, feature = "fake-kernel"))]
+pub mod fake;
 pub(crate) mod log;
 pub(crate) mod ring;
 mod sys;
@@ -14,6 +16,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 pub use self::caps::{Capabilities, RingSize};
+pub(crate) use self::sys::ResetCount;
 use crate::layout::{Region, SlotId};
 
 /// What KVM refused, and what to do about it.
@@ -103,9 +106,9 @@ impl std::error::Error for KvmError {
 
 /// What tracking needs of a kernel: the real one is [`VmFd`], and tests have one that misbehaves on demand.
 pub(crate) trait Kernel: Send + Sync + fmt::Debug {
-    /// Resets every flagged entry of every ring and protects its page; how many entries that were. Fewer than
-    /// were flagged when the call was interrupted: then the pages of the last ones may be unprotected.
-    fn reset_dirty_rings(&self) -> Result<u32, KvmError>;
+    /// Resets every flagged entry of every ring and protects its page. An interrupted call counts fewer, and may
+    /// have left unprotected the pages of the last ones that it counts.
+    fn reset_dirty_rings(&self) -> Result<ResetCount, KvmError>;
 
     /// Switches dirty logging of a slot on, which protects every page of it, or off.
     fn set_dirty_logging(&self, region: &Region, enabled: bool) -> Result<(), KvmError>;
@@ -132,7 +135,7 @@ impl VmFd {
 }
 
 impl Kernel for VmFd {
-    fn reset_dirty_rings(&self) -> Result<u32, KvmError> {
+    fn reset_dirty_rings(&self) -> Result<ResetCount, KvmError> {
         sys::reset_dirty_rings(self.as_fd())
             .map_err(|source| KvmError::Ioctl { name: "KVM_RESET_DIRTY_RINGS", source })
     }

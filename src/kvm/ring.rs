@@ -1,4 +1,4 @@
-//! One vCPU's dirty ring: the only memory that we share with KVM.
+//! One vCPU's dirty ring, and a look at why the vCPU left the guest: the only memory that we share with KVM.
 //!
 //! An entry goes 00 -(KVM: a page was dirtied)-> DIRTY -(we: taken)-> RESET -(KVM: page protected)-> 00. Both
 //! sides keep their positions to themselves and only the flags tell how far the other is: KVM pushes at its dirty
@@ -10,12 +10,14 @@
 
 use std::fmt;
 use std::io;
+use std::mem::offset_of;
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
+#[cfg(any(test, feature = "fake-kernel"))]
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use kvm_bindings::{KVM_DIRTY_LOG_PAGE_OFFSET, kvm_dirty_gfn};
+use kvm_bindings::{KVM_DIRTY_LOG_PAGE_OFFSET, KVM_EXIT_DIRTY_RING_FULL, kvm_dirty_gfn, kvm_run};
 use memmap2::{MmapOptions, MmapRaw};
 
 use super::{KvmError, RingSize};
@@ -40,38 +42,58 @@ pub(crate) struct Entry {
 const _: () = {
     assert!(size_of::<Entry>() == size_of::<kvm_dirty_gfn>());
     assert!(align_of::<Entry>() == align_of::<kvm_dirty_gfn>());
-    assert!(std::mem::offset_of!(Entry, flags) == std::mem::offset_of!(kvm_dirty_gfn, flags));
-    assert!(std::mem::offset_of!(Entry, slot) == std::mem::offset_of!(kvm_dirty_gfn, slot));
-    assert!(std::mem::offset_of!(Entry, offset) == std::mem::offset_of!(kvm_dirty_gfn, offset));
+    assert!(offset_of!(Entry, flags) == offset_of!(kvm_dirty_gfn, flags));
+    assert!(offset_of!(Entry, slot) == offset_of!(kvm_dirty_gfn, slot));
+    assert!(offset_of!(Entry, offset) == offset_of!(kvm_dirty_gfn, offset));
 };
 
 /// What keeps the entries where they are.
-#[allow(dead_code, reason = "memory of our own is for tests")]
 enum Backing {
-    Vcpu { _mapping: MmapRaw },
-    Memory { _entries: Arc<[Entry]> },
+    Vcpu {
+        _ring: MmapRaw,
+        run: MmapRaw,
+    },
+    #[cfg(any(test, feature = "fake-kernel"))]
+    Memory {
+        _entries: Arc<[Entry]>,
+        exit_reason: Arc<AtomicU32>,
+    },
 }
 
 /// The entries of one ring.
 struct RingMemory {
     first: NonNull<Entry>,
     size: RingSize,
-    _backing: Backing,
+    backing: Backing,
 }
 
 // SAFETY:
-// * The entries are atomics and stay mapped for as long as `_backing` lives, whichever thread that is in.
+// * The entries are atomics and stay mapped for as long as `backing` lives, whichever thread that is in.
 unsafe impl Send for RingMemory {}
 
 impl RingMemory {
     fn map(vcpu: &impl AsRawFd, size: RingSize) -> io::Result<Self> {
-        let mapping = MmapOptions::new()
-            .offset(u64::from(KVM_DIRTY_LOG_PAGE_OFFSET) * PAGE_SIZE as u64)
-            .len(size.bytes())
-            .map_raw(vcpu)?;
-        let first = NonNull::new(mapping.as_mut_ptr().cast::<Entry>())
+        let offset = u64::from(KVM_DIRTY_LOG_PAGE_OFFSET) * PAGE_SIZE as u64;
+        let ring = MmapOptions::new().offset(offset).len(size.bytes()).map_raw(vcpu)?;
+        let run = MmapOptions::new().len(PAGE_SIZE).map_raw(vcpu)?;
+        let first = NonNull::new(ring.as_mut_ptr().cast::<Entry>())
             .ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
-        Ok(Self { first, size, _backing: Backing::Vcpu { _mapping: mapping } })
+        Ok(Self { first, size, backing: Backing::Vcpu { _ring: ring, run } })
+    }
+
+    /// Why the vCPU left the guest the last time.
+    fn exit_reason(&self) -> u32 {
+        match &self.backing {
+            Backing::Vcpu { run, .. } => {
+                let at = run.as_mut_ptr().wrapping_add(offset_of!(kvm_run, exit_reason));
+                // SAFETY:
+                // * The field is in the first page of `kvm_run`, which is mapped as long as `run` lives, and aligned.
+                // * KVM writes it and the VMM reads it; atomic access races with neither.
+                unsafe { AtomicU32::from_ptr(at.cast()) }.load(Ordering::Relaxed)
+            }
+            #[cfg(any(test, feature = "fake-kernel"))]
+            Backing::Memory { exit_reason, .. } => exit_reason.load(Ordering::Relaxed),
+        }
     }
 
     fn entry(&self, position: u32) -> &Entry {
@@ -108,15 +130,25 @@ impl DirtyRing {
 
     /// A ring over memory of our own, at any position: somebody else plays KVM.
     #[cfg(any(test, feature = "fake-kernel"))]
-    #[allow(dead_code, reason = "memory of our own is for tests")]
-    pub(crate) fn over(entries: Arc<[Entry]>, size: RingSize, position: u32) -> Self {
+    pub(crate) fn over(
+        entries: Arc<[Entry]>,
+        exit_reason: Arc<AtomicU32>,
+        size: RingSize,
+        position: u32,
+    ) -> Self {
         assert_eq!(entries.len(), size.entries() as usize);
         let first = NonNull::from(&entries[0]);
-        Self::new(RingMemory { first, size, _backing: Backing::Memory { _entries: entries } }, position)
+        let backing = Backing::Memory { _entries: entries, exit_reason };
+        Self::new(RingMemory { first, size, backing }, position)
     }
 
     fn new(memory: RingMemory, position: u32) -> Self {
         Self { memory, fetch: position, reset: position, seen: position }
+    }
+
+    /// Whether the vCPU, outside the guest now, left because this ring was full.
+    pub(crate) fn exited_full(&self) -> bool {
+        self.memory.exit_reason() == KVM_EXIT_DIRTY_RING_FULL
     }
 
     pub(crate) fn size(&self) -> RingSize {
@@ -196,16 +228,25 @@ impl DirtyRing {
         prefix
     }
 
-    /// The first `entries` of the taken entries, at least one, have been reset. Returns what the last of them named,
-    /// unless KVM has used the entry again since.
+    /// The first `entries` of the taken entries, at least one, have been reset. Returns what the last of them named:
+    /// see [`last_taken`](Self::last_taken).
     pub(crate) fn confirm_prefix(&mut self, entries: u32) -> Option<(SlotId, u64)> {
         self.reset = self.reset.wrapping_add(entries.min(self.unconfirmed()));
-        let entry = self.memory.entry(self.reset.wrapping_sub(1));
-        // Slot and offset first, flags last: what is empty after they were read was empty when they were. Acquire
+        self.named_before(self.reset)
+    }
+
+    /// What the last entry taken named, unless KVM has used the entry again since.
+    pub(crate) fn last_taken(&self) -> Option<(SlotId, u64)> {
+        self.named_before(self.fetch)
+    }
+
+    fn named_before(&self, position: u32) -> Option<(SlotId, u64)> {
+        let entry = self.memory.entry(position.wrapping_sub(1));
+        // Slot and offset first, flags last: if KVM has not filled the entry by then, it had not before. Acquire
         // on the first two keeps that order.
         let slot = SlotId(entry.slot.load(Ordering::Acquire));
         let offset = entry.offset.load(Ordering::Acquire);
-        (entry.flags.load(Ordering::Relaxed) == EMPTY).then_some((slot, offset))
+        (entry.flags.load(Ordering::Relaxed) != DIRTY).then_some((slot, offset))
     }
 
     /// After an overflow: how many empty entries stand before the next dirty one, `None` if none is dirty. KVM

@@ -124,11 +124,22 @@ pub(super) fn clear_dirty_log(
     outcome(unsafe { libc::ioctl(vm.as_raw_fd(), KVM_CLEAR_DIRTY_LOG, &raw const log) }).map(drop)
 }
 
-/// `KVM_RESET_DIRTY_RINGS` with every signal blocked: how many entries, of all rings, were reset.
+/// What `KVM_RESET_DIRTY_RINGS` did.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct ResetCount {
+    /// Entries reset, of all rings.
+    pub(crate) entries: u32,
+    /// The thread slept meanwhile: for a lock of KVM's, or because it was stopped, and then the ioctl may have ended
+    /// early.
+    pub(crate) slept: bool,
+}
+
+/// `KVM_RESET_DIRTY_RINGS` with every signal blocked.
 ///
-/// A pending signal makes the ioctl stop early (since 6.17). Blocked ones do not count as pending, which leaves
-/// `SIGSTOP`, a freezing cgroup and task work; so the count may be short even so, and the caller must check it.
-pub(super) fn reset_dirty_rings(vm: BorrowedFd<'_>) -> io::Result<u32> {
+/// A pending signal makes the ioctl stop early (since 6.17), and forget to protect the pages of the batch at hand,
+/// up to 64, whose entries it has counted. Blocked ones do not count as pending, which leaves `SIGSTOP`, a freezing
+/// cgroup and task work. The first two put the thread to sleep before it returns from here.
+pub(super) fn reset_dirty_rings(vm: BorrowedFd<'_>) -> io::Result<ResetCount> {
     let mut every = MaybeUninit::<libc::sigset_t>::uninit();
     let mut before = MaybeUninit::<libc::sigset_t>::uninit();
     // SAFETY:
@@ -138,15 +149,29 @@ pub(super) fn reset_dirty_rings(vm: BorrowedFd<'_>) -> io::Result<u32> {
         libc::sigfillset(every.as_mut_ptr());
         libc::pthread_sigmask(libc::SIG_BLOCK, every.as_ptr(), before.as_mut_ptr());
     }
+    let sleeps = sleeps_of_this_thread();
     // SAFETY:
     // * The descriptor is open for the call, as it is borrowed.
     // * The ioctl has no argument and touches no memory but the rings, whose entries are atomics.
     let outcome = outcome(unsafe { libc::ioctl(vm.as_raw_fd(), KVM_RESET_DIRTY_RINGS, 0) });
+    let slept = sleeps != sleeps_of_this_thread();
     // SAFETY: `before` was initialised above and is a mask of this same thread.
     unsafe {
         libc::pthread_sigmask(libc::SIG_SETMASK, before.as_ptr(), ptr::null_mut());
     }
-    outcome
+    outcome.map(|entries| ResetCount { entries, slept })
+}
+
+/// Voluntary context switches: a stopped or frozen thread makes one, a preempted one does not.
+fn sleeps_of_this_thread() -> libc::c_long {
+    let mut usage = MaybeUninit::<libc::rusage>::zeroed();
+    // SAFETY:
+    // * `usage` is writable, and a zeroed one is valid.
+    // * The call cannot fail with a valid pointer and this constant.
+    unsafe {
+        libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr());
+        usage.assume_init().ru_nvcsw
+    }
 }
 
 #[cfg(test)]

@@ -13,6 +13,9 @@ use super::figures::Counter;
 /// The longest that one closing may last: a vCPU that waits longer looks hung to its guest.
 const CLOSED_MAX: Duration = Duration::from_millis(10);
 
+/// A time that nobody waits for.
+const LONG_PAST: u64 = 1;
+
 /// `FUTEX_WAIT_BITSET` with this mask is woken by any `FUTEX_WAKE`.
 const ANY: libc::c_int = -1;
 
@@ -29,11 +32,13 @@ pub enum BeforeRun {
 /// One vCPU's gate. Any thread may close and open it.
 #[derive(Default, Debug)]
 pub struct Gate {
-    /// `CLOCK_MONOTONIC` in nanoseconds at which the gate opens by itself; 0 when it is open.
+    /// `CLOCK_MONOTONIC` in nanoseconds at which the gate opens by itself; 0 when it is open, and [`LONG_PAST`] when it
+    /// is open and the next pass is to be counted.
     opens_at_ns: AtomicU64,
     /// The futex: changes when `opens_at_ns` does.
     changes: AtomicU32,
     throttled_ns: Counter,
+    counted_passes: AtomicU64,
 }
 
 impl Gate {
@@ -46,7 +51,7 @@ impl Gate {
 
     /// Lets the vCPU into the guest at once.
     pub fn open(&self) {
-        if self.opens_at_ns.load(Ordering::Relaxed) != 0 {
+        if self.opens_at_ns.load(Ordering::Relaxed) > LONG_PAST {
             self.set(0);
         }
     }
@@ -58,6 +63,16 @@ impl Gate {
 
     pub(super) fn throttled_ns(&self) -> u64 {
         self.throttled_ns.get()
+    }
+
+    /// Passes counted so far; the next one will be.
+    ///
+    /// So a full ring learns whether its vCPU has been in `KVM_RUN` since it was full the last time, and an open gate
+    /// costs one load all the same.
+    pub(super) fn count_next_pass(&self) -> u64 {
+        // If a throttle sets its own value over this, or this fails over a throttle's, the pass is counted too.
+        let _ = self.opens_at_ns.compare_exchange(0, LONG_PAST, Ordering::Relaxed, Ordering::Relaxed);
+        self.counted_passes.load(Ordering::Relaxed)
     }
 
     fn set(&self, opens_at_ns: u64) {
@@ -89,6 +104,7 @@ impl Gate {
 
     #[cold]
     fn wait(&self) -> BeforeRun {
+        self.counted_passes.fetch_add(1, Ordering::Relaxed);
         let came_ns = now_ns();
         let mut now = came_ns;
         let outcome = loop {

@@ -12,6 +12,8 @@ mod gate;
 mod pending;
 mod rings;
 mod slots;
+#[cfg(test)]
+mod tests;
 mod tracker;
 mod vcpu;
 

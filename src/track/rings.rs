@@ -17,8 +17,8 @@ use super::figures::VmCounters;
 use super::pending::{Pending, Protected};
 use super::slots::{SlotCursor, Slots};
 use super::vcpu::Vcpu;
-use crate::kvm::Kernel;
 use crate::kvm::ring::DirtyRing;
+use crate::kvm::{Kernel, ResetCount};
 use crate::layout::{PageIndex, PageRun, SlotId};
 
 /// Resets in a row that reset nothing, before a ring is taken for stuck. A stop signal, a freezing cgroup or task
@@ -28,8 +28,8 @@ const IDLE_RESETS_MAX: u32 = 16;
 /// Entries that KVM keeps free at the end of a ring: 64, and 512 more on a host with PML.
 const RESERVED_ENTRIES: u32 = 64 + 512;
 
-/// How often a ring may be found full and without a dirty entry while it is brought in step again.
-const BLIND_SKIPS_MAX: u32 = 64;
+/// How often in a row a vCPU may say that its ring is full when there is nothing to take, before it is given up.
+const EMPTY_CALLS_MAX: u32 = 1_000;
 
 /// Page frames that one batch of KVM's reset covers at most: the bits of a long.
 const BATCH_PAGES: u64 = 64;
@@ -56,11 +56,14 @@ struct Ring {
     early_pages: u64,
     /// Dirty entries at the last look.
     last_look: u32,
-    /// Times in a row that the vCPU said "full" and there was nothing to take.
+    /// Runs in a row that KVM ended with "full" when there was nothing to take.
     empty_fulls: u32,
+    /// Calls of `ring_full` in a row with nothing to take.
+    empty_calls: u32,
+    /// The gate's count of passes at the last call of `ring_full`.
+    passes: Option<u64>,
     /// It may have overflowed, and entries that we cannot see may hide behind a gap.
     suspect: bool,
-    blind_skips: u32,
 }
 
 /// All rings of a VM.
@@ -84,7 +87,7 @@ impl Ring {
             self.vcpu.counters.duplicates.add(u64::from(taken) - new - unknown);
             cx.counters.unknown_slot_entries.add(unknown);
             self.early_pages += new;
-            self.empty_fulls = 0;
+            (self.empty_fulls, self.empty_calls, self.passes) = (0, 0, None);
         }
         taken
     }
@@ -120,6 +123,28 @@ impl Ring {
         self.vcpu.counters.occupancy_max.raise_to(u64::from(entries));
     }
 
+    /// The vCPU says "full", and there is no dirty entry. The first time, another thread may have recycled the ring
+    /// between the exit and the call. But when KVM has run the vCPU since, still says "full", and nobody has
+    /// taken anything in between, then it counts entries that are not there any more.
+    fn nothing_to_take(&mut self) -> Result<(), TrackError> {
+        self.empty_calls += 1;
+        if self.empty_calls > EMPTY_CALLS_MAX {
+            return Err(TrackError::RingLost(self.vcpu.index));
+        }
+        let passes = Some(self.vcpu.gate.count_next_pass());
+        if self.passes != passes && self.ring.exited_full() {
+            self.empty_fulls += 1;
+        }
+        self.passes = passes;
+        if self.empty_fulls >= 2 {
+            self.overflowed("KVM says full and the ring is empty");
+            self.empty_fulls = 0;
+            // How many is unknown; what KVM calls full is more than a quarter of the ring on any host.
+            self.ring.skip(self.ring.size().entries() / 4);
+        }
+        Ok(())
+    }
+
     fn overflowed(&mut self, sign: &'static str) {
         if !self.suspect {
             self.suspect = true;
@@ -152,8 +177,9 @@ impl Rings {
             early_pages: 0,
             last_look: 0,
             empty_fulls: 0,
+            empty_calls: 0,
+            passes: None,
             suspect: false,
-            blind_skips: 0,
         });
     }
 
@@ -211,23 +237,12 @@ impl Rings {
         };
         self.unstick(at, cx, pending)?;
         let ring = &mut self.rings[at];
-        // Before the take, which sets it back if there is anything to take.
-        ring.empty_fulls += 1;
         ring.take(cx, pending);
-        if ring.empty_fulls >= 2 {
-            // The first time, another thread may have recycled the ring between the exit and this call. The second
-            // time KVM has looked again, nobody has taken anything in between, and it still counts entries that
-            // are not there.
-            ring.overflowed("KVM says full and the ring is empty");
-            pending.everything = true;
-            ring.blind_skips += 1;
-            if ring.blind_skips > BLIND_SKIPS_MAX {
-                return Err(TrackError::RingLost(ring.vcpu.index));
+        if ring.ring.unconfirmed() == 0 {
+            ring.nothing_to_take()?;
+            if ring.suspect {
+                pending.everything = true;
             }
-            // How many is unknown, but a full ring counts more than a quarter of its size.
-            ring.ring.skip(ring.ring.size().entries() / 4);
-        } else if ring.empty_fulls == 0 {
-            ring.blind_skips = 0;
         }
         self.reset(cx, pending).map(drop)
     }
@@ -254,8 +269,13 @@ impl Rings {
         let mut idle = 0;
         let mut left = self.unconfirmed();
         while left > 0 {
-            let count = timed_reset(cx)?;
+            let ResetCount { entries, slept } = timed_reset(cx)?;
+            let count = u64::from(entries);
             if count >= left {
+                if slept {
+                    // Stopped at the very last entry? Then all is counted, and the last batch is not protected.
+                    self.doubt_last_batch(cx, pending);
+                }
                 self.rings.iter_mut().for_each(|ring| ring.ring.confirm());
                 break;
             }
@@ -276,6 +296,16 @@ impl Rings {
             }
         }
         Ok(AllReset(()))
+    }
+
+    fn doubt_last_batch(&self, cx: Context<'_>, pending: &mut Pending) {
+        for ring in self.rings.iter().filter(|ring| ring.ring.unconfirmed() > 0) {
+            match ring.ring.last_taken() {
+                Some((slot, offset)) => insert_batch(slot, offset, cx.slots, pending),
+                // The page is no longer known: so it may be any.
+                None => pending.everything = true,
+            }
+        }
     }
 
     /// An interrupted reset: finds out which of the flagged entries it got to.
@@ -306,10 +336,10 @@ impl Rings {
         }
         ring.overflowed("entries were overwritten before they were reset");
         pending.everything = true;
-        let mut left = u64::from(ring.ring.flag_again());
+        let mut left = ring.ring.flag_again();
         let mut idle = 0;
         while left > 0 {
-            let count = timed_reset(cx)?;
+            let count = timed_reset(cx)?.entries;
             left = left.saturating_sub(count);
             idle = if count == 0 { idle + 1 } else { 0 };
             if idle == IDLE_RESETS_MAX {
@@ -331,12 +361,12 @@ fn insert_batch(slot: SlotId, offset: u64, slots: &Slots, pending: &mut Pending)
     }
 }
 
-fn timed_reset(cx: Context<'_>) -> Result<u64, TrackError> {
+fn timed_reset(cx: Context<'_>) -> Result<ResetCount, TrackError> {
     let started = Instant::now();
-    let count = u64::from(cx.kernel.reset_dirty_rings()?);
+    let count = cx.kernel.reset_dirty_rings()?;
     cx.counters.resets.add(1);
     cx.counters.reset_ns.add(nanos_since(started));
-    cx.counters.entries_reset.add(count);
+    cx.counters.entries_reset.add(u64::from(count.entries));
     Ok(count)
 }
 

@@ -11,6 +11,8 @@ use super::rings::{AllReset, Context, Rings};
 use super::slots::Slots;
 use super::vcpu::{Vcpu, VcpuHandle};
 use super::{DirtySource, Observed, TrackError};
+#[cfg(any(test, feature = "fake-kernel"))]
+use crate::kvm::fake::FakeKernel;
 use crate::kvm::ring::DirtyRing;
 use crate::kvm::{Kernel, KvmError, RingSize, VmFd, caps};
 use crate::layout::{GuestMemory, PageRun, SlotId};
@@ -138,6 +140,35 @@ impl DirtyTracker {
         let vm = VmFd::duplicate(vm)?;
         caps::enable_manual_protect(vm.as_fd())?;
         Ok(Self::on(Box::new(vm), Backend::Bitmap(BitmapLog::default())))
+    }
+
+    /// Tracks by the rings of a kernel in memory.
+    #[cfg(any(test, feature = "fake-kernel"))]
+    pub fn on_fake_rings(kernel: &FakeKernel, size: RingSize) -> Self {
+        Self::on(Box::new(kernel.clone()), Backend::Ring { size, rings: Rings::default() })
+    }
+
+    /// Tracks by the bitmap of a kernel in memory.
+    #[cfg(any(test, feature = "fake-kernel"))]
+    pub fn on_fake_bitmap(kernel: &FakeKernel) -> Self {
+        Self::on(Box::new(kernel.clone()), Backend::Bitmap(BitmapLog::default()))
+    }
+
+    /// Creates a vCPU in a kernel in memory and follows it: see
+    /// [`FakeKernel`](crate::kvm::fake::FakeKernel) for the arguments.
+    ///
+    /// # Errors
+    ///
+    /// [`TrackError::VcpuKnown`] if the index is taken.
+    #[cfg(any(test, feature = "fake-kernel"))]
+    pub fn attach_fake_vcpu(
+        &self,
+        index: usize,
+        kernel: &FakeKernel,
+        position: u32,
+        cpu_log_entries: usize,
+    ) -> Result<VcpuHandle, TrackError> {
+        self.attach(index, |size| Ok(kernel.create_vcpu(size, position, cpu_log_entries)))
     }
 
     fn on(kernel: Box<dyn Kernel>, backend: Backend) -> Self {

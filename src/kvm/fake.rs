@@ -1,0 +1,384 @@
+//! A kernel in memory: slots, rings and protection as KVM has them, and its bad days on demand.
+//!
+//! It follows `virt/kvm/dirty_ring.c` of Linux 6.18 step by step, the batch that an interrupted reset counts and
+//! forgets included. What it simulates on top: guests that write, natively or emulated, a CPU that buffers its
+//! entries (PML), and a second thread that resets.
+#![expect(unsafe_code, reason = "a guest memory is made of mappings, which nobody here ever touches")]
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fmt;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, KVM_EXIT_UNKNOWN};
+use memmap2::{MmapOptions, MmapRaw};
+
+use super::ring::{DIRTY, DirtyRing, EMPTY, Entry, RESET};
+use super::{Kernel, KvmError, ResetCount, RingSize};
+use crate::layout::{GuestMemory, PAGE_SIZE, PageRun, Region, SlotId};
+
+/// The next reset stops after so many entries, as if a signal had come: the batch at hand is forgotten.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Interruption {
+    /// Entries counted before the signal is noticed.
+    pub after_entries: u32,
+}
+
+/// A guest writes natively while the next reset runs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct WriteDuringReset {
+    /// Which vCPU.
+    pub vcpu: usize,
+    /// Which slot.
+    pub slot: SlotId,
+    /// Which page of it.
+    pub offset: u64,
+    /// After the reset has protected what it will, or before.
+    pub after: bool,
+}
+
+/// A kernel in memory. Clones are the same kernel.
+#[derive(Clone)]
+pub struct FakeKernel {
+    inner: Arc<Mutex<Inner>>,
+}
+
+struct Inner {
+    /// By vCPU; none where the VM has a bitmap instead.
+    rings: Vec<FakeRing>,
+    slots: BTreeMap<u32, FakeSlot>,
+    interruptions: VecDeque<Interruption>,
+    /// Writes that guests do while the next reset runs.
+    writes_during_reset: Vec<WriteDuringReset>,
+    /// Those of them that were done.
+    written_during_reset: Vec<(SlotId, u64)>,
+    mappings: Vec<MmapRaw>,
+}
+
+/// KVM's end of a ring.
+struct FakeRing {
+    entries: Arc<[Entry]>,
+    exit_reason: Arc<AtomicU32>,
+    dirty_index: u32,
+    reset_index: u32,
+    soft_limit: u32,
+    /// What the CPU has logged and KVM has not yet pushed.
+    cpu_log: Vec<(SlotId, u64)>,
+    cpu_log_entries: usize,
+}
+
+struct FakeSlot {
+    logging: bool,
+    writable: Vec<bool>,
+    bitmap: Vec<u64>,
+}
+
+fn index(n: u64) -> usize {
+    usize::try_from(n).unwrap_or(usize::MAX)
+}
+
+impl FakeRing {
+    fn used(&self) -> u32 {
+        self.dirty_index.wrapping_sub(self.reset_index)
+    }
+
+    fn entry(&self, position: u32) -> &Entry {
+        &self.entries[position as usize % self.entries.len()]
+    }
+
+    /// `kvm_dirty_ring_push`, which does not look whether there is room.
+    fn push(&mut self, slot: SlotId, offset: u64) {
+        let entry = self.entry(self.dirty_index);
+        entry.slot.store(slot.0, Ordering::Relaxed);
+        entry.offset.store(offset, Ordering::Relaxed);
+        // As strong as `smp_wmb()` and a plain store.
+        entry.flags.store(DIRTY, Ordering::Release);
+        self.dirty_index = self.dirty_index.wrapping_add(1);
+    }
+
+    /// `KVM_RUN` up to the check of the soft limit; false if the vCPU comes back at once.
+    fn enters_guest(&mut self) -> bool {
+        let full = self.used() >= self.soft_limit;
+        let reason = if full { KVM_EXIT_DIRTY_RING_FULL } else { KVM_EXIT_UNKNOWN };
+        self.exit_reason.store(reason, Ordering::Relaxed);
+        if full {
+            self.flush_cpu_log();
+        }
+        !full
+    }
+
+    fn flush_cpu_log(&mut self) {
+        for (slot, offset) in std::mem::take(&mut self.cpu_log) {
+            self.push(slot, offset);
+        }
+    }
+}
+
+impl Inner {
+    fn write(&mut self, vcpu: usize, slot: SlotId, offset: u64, emulated: bool) {
+        let Some(page) = self.slots.get_mut(&slot.0) else { return };
+        let was_writable = std::mem::replace(&mut page.writable[index(offset)], true);
+        if !page.logging || (was_writable && !emulated) {
+            return;
+        }
+        page.bitmap[index(offset / 64)] |= 1 << (offset % 64);
+        let Some(ring) = self.rings.get_mut(vcpu) else { return };
+        if ring.cpu_log_entries == 0 || emulated {
+            ring.push(slot, offset);
+        } else {
+            ring.cpu_log.push((slot, offset));
+            if ring.cpu_log.len() == ring.cpu_log_entries {
+                ring.flush_cpu_log();
+            }
+        }
+    }
+
+    /// `kvm_reset_dirty_gfn`.
+    fn protect(&mut self, slot: u32, offset: u64, mask: u64) {
+        let Some(slot) = self.slots.get_mut(&slot) else { return };
+        let last = offset + u64::from(63 - mask.leading_zeros());
+        if index(last) < slot.writable.len() {
+            for bit in (0..64).filter(|bit| mask >> bit & 1 != 0) {
+                slot.writable[index(offset + bit)] = false;
+            }
+        }
+    }
+
+    /// `kvm_dirty_ring_reset`; true if a signal was pending.
+    fn reset_ring(&mut self, at: usize, count: &mut u32, interruption: Option<Interruption>) -> bool {
+        let (mut slot, mut offset, mut mask) = (0, 0, 0_u64);
+        loop {
+            if interruption.is_some_and(|signal| *count >= signal.after_entries) {
+                return true;
+            }
+            let ring = &mut self.rings[at];
+            let entry = ring.entry(ring.reset_index);
+            if entry.flags.load(Ordering::Acquire) & RESET == 0 {
+                break;
+            }
+            let (next_slot, next_offset) =
+                (entry.slot.load(Ordering::Relaxed), entry.offset.load(Ordering::Relaxed));
+            entry.flags.store(EMPTY, Ordering::Release);
+            ring.reset_index = ring.reset_index.wrapping_add(1);
+            *count += 1;
+            if mask != 0 {
+                let delta = next_offset.wrapping_sub(offset).cast_signed();
+                if next_slot == slot && (0..64).contains(&delta) {
+                    mask |= 1 << delta;
+                    continue;
+                }
+                if next_slot == slot && (-63..0).contains(&delta) && mask << -delta >> -delta == mask {
+                    offset = next_offset;
+                    mask = mask << -delta | 1;
+                    continue;
+                }
+                self.protect(slot, offset, mask);
+            }
+            (slot, offset, mask) = (next_slot, next_offset, 1);
+        }
+        if mask != 0 {
+            self.protect(slot, offset, mask);
+        }
+        false
+    }
+
+    fn reset(&mut self) -> ResetCount {
+        let (after, before): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.writes_during_reset).into_iter().partition(|write| write.after);
+        self.write_all(&before);
+        let interruption = self.interruptions.pop_front();
+        let mut count = ResetCount { entries: 0, slept: false };
+        for at in 0..self.rings.len() {
+            count.slept = self.reset_ring(at, &mut count.entries, interruption);
+            if count.slept {
+                break;
+            }
+        }
+        self.write_all(&after);
+        count
+    }
+
+    fn write_all(&mut self, writes: &[WriteDuringReset]) {
+        for &WriteDuringReset { vcpu, slot, offset, .. } in writes {
+            if self.rings.get(vcpu).is_none_or(|ring| ring.used() < ring.soft_limit) {
+                self.write(vcpu, slot, offset, false);
+                self.written_during_reset.push((slot, offset));
+            }
+        }
+    }
+}
+
+impl FakeKernel {
+    /// A kernel without slots and vCPUs.
+    pub fn new() -> Self {
+        let inner = Inner {
+            rings: Vec::new(),
+            slots: BTreeMap::new(),
+            interruptions: VecDeque::new(),
+            writes_during_reset: Vec::new(),
+            written_during_reset: Vec::new(),
+            mappings: Vec::new(),
+        };
+        Self { inner: Arc::new(Mutex::new(inner)) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Creates a slot. Its memory is address space only.
+    ///
+    /// # Panics
+    ///
+    /// When the address space is used up.
+    pub fn create_slot(&self, slot: SlotId, pages: PageRun) -> GuestMemory {
+        let count = index(pages.pages);
+        let mut options = MmapOptions::new();
+        options.len(count * PAGE_SIZE).no_reserve_swap();
+        let mapping = MmapRaw::from(options.map_anon().expect("address space for a fake slot"));
+        let region = Region { slot, pages, host: mapping.as_mut_ptr() };
+        let inner = &mut *self.lock();
+        let words = vec![0; count.div_ceil(64)];
+        inner.slots.insert(slot.0, FakeSlot { logging: false, writable: vec![true; count], bitmap: words });
+        inner.mappings.push(mapping);
+        // SAFETY:
+        // * The mapping lives as long as this kernel, which the tracker over this memory owns a clone of.
+        // * Nobody reads or writes it.
+        unsafe { GuestMemory::new(vec![region]) }.expect("a mapping is page-aligned and not empty")
+    }
+
+    /// Deletes a slot.
+    pub fn delete_slot(&self, slot: SlotId) {
+        self.lock().slots.remove(&slot.0);
+    }
+
+    /// Creates a vCPU whose ring begins at `position` and whose CPU buffers up to `cpu_log_entries` entries (PML: 512,
+    /// none: 0).
+    pub(crate) fn create_vcpu(&self, size: RingSize, position: u32, cpu_log_entries: usize) -> DirtyRing {
+        let entries: Arc<[Entry]> = (0..size.entries()).map(|_| Entry::default()).collect();
+        let exit_reason = Arc::new(AtomicU32::new(KVM_EXIT_UNKNOWN));
+        let ring = FakeRing {
+            entries: Arc::clone(&entries),
+            exit_reason: Arc::clone(&exit_reason),
+            dirty_index: position,
+            reset_index: position,
+            soft_limit: size.entries() - 64 - u32::try_from(cpu_log_entries).unwrap_or(0),
+            cpu_log: Vec::new(),
+            cpu_log_entries,
+        };
+        self.lock().rings.push(ring);
+        DirtyRing::over(entries, exit_reason, size, position)
+    }
+
+    /// vCPU `vcpu` writes a page natively: an entry if the page was protected. False, and nothing written, if the vCPU
+    /// must exit first because its ring is full.
+    pub fn write(&self, vcpu: usize, slot: SlotId, offset: u64) -> bool {
+        let inner = &mut *self.lock();
+        if inner.rings.get_mut(vcpu).is_some_and(|ring| !ring.enters_guest()) {
+            return false;
+        }
+        inner.write(vcpu, slot, offset, false);
+        true
+    }
+
+    /// KVM emulates writes of vCPU `vcpu`: each makes an entry, and nothing looks whether the ring is full. False, and
+    /// nothing written, if it was when the emulation began.
+    pub fn emulate_writes(&self, vcpu: usize, slot: SlotId, offsets: impl IntoIterator<Item = u64>) -> bool {
+        let inner = &mut *self.lock();
+        if inner.rings.get_mut(vcpu).is_some_and(|ring| !ring.enters_guest()) {
+            return false;
+        }
+        for offset in offsets {
+            inner.write(vcpu, slot, offset, true);
+        }
+        true
+    }
+
+    /// vCPU `vcpu` leaves the guest, and KVM pushes what the CPU has logged.
+    pub fn exit(&self, vcpu: usize) {
+        if let Some(ring) = self.lock().rings.get_mut(vcpu) {
+            ring.flush_cpu_log();
+        }
+    }
+
+    /// One of the coming resets is interrupted.
+    pub fn interrupt_a_reset(&self, interruption: Interruption) {
+        self.lock().interruptions.push_back(interruption);
+    }
+
+    /// A guest writes while the next reset runs, if its ring is not full then.
+    pub fn write_during_reset(&self, write: WriteDuringReset) {
+        self.lock().writes_during_reset.push(write);
+    }
+
+    /// The vCPUs that were to write during the next reset will not.
+    pub fn cancel_writes_during_reset(&self) {
+        self.lock().writes_during_reset.clear();
+    }
+
+    /// The writes that were done during resets since the last call.
+    pub fn take_written_during_reset(&self) -> Vec<(SlotId, u64)> {
+        std::mem::take(&mut self.lock().written_during_reset)
+    }
+
+    /// Another thread of the VMM calls `KVM_RESET_DIRTY_RINGS`.
+    pub fn foreign_reset(&self) {
+        self.lock().reset();
+    }
+
+    /// Entries in a vCPU's ring by the kernel's own count.
+    pub fn ring_used(&self, vcpu: usize) -> u32 {
+        self.lock().rings.get(vcpu).map_or(0, FakeRing::used)
+    }
+}
+
+impl Default for FakeKernel {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl fmt::Debug for FakeKernel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("FakeKernel")
+    }
+}
+
+fn no_slot(name: &'static str) -> KvmError {
+    KvmError::Ioctl { name, source: std::io::Error::from_raw_os_error(libc::ENOENT) }
+}
+
+impl Kernel for FakeKernel {
+    fn reset_dirty_rings(&self) -> Result<ResetCount, KvmError> {
+        Ok(self.lock().reset())
+    }
+
+    fn set_dirty_logging(&self, region: &Region, enabled: bool) -> Result<(), KvmError> {
+        let inner = &mut *self.lock();
+        let slot =
+            inner.slots.get_mut(&region.slot.0).ok_or_else(|| no_slot("KVM_SET_USER_MEMORY_REGION"))?;
+        if enabled && !slot.logging {
+            slot.writable.fill(false);
+            slot.bitmap.fill(0);
+        }
+        slot.logging = enabled;
+        Ok(())
+    }
+
+    fn get_dirty_log(&self, slot: SlotId, _: u64, words: &mut [u64]) -> Result<(), KvmError> {
+        let inner = self.lock();
+        let slot = inner.slots.get(&slot.0).ok_or_else(|| no_slot("KVM_GET_DIRTY_LOG"))?;
+        words.copy_from_slice(&slot.bitmap);
+        Ok(())
+    }
+
+    fn clear_dirty_log(&self, slot: SlotId, pages: u64, words: &[u64]) -> Result<(), KvmError> {
+        let inner = &mut *self.lock();
+        let slot = inner.slots.get_mut(&slot.0).ok_or_else(|| no_slot("KVM_CLEAR_DIRTY_LOG"))?;
+        for offset in (0..pages).filter(|offset| words[index(offset / 64)] >> (offset % 64) & 1 != 0) {
+            slot.bitmap[index(offset / 64)] &= !(1 << (offset % 64));
+            slot.writable[index(offset)] = false;
+        }
+        Ok(())
+    }
+}
