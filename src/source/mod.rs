@@ -1,1 +1,580 @@
-//! source
+//! The outgoing side: the life of a migration, from the handshake to the word that the destination runs.
+//!
+//! [`Source::run`] reads as the phases of DESIGN's handing over: connect, start tracking, precopy rounds, stop
+//! and copy, prepare, commit. Before `Commit` has left, every failure puts the harvested pages back into the
+//! dirty set and lets the VM run on here. After it, the source never resumes by itself: see
+//! [`SourceError::Unconfirmed`].
+
+mod report;
+mod steering;
+
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
+
+pub use report::SourceReport;
+
+use self::steering::{Steering, switchover_overhead};
+use crate::converge::{Action, LastCheck, Why};
+use crate::layout::{GuestMemory, PAGE_SIZE, PageRun};
+use crate::page::populated;
+use crate::page::ram_digest;
+use crate::page_set::PageSet;
+use crate::progress::{Event, Phase, Progress, RoundReport};
+use crate::track::{DirtySource, TrackError};
+use crate::transport::control::{ControlConnection, ControlError};
+use crate::transport::{ChannelSpec, MigrationToken, RoundSent, SendOptions, Sender, Totals, TransportError};
+use crate::vm::{Paused, Vm, VmError};
+use crate::wire::control::{Hello, Message, PROTOCOL, Token};
+
+/// How often the dirty source is observed while a round is sent. Observation costs the guest nothing, and us
+/// about a nanosecond per new page; a vCPU that overdraws its share is stopped this late at the most.
+const OBSERVE_EVERY: Duration = Duration::from_millis(1);
+
+/// Why a migration did not complete.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SourceError {
+    /// The control connection failed.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// The destination will not take this VM.
+    #[error("the destination refused the VM: {0}")]
+    Refused(String),
+    /// The destination gave up.
+    #[error("the destination ended the migration: {0}")]
+    Aborted(String),
+    /// The peer said something that its phase does not allow.
+    #[error("expected {expected} from the destination, got {got}")]
+    Unexpected {
+        /// What the phase allows.
+        expected: &'static str,
+        /// What came.
+        got: &'static str,
+    },
+    /// The data connections failed.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    /// Dirty tracking failed.
+    #[error("dirty tracking failed: {0}")]
+    Track(#[from] TrackError),
+    /// The VMM could not do its part.
+    #[error("the VMM could not {action}: {source}")]
+    Vm {
+        /// What it was asked.
+        action: &'static str,
+        /// Its own error.
+        source: VmError,
+    },
+    /// The two RAM digests differ.
+    #[error("RAM at the destination differs (digest {ours:032x} here, {theirs:032x} there): not handed over")]
+    DigestMismatch {
+        /// Digest here.
+        ours: u128,
+        /// Digest there.
+        theirs: u128,
+    },
+    /// A limit that the user set says that it has taken long enough.
+    #[error("given up: the timeout of the migration has passed; the VM runs on here")]
+    GaveUp,
+    /// The user asked to stop.
+    #[error("cancelled; the VM runs on here")]
+    Cancelled,
+    /// The VM was handed over, and the destination never said that it runs. It may run there: the VM stays
+    /// paused here with its RAM kept, until an operator has looked and either drops it or resumes it.
+    #[error(
+        "the VM was handed over but the destination did not confirm that it runs ({cause}); it stays paused here: \
+         find out whether it runs there, then end one of the two"
+    )]
+    Unconfirmed {
+        /// Hand this to [`Vm::resume`] only if the destination certainly does not run the VM.
+        paused: Paused,
+        /// Why no confirmation came.
+        cause: Box<SourceError>,
+    },
+}
+
+/// What the user chooses for one migration. What may change while it runs is in
+/// [`Parameters`](crate::progress::Parameters).
+#[derive(Clone, Debug)]
+pub struct SourceOptions {
+    /// `HOST:PORT` of the destination's control connection.
+    pub destination: String,
+    /// Data connections to open, if `channel_specs` is empty: all to the destination's address.
+    pub channels: u32,
+    /// Data connections bound to addresses and devices of their own.
+    pub channel_specs: Vec<ChannelSpec>,
+    /// Compare RAM digests before the handing over.
+    pub verify: bool,
+    /// Zero-copy, and how.
+    pub send: SendOptions,
+    /// vCPUs of the VM.
+    pub vcpus: u32,
+    /// Longest wait for any single answer of the destination.
+    pub answer_timeout: Duration,
+}
+
+impl Default for SourceOptions {
+    /// Two data connections, verified, 30 s for any answer; the destination is to be filled in.
+    fn default() -> Self {
+        Self {
+            destination: String::new(),
+            channels: 2,
+            channel_specs: Vec::new(),
+            verify: true,
+            send: SendOptions::default(),
+            vcpus: 1,
+            answer_timeout: Duration::from_secs(30),
+        }
+    }
+}
+
+/// One migration of one VM.
+#[derive(Debug)]
+pub struct Source<'a, V: ?Sized, D: ?Sized> {
+    vm: &'a mut V,
+    tracker: &'a mut D,
+    memory: &'a GuestMemory,
+    options: SourceOptions,
+    progress: Progress,
+    report: SourceReport,
+    started: Instant,
+    /// Pages harvested since tracking began: what a failure gives back.
+    taken: PageSet,
+    /// Set while the guest stands still.
+    standstill: Option<Standstill>,
+}
+
+/// The guest stands still.
+#[derive(Debug)]
+struct Standstill {
+    paused: Paused,
+    since: Instant,
+}
+
+/// The connections to the destination.
+struct Peer {
+    control: ControlConnection,
+    sender: Sender,
+}
+
+impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Source<'a, V, D> {
+    /// Prepares a migration; [`run`](Self::run) does it.
+    pub fn new(
+        vm: &'a mut V,
+        tracker: &'a mut D,
+        memory: &'a GuestMemory,
+        options: SourceOptions,
+        progress: Progress,
+    ) -> Self {
+        Self {
+            taken: PageSet::new(memory.end()),
+            report: SourceReport::default(),
+            started: Instant::now(),
+            standstill: None,
+            vm,
+            tracker,
+            memory,
+            options,
+            progress,
+        }
+    }
+
+    /// Migrates the VM. Returns when the destination runs it, or when it has failed and the VM runs on here.
+    ///
+    /// # Errors
+    ///
+    /// [`SourceError`]; the VM runs on here after each of them but [`SourceError::Unconfirmed`], and a failure
+    /// of the VMM to resume.
+    pub fn run(mut self) -> Result<SourceReport, SourceError> {
+        self.started = Instant::now();
+        let result = self.attempt().map_err(|error| match error {
+            SourceError::Control(ControlError::Cancelled { .. }) => SourceError::Cancelled,
+            error => error,
+        });
+        let phase = if result.is_ok() { Phase::Completed } else { Phase::Failed };
+        let error = result.as_ref().err().map(ToString::to_string);
+        self.progress
+            .publish(Event::Ended { completed: result.is_ok(), error }, |status| status.phase = phase);
+        result?;
+        Ok(self.report)
+    }
+
+    fn attempt(&mut self) -> Result<(), SourceError> {
+        let mut peer = self.connect()?;
+        let populated = self.start_tracking()?;
+        let prepared = self
+            .precopy(&mut peer, populated)
+            .and_then(|remaining| self.stop_and_copy(&mut peer, remaining))
+            .and_then(|()| self.commit(&mut peer));
+        match prepared {
+            Ok(()) => self.handed_over(&mut peer),
+            Err(error) => Err(self.undo(&mut peer, error)),
+        }
+    }
+
+    /// Before `Commit` everything can be undone: the guest runs on, and what was harvested is dirty again.
+    fn undo(&mut self, peer: &mut Peer, error: SourceError) -> SourceError {
+        let mut error =
+            if self.progress.parameters().is_cancelled() { SourceError::Cancelled } else { error };
+        if let Some(Standstill { paused, .. }) = self.standstill.take()
+            && let Err(source) = self.vm.resume(paused)
+        {
+            error = SourceError::Vm { action: "resume after a failed switchover", source };
+        }
+        self.tracker.give_back(&self.taken);
+        self.stop_tracking();
+        if !matches!(error, SourceError::Aborted(_)) {
+            // The connection may be what failed: then the destination notices by itself.
+            let _ = peer.control.send(&Message::Abort(error.to_string()), self.options.answer_timeout);
+        }
+        error
+    }
+
+    fn connect(&mut self) -> Result<Peer, SourceError> {
+        let timeout = self.options.answer_timeout;
+        let mut control = ControlConnection::connect(&self.options.destination, timeout)?;
+        let token = random_token()?;
+        let specs = std::mem::take(&mut self.options.channel_specs);
+        let channels = if specs.is_empty() { self.options.channels } else { as_u32(specs.len()) };
+        let hello = Hello {
+            protocol: PROTOCOL,
+            token,
+            page_bytes: as_u32(PAGE_SIZE),
+            vcpus: self.options.vcpus,
+            channels,
+            verify: self.options.verify,
+            ram: self.memory.regions().iter().map(|region| region.pages).collect::<Vec<PageRun>>(),
+        };
+        control.send(&Message::Hello(hello), timeout)?;
+        let data_port = match self.answer(&mut control, "Accept")? {
+            Message::Accept { data_port, .. } => data_port,
+            other => return Err(unexpected("Accept", &other)),
+        };
+        let specs = if specs.is_empty() {
+            let mut remote =
+                control.peer_addr().map_err(|source| ControlError::Receive { expected: "Accept", source })?;
+            remote.set_port(data_port);
+            vec![ChannelSpec::to(remote); channels as usize]
+        } else {
+            specs
+        };
+        let options = SendOptions {
+            max_bandwidth: self.progress.parameters().max_bandwidth().clone(),
+            ..self.options.send.clone()
+        };
+        let sender = Sender::connect(&specs, MigrationToken(token), self.memory.clone(), options)?;
+        self.report.channels = channels;
+        self.report.memory_bytes = self.memory.pages() * PAGE_SIZE as u64;
+        self.tracker.backend().clone_into(&mut self.report.backend);
+        Ok(Peer { control, sender })
+    }
+
+    /// Switches tracking on, and finds the pages that the first round has to send: those that exist. A page
+    /// that is populated later is written by someone, and so dirty.
+    fn start_tracking(&mut self) -> Result<PageSet, SourceError> {
+        self.vm
+            .set_dirty_logging(true)
+            .map_err(|source| SourceError::Vm { action: "switch dirty logging on", source })?;
+        if let Err(error) = self.tracker.start() {
+            self.stop_tracking();
+            return Err(error.into());
+        }
+        let populated = populated(self.memory).pages;
+        let (ram_pages, populated_pages) = (self.memory.pages(), populated.len());
+        self.progress.publish(Event::Started { ram_pages, populated_pages }, |status| {
+            status.phase = Phase::Precopy;
+            status.ram_pages = ram_pages;
+        });
+        Ok(populated)
+    }
+
+    fn stop_tracking(&mut self) {
+        if let Err(error) = self.tracker.stop() {
+            tracing::warn!(%error, "tracking could not be stopped");
+        }
+        if let Err(error) = self.vm.set_dirty_logging(false) {
+            tracing::warn!(%error, "dirty logging could not be switched off");
+        }
+    }
+
+    /// Sends rounds while the guest runs, until the controller says that it is time. Returns with the guest
+    /// standing still, and with what is left to send.
+    fn precopy(&mut self, peer: &mut Peer, populated: PageSet) -> Result<PageSet, SourceError> {
+        let verified_pages = if self.options.verify { populated.len() } else { 0 };
+        let overhead = switchover_overhead(verified_pages);
+        let vcpus = self.tracker.vcpus();
+        let mut steering = Steering::new(self.memory.pages(), &self.progress, self.started, overhead, vcpus);
+        let mut to_send = populated;
+        let counters = peer.sender.counters();
+        let remaining = loop {
+            steering.round_started(self.next_round(), to_send.len(), counters.totals());
+            let mut dirty = self.round(peer, &mut steering, to_send)?;
+            if self.standstill.is_some() {
+                break dirty;
+            }
+            let observed = self.tracker.observe()?;
+            self.harvest(&mut dirty)?;
+            if let Some(round) = self.report.rounds.last_mut() {
+                round.pages_dirtied = dirty.len();
+            }
+            let action = steering.round_ended(&observed, dirty.len(), counters.totals());
+            self.publish_round();
+            if self.report.rounds.len() == 1 {
+                self.report.prediction_after_round_1 = steering.prediction();
+            }
+            match action {
+                Action::Continue => {}
+                Action::GiveUp(_) => return Err(SourceError::GaveUp),
+                Action::SwitchOver(why) => {
+                    self.stop_guest(&mut steering, &mut dirty)?;
+                    if self.stays_stopped(&mut steering, why, dirty.len())? {
+                        break dirty;
+                    }
+                }
+            }
+            to_send = dirty;
+        };
+        self.report.predicted_downtime_ms = steering.prediction().map(|prediction| prediction.downtime_ms);
+        let pages_left = remaining.len();
+        self.progress.publish(Event::Switchover { pages_left }, |status| status.phase = Phase::Switchover);
+        Ok(remaining)
+    }
+
+    /// Sends one round while the guest runs and is observed. The controller may want the guest stopped in the
+    /// middle of it: then the rest of the round goes out while it stands still. Returns the pages that were
+    /// harvested on the way: none, if the guest was not stopped.
+    fn round(
+        &mut self,
+        peer: &mut Peer,
+        steering: &mut Steering,
+        pages: PageSet,
+    ) -> Result<PageSet, SourceError> {
+        let (pages_to_send, number) = (pages.len(), self.next_round());
+        let mut dirty = PageSet::new(self.memory.end());
+        let counters = peer.sender.counters();
+        let before = counters.totals();
+        let sent = send_round(&mut peer.sender, number, pages, || {
+            if self.progress.parameters().is_cancelled() {
+                return Err(SourceError::Cancelled);
+            }
+            if self.standstill.is_some() {
+                return Ok(());
+            }
+            match steering.look(self.tracker, self.vm, counters.totals())? {
+                Action::Continue => Ok(()),
+                Action::GiveUp(_) => Err(SourceError::GaveUp),
+                Action::SwitchOver(why) => {
+                    self.stop_guest(steering, &mut dirty)?;
+                    let done = counters.totals().since(before);
+                    let unsent = pages_to_send.saturating_sub(done.pages_sent + done.zero_pages);
+                    self.stays_stopped(steering, why, unsent + dirty.len())?;
+                    Ok(())
+                }
+            }
+        })?;
+        self.count_round(&sent, pages_to_send);
+        Ok(dirty)
+    }
+
+    fn next_round(&self) -> u32 {
+        as_u32(self.report.rounds.len() + 1)
+    }
+
+    fn harvest(&mut self, dirty: &mut PageSet) -> Result<(), SourceError> {
+        let mut harvested = PageSet::new(self.memory.end());
+        self.tracker.harvest(&mut harvested)?;
+        self.taken.union(&harvested);
+        dirty.union(&harvested);
+        Ok(())
+    }
+
+    /// Stops the guest and adds all that is dirty to `dirty`.
+    fn stop_guest(&mut self, steering: &mut Steering, dirty: &mut PageSet) -> Result<(), SourceError> {
+        let since = Instant::now();
+        steering.open_gates();
+        let paused = self.vm.pause().map_err(|source| SourceError::Vm { action: "pause", source })?;
+        self.report.pause_ms = millis(since.elapsed());
+        let standstill = self.standstill.insert(Standstill { paused, since });
+        let mut last = PageSet::new(self.memory.end());
+        self.tracker.harvest_final(&standstill.paused, &mut last)?;
+        self.taken.union(&last);
+        dirty.union(&last);
+        Ok(())
+    }
+
+    /// The last check, now that what is left is known exactly. If it is too much the guest runs on.
+    fn stays_stopped(&mut self, steering: &mut Steering, why: Why, left: u64) -> Result<bool, SourceError> {
+        if steering.last_check(why, left) == LastCheck::GoOn {
+            return Ok(true);
+        }
+        if let Some(Standstill { paused, .. }) = self.standstill.take() {
+            let resumed = self.vm.resume(paused);
+            resumed.map_err(|source| SourceError::Vm {
+                action: "resume a guest that dirtied too much",
+                source,
+            })?;
+        }
+        Ok(false)
+    }
+
+    fn count_round(&mut self, sent: &RoundSent, pages_to_send: u64) {
+        let Totals { pages_sent, zero_pages, bytes_sent, zero_copy_sends, copied_sends, .. } = sent.totals;
+        self.report.pages_sent += pages_sent;
+        self.report.zero_pages += zero_pages;
+        self.report.bytes_sent += bytes_sent;
+        self.report.zero_copy_sends += zero_copy_sends;
+        self.report.copied_sends += copied_sends;
+        self.report.rounds.push(RoundReport {
+            round: sent.round,
+            pages_to_send,
+            pages_sent,
+            zero_pages,
+            bytes_sent,
+            duration_ms: millis(sent.duration),
+            pages_dirtied: 0,
+        });
+    }
+
+    fn publish_round(&self) {
+        let Some(round) = self.report.rounds.last() else { return };
+        let bytes_sent = self.report.bytes_sent;
+        self.progress.publish(Event::RoundEnded(round.clone()), |status| {
+            status.round_pages_done = status.round_pages;
+            status.bytes_sent = bytes_sent;
+        });
+    }
+
+    /// The guest stands still: sends what is left and its state, and brings the destination to `Prepared`.
+    fn stop_and_copy(&mut self, peer: &mut Peer, remaining: PageSet) -> Result<(), SourceError> {
+        // The final phase uses all there is.
+        peer.sender.set_max_bandwidth(None);
+        let Some(Standstill { paused, .. }) = &self.standstill else { return Err(SourceError::Cancelled) };
+        let state = self
+            .vm
+            .save_state(paused)
+            .map_err(|source| SourceError::Vm { action: "save the vCPU and device state", source })?;
+        let (memory, parameters) = (self.memory, self.progress.parameters());
+        let (number, pages_to_send) = (self.next_round(), remaining.len());
+        // Nothing writes RAM any more: our digest is computed while the last pages are on their way.
+        let (sent, digest) = thread::scope(|scope| {
+            let digest = self.options.verify.then(|| scope.spawn(|| ram_digest(memory, paused).digest.0));
+            let sent = send_round(&mut peer.sender, number, remaining, || {
+                if parameters.is_cancelled() { Err(SourceError::Cancelled) } else { Ok(()) }
+            });
+            let digest = digest.map_or(Ok(0), thread::ScopedJoinHandle::join);
+            (sent, digest.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+        });
+        self.count_round(&sent?, pages_to_send);
+        self.publish_round();
+        let timeout = self.options.answer_timeout;
+        peer.control.send(&Message::State(state), timeout)?;
+        let verifying = Instant::now();
+        peer.control.send(&Message::Prepare { ram_digest: digest }, timeout)?;
+        match self.answer(&mut peer.control, "Prepared")? {
+            Message::Prepared { ram_digest: theirs } if theirs == digest => {}
+            Message::Prepared { ram_digest: theirs } => {
+                return Err(SourceError::DigestMismatch { ours: digest, theirs });
+            }
+            other => return Err(unexpected("Prepared", &other)),
+        }
+        if self.options.verify {
+            self.report.verify_ms = millis(verifying.elapsed());
+            self.report.ram_digest_match = Some(true);
+        }
+        Ok(())
+    }
+
+    /// A `Commit` that could not be written whole cannot be read by the destination either: that failure still
+    /// leaves the VM here. Once it is written, the VM is not ours any more.
+    fn commit(&mut self, peer: &mut Peer) -> Result<(), SourceError> {
+        if self.progress.parameters().is_cancelled() {
+            return Err(SourceError::Cancelled);
+        }
+        Ok(peer.control.send(&Message::Commit, self.options.answer_timeout)?)
+    }
+
+    /// Nobody can cancel any more: only the destination's word or its silence counts.
+    fn handed_over(&mut self, peer: &mut Peer) -> Result<(), SourceError> {
+        let timeout = self.options.answer_timeout;
+        let answer = peer.control.receive("Running", timeout, &AtomicBool::new(false));
+        let Some(Standstill { paused, since }) = self.standstill.take() else { return Ok(()) };
+        let cause = match answer {
+            Ok(Message::Running) => {
+                self.report.downtime_ms = millis(since.elapsed());
+                self.report.total_ms = millis(self.started.elapsed());
+                self.stop_tracking();
+                return Ok(());
+            }
+            Ok(other) => unexpected("Running", &other),
+            Err(cause) => cause.into(),
+        };
+        Err(SourceError::Unconfirmed { paused, cause: Box::new(cause) })
+    }
+
+    /// The destination's next message, unless it is the end of the migration.
+    fn answer(
+        &self,
+        control: &mut ControlConnection,
+        expected: &'static str,
+    ) -> Result<Message, SourceError> {
+        let cancel = self.progress.parameters().cancel_flag();
+        match control.receive(expected, self.options.answer_timeout, cancel)? {
+            Message::Refuse(why) => Err(SourceError::Refused(why)),
+            Message::Abort(why) => Err(SourceError::Aborted(why)),
+            message => Ok(message),
+        }
+    }
+}
+
+/// Sends a round on the channels' threads; meanwhile `look` is called every millisecond. If it fails, the sending
+/// is cancelled.
+fn send_round(
+    sender: &mut Sender,
+    round: u32,
+    pages: PageSet,
+    mut look: impl FnMut() -> Result<(), SourceError>,
+) -> Result<RoundSent, SourceError> {
+    let cancel = sender.cancel_handle();
+    let pages = Arc::new(pages);
+    thread::scope(|scope| {
+        let (done, outcome) = mpsc::sync_channel(1);
+        scope.spawn(move || done.send(sender.send_round(round, pages)));
+        loop {
+            match outcome.recv_timeout(OBSERVE_EVERY) {
+                Ok(result) => return Ok(result?),
+                // Its thread panicked; the scope passes that on.
+                Err(mpsc::RecvTimeoutError::Disconnected) => return Err(SourceError::Cancelled),
+                Err(mpsc::RecvTimeoutError::Timeout) => {}
+            }
+            if let Err(error) = look() {
+                cancel.cancel();
+                return Err(error);
+            }
+        }
+    })
+}
+
+fn unexpected(expected: &'static str, got: &Message) -> SourceError {
+    SourceError::Unexpected { expected, got: got.name() }
+}
+
+fn millis(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
+
+/// For lengths and counts that are bounded far below 2³² by construction.
+fn as_u32(value: usize) -> u32 {
+    u32::try_from(value).unwrap_or(u32::MAX)
+}
+
+/// A migration's name on its connections.
+fn random_token() -> Result<Token, ControlError> {
+    let mut token = Token::default();
+    getrandom::fill(&mut token).map_err(|error| ControlError::Connect {
+        address: "the kernel's random numbers".to_owned(),
+        source: error.into(),
+    })?;
+    Ok(token)
+}

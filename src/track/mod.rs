@@ -122,6 +122,11 @@ pub trait DirtySource: Send {
     /// The name that reports show: `ring`, `bitmap`, `pagemap`.
     fn backend(&self) -> &'static str;
 
+    /// Handles of the vCPUs whose gates a throttle may close; empty where there are none.
+    fn vcpus(&self) -> Vec<VcpuHandle> {
+        Vec::new()
+    }
+
     /// Begins tracking: what is dirtied from here on will be harvested.
     ///
     /// # Errors

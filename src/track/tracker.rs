@@ -332,6 +332,10 @@ impl DirtySource for DirtyTracker {
         }
     }
 
+    fn vcpus(&self) -> Vec<VcpuHandle> {
+        Self::vcpus(self)
+    }
+
     fn start(&mut self) -> Result<(), TrackError> {
         let state = &mut *self.shared.lock();
         if state.tracking {

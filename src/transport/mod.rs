@@ -12,6 +12,7 @@
 
 mod bandwidth;
 mod channel;
+pub mod control;
 mod counters;
 mod deal;
 mod error;

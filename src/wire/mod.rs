@@ -3,6 +3,7 @@
 //! Every length that a peer states is compared with a limit of this page before it is believed, so that what a
 //! connection can make us hold is bounded by constants, whatever it sends.
 
+pub mod control;
 pub mod data;
 
 /// Pages of content in one frame. 1024 pages are 4 MiB, and, when each of them is a run of its own, exactly

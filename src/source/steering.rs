@@ -1,0 +1,258 @@
+//! Between the controller, which only computes, and the guest: observes who dirties what, tells the controller,
+//! closes the gates that it wants closed, and tells the watchers what it decided.
+
+use std::time::{Duration, Instant};
+
+use crate::converge::{
+    Action, Change, Controller, Gate, LastCheck, Observation, Pages, Prediction, Settings, VcpuSample, Why,
+};
+use crate::layout::PAGE_SIZE;
+use crate::progress::{self, Event, Progress};
+use crate::track::{DirtySource, Observed, TrackError, VcpuHandle};
+use crate::transport::Totals;
+use crate::vm::Vm;
+
+/// Steers one migration.
+#[derive(Debug)]
+pub(super) struct Steering {
+    controller: Controller,
+    progress: Progress,
+    started: Instant,
+    terms_version: u64,
+    vcpus: Vec<SteeredVcpu>,
+    samples: Vec<VcpuSample>,
+    last_look: (Duration, Vec<u64>),
+    totals_before_round: Totals,
+}
+
+#[derive(Debug)]
+struct SteeredVcpu {
+    handle: VcpuHandle,
+    throttled_before: Duration,
+    gate: Gate,
+}
+
+impl Steering {
+    /// Takes the wheel of a migration of `ram` pages that began at `started`. `overhead` is what the switchover
+    /// takes besides sending pages.
+    pub fn new(
+        ram: u64,
+        progress: &Progress,
+        started: Instant,
+        overhead: Duration,
+        vcpus: Vec<VcpuHandle>,
+    ) -> Self {
+        let mut terms_version = 0;
+        let parameters = progress.parameters();
+        let terms = parameters.changed_since(&mut terms_version).unwrap_or_else(|| parameters.terms());
+        let settings = Settings {
+            policy: terms.policy,
+            limits: terms.limits,
+            switchover_bandwidth: terms.switchover_bandwidth,
+            switchover_overhead: overhead,
+            ..Settings::new(Pages(ram))
+        };
+        let steered = |handle: VcpuHandle| SteeredVcpu {
+            throttled_before: handle.gate().throttled(),
+            gate: Gate::Open,
+            handle,
+        };
+        Self {
+            controller: Controller::new(settings),
+            progress: progress.clone(),
+            started,
+            terms_version,
+            samples: Vec::with_capacity(vcpus.len()),
+            vcpus: vcpus.into_iter().map(steered).collect(),
+            last_look: (Duration::ZERO, Vec::new()),
+            totals_before_round: Totals::default(),
+        }
+    }
+
+    /// Everything dirty has been harvested: counting starts anew.
+    pub fn round_started(&mut self, round: u32, pages: u64, totals: Totals) {
+        self.totals_before_round = totals;
+        self.last_look = (self.started.elapsed(), Vec::new());
+        let event = Event::RoundStarted { round, pages_to_send: pages };
+        self.progress.publish(event, |status| {
+            status.round = round;
+            status.round_pages = pages;
+            status.round_pages_done = 0;
+        });
+        self.controller.round_started(self.started.elapsed(), Pages(pages));
+        self.tell();
+    }
+
+    /// A look in the middle of a round: observes, and slows down who has to be slowed down.
+    pub fn look(
+        &mut self,
+        tracker: &mut (impl DirtySource + ?Sized),
+        vm: &(impl Vm + ?Sized),
+        totals: Totals,
+    ) -> Result<Action, TrackError> {
+        if let Some(terms) = self.progress.parameters().changed_since(&mut self.terms_version) {
+            self.controller.change(self.started.elapsed(), |settings| {
+                settings.policy = terms.policy;
+                settings.limits = terms.limits;
+                settings.switchover_bandwidth = terms.switchover_bandwidth;
+            });
+        }
+        let observed = tracker.observe()?;
+        let action = self.act(&observed, totals, None);
+        self.apply_gates(vm);
+        Ok(action)
+    }
+
+    /// The round's pages are in place, and `harvested` pages are dirty.
+    pub fn round_ended(&mut self, observed: &Observed, harvested: u64, totals: Totals) -> Action {
+        self.act(observed, totals, Some(harvested))
+    }
+
+    /// The guest stands still with exactly `left` pages to send.
+    pub fn last_check(&mut self, why: Why, left: u64) -> LastCheck {
+        let check = self.controller.last_check(self.started.elapsed(), why, Pages(left));
+        self.tell();
+        check
+    }
+
+    /// What was expected at the last look.
+    pub fn prediction(&self) -> Option<progress::Prediction> {
+        self.controller.prediction().as_ref().map(shown)
+    }
+
+    /// Lets every vCPU run.
+    pub fn open_gates(&mut self) {
+        for vcpu in &mut self.vcpus {
+            vcpu.gate = Gate::Open;
+            vcpu.handle.gate().open();
+        }
+    }
+
+    fn act(&mut self, observed: &Observed, totals: Totals, harvested: Option<u64>) -> Action {
+        let now = self.started.elapsed();
+        let (per_vcpu, others) = match observed {
+            Observed::PerVcpu(pages) => (pages.as_slice(), 0),
+            Observed::Total(pages) => ([].as_slice(), harvested.unwrap_or(*pages)),
+            Observed::Unobservable => ([].as_slice(), harvested.unwrap_or(0)),
+        };
+        let tells_vcpus = matches!(observed, Observed::PerVcpu(_));
+        if self.controller.settings().per_vcpu != tells_vcpus {
+            self.controller.change(now, |settings| settings.per_vcpu = tells_vcpus);
+        }
+        self.samples.clear();
+        self.samples.extend(self.vcpus.iter().enumerate().map(|(index, vcpu)| VcpuSample {
+            dirtied: Pages(per_vcpu.get(index).copied().unwrap_or(0)),
+            throttled: vcpu.handle.gate().throttled().saturating_sub(vcpu.throttled_before),
+        }));
+        let round = totals.since(self.totals_before_round);
+        let pages_done = round.pages_sent + round.zero_pages;
+        let seen = Observation {
+            vcpus: &self.samples,
+            others: Pages(others),
+            pages_done: Pages(pages_done),
+            pages_skipped: Pages(0),
+            bytes_acked: totals.bytes_sent,
+        };
+        let action = match harvested {
+            Some(_) => self.controller.round_ended(now, &seen),
+            None => self.controller.observed(now, &seen),
+        };
+        self.show(now, per_vcpu, pages_done, totals);
+        self.tell();
+        action
+    }
+
+    /// Closes and opens the gates as the controller wants them. A vCPU whose gate has just been closed may be
+    /// inside the guest: it is kicked out.
+    fn apply_gates(&mut self, vm: &(impl Vm + ?Sized)) {
+        let now = self.started.elapsed();
+        for (index, (vcpu, wanted)) in self.vcpus.iter_mut().zip(self.controller.gates()).enumerate() {
+            match *wanted {
+                wanted if wanted == vcpu.gate => continue,
+                Gate::Open => vcpu.handle.gate().open(),
+                Gate::ClosedUntil(until) => {
+                    vcpu.handle.gate().close_for(until.saturating_sub(now));
+                    vm.kick(index);
+                }
+            }
+            vcpu.gate = *wanted;
+        }
+    }
+
+    fn show(&mut self, now: Duration, per_vcpu: &[u64], pages_done: u64, totals: Totals) {
+        let window = now.saturating_sub(self.last_look.0);
+        // Rates over less than this are noise to a reader.
+        if window < Duration::from_millis(50) {
+            return;
+        }
+        let before = &self.last_look.1;
+        let rate = |(vcpu, pages): (usize, &u64)| {
+            pages.saturating_sub(before.get(vcpu).copied().unwrap_or(0)) as f64 / window.as_secs_f64()
+        };
+        let rates: Vec<f64> = per_vcpu.iter().enumerate().map(rate).collect();
+        let bandwidth = self.controller.bandwidth();
+        self.progress.update(|status| {
+            status.round_pages_done = pages_done.min(status.round_pages);
+            status.bytes_sent = totals.bytes_sent;
+            status.wire_bytes_per_s = bandwidth.unwrap_or(status.wire_bytes_per_s);
+            status.dirtied_pages = per_vcpu.to_vec();
+            status.dirty_pages_per_s = rates;
+        });
+        self.last_look = (now, per_vcpu.to_vec());
+    }
+
+    fn tell(&mut self) {
+        let settings = self.controller.settings();
+        let (policy, limits) = (settings.policy.to_string(), settings.limits.clone());
+        for event in self.controller.take_events() {
+            let terms = || Event::TermsChanged {
+                policy: policy.clone(),
+                downtime_limit_ms: limits.downtime_at(event.at).as_secs_f64() * 1e3,
+            };
+            let told = match event.change {
+                Change::Policy(_) | Change::Limits(_) | Change::DowntimeLimit(_) => terms(),
+                Change::Throttling { vcpus, level, time_share } => {
+                    Event::ThrottleChanged { vcpus, level_pages: level.map(|level| level.0), time_share }
+                }
+                Change::Prediction(prediction) => Event::PredictionChanged(shown(&prediction)),
+                Change::DeadlineOutOfReach => Event::DeadlineOutOfReach,
+                Change::CalledOff { left, fits } => {
+                    Event::SwitchoverCalledOff { pages_left: left.0, pages_fit: fits.0 }
+                }
+                // Told by the source when it has happened.
+                Change::SwitchOver(_) | Change::GaveUp(_) => continue,
+            };
+            let prediction = match &told {
+                Event::PredictionChanged(prediction) => Some(*prediction),
+                _ => None,
+            };
+            self.progress.publish(told, |status| status.prediction = prediction.or(status.prediction));
+        }
+    }
+}
+
+/// The switchover takes this long besides pages and verification: stopping vCPUs (0.4 ms mean, 7 ms worst here),
+/// saving, restoring and handing over.
+pub(super) const SWITCHOVER_OVERHEAD: Duration = Duration::from_millis(20);
+
+/// Bytes that one second of RAM comparison covers: both sides, one after the other, half of what
+/// `cargo bench --bench page` shows for one side here.
+const VERIFY_BYTES_PER_S: f64 = 2e9;
+
+/// What the switchover takes besides sending pages.
+pub(super) fn switchover_overhead(verified_pages: u64) -> Duration {
+    let verify_s = (verified_pages * PAGE_SIZE as u64) as f64 / VERIFY_BYTES_PER_S;
+    SWITCHOVER_OVERHEAD + Duration::from_secs_f64(verify_s)
+}
+
+fn shown(prediction: &Prediction) -> progress::Prediction {
+    let millis = |duration: Duration| duration.as_secs_f64() * 1e3;
+    progress::Prediction {
+        converges: prediction.converges,
+        converges_unthrottled: prediction.converges_unthrottled,
+        total_ms: prediction.total.map(millis),
+        downtime_ms: millis(prediction.downtime),
+        lost_guest_ms: prediction.lost.map(millis),
+        bytes: prediction.bytes,
+    }
+}

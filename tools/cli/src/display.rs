@@ -1,0 +1,177 @@
+//! What a migration looks like while it runs: bars on a terminal, a line per event elsewhere, JSON lines for
+//! programs.
+
+use std::time::Duration;
+
+use indicatif::{BinaryBytes, HumanCount, MultiProgress, ProgressBar, ProgressStyle};
+use ringferry::PAGE_SIZE;
+use ringferry::progress::{Event, Phase, Prediction, Progress, RoundReport, Status, Update};
+use serde::Serialize;
+
+use crate::output::Output;
+
+/// How often a live display is redrawn.
+const REDRAW_EVERY: Duration = Duration::from_millis(100);
+
+/// Feeds every update of `progress` to `show`, and the status in between, until the migration has ended.
+pub fn follow(progress: &Progress, mut show: impl FnMut(&Update)) {
+    let mut watcher = progress.watch();
+    loop {
+        let update = watcher.next(REDRAW_EVERY);
+        let sequence = match &update {
+            Some(Update::Status { sequence, .. } | Update::Event { sequence, .. }) => *sequence,
+            None => 0,
+        };
+        match update {
+            Some(update) => show(&update),
+            None if progress.wait_for_end(Duration::ZERO) => return,
+            None => show(&Update::Status { sequence, status: progress.status() }),
+        }
+    }
+}
+
+/// Shows updates in the form that fits where they go.
+pub struct Display {
+    output: Output,
+    bars: Option<Bars>,
+}
+
+struct Bars {
+    all: MultiProgress,
+    round: ProgressBar,
+    vcpus: ProgressBar,
+    prediction: ProgressBar,
+}
+
+#[derive(Serialize)]
+struct EventObject<'a> {
+    kind: &'static str,
+    sequence: u64,
+    #[serde(flatten)]
+    event: &'a Event,
+}
+
+impl Display {
+    /// A display that is live on a terminal.
+    pub fn new(output: Output) -> Self {
+        let bars = output.live().then(Bars::new);
+        Self { output, bars }
+    }
+
+    /// Shows one update.
+    pub fn show(&self, update: &Update) {
+        match update {
+            Update::Status { status, .. } => {
+                if let Some(bars) = &self.bars {
+                    bars.draw(status);
+                }
+            }
+            Update::Event { sequence, event } => self.event(*sequence, event),
+        }
+    }
+
+    fn event(&self, sequence: u64, event: &Event) {
+        let shown = if self.output.json() {
+            self.output.object(&EventObject { kind: "migration_event", sequence, event })
+        } else {
+            let Some(text) = sentence(event) else { return };
+            match &self.bars {
+                Some(bars) => bars.all.println(text),
+                None => self.output.line(text),
+            }
+        };
+        if let Err(error) = shown {
+            tracing::warn!(%error, "progress could not be shown");
+        }
+        if let (Some(bars), Event::Ended { .. }) = (&self.bars, event) {
+            // Nobody is left to be told if the terminal is gone.
+            let _ = bars.all.clear();
+        }
+    }
+}
+
+impl Bars {
+    fn new() -> Self {
+        let all = MultiProgress::new();
+        let line = || {
+            let style = ProgressStyle::with_template("  {wide_msg}");
+            ProgressBar::new_spinner().with_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()))
+        };
+        let style = ProgressStyle::with_template("  {prefix:9} {bar:30} {percent:>3} %  {wide_msg}");
+        let round = ProgressBar::new(1).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        let (round, vcpus, prediction) = (all.add(round), all.add(line()), all.add(line()));
+        Self { all, round, vcpus, prediction }
+    }
+
+    fn draw(&self, status: &Status) {
+        let phase = match status.phase {
+            Phase::Setup => "setup".to_owned(),
+            Phase::Precopy => format!("round {}", status.round),
+            Phase::Switchover => "switching".to_owned(),
+            Phase::Completed => "done".to_owned(),
+            Phase::Failed => "failed".to_owned(),
+        };
+        self.round.set_prefix(phase);
+        self.round.set_length(status.round_pages.max(1));
+        self.round.set_position(status.round_pages_done.min(status.round_pages));
+        self.round.set_message(format!(
+            "{} pages left  wire {}/s",
+            HumanCount(status.round_pages.saturating_sub(status.round_pages_done)),
+            binary_bytes(status.wire_bytes_per_s),
+        ));
+        let vcpus = status.dirty_pages_per_s.iter().enumerate();
+        let vcpus: Vec<String> = vcpus
+            .map(|(vcpu, pages)| format!("vCPU {vcpu} {}/s", binary_bytes(pages * PAGE_SIZE as f64)))
+            .collect();
+        self.vcpus.set_message(format!("dirties   {}", vcpus.join("  ")));
+        if let Some(prediction) = &status.prediction {
+            self.prediction.set_message(format!("expected  {}", expectation(prediction)));
+        }
+    }
+}
+
+fn sentence(event: &Event) -> Option<String> {
+    Some(match event {
+        Event::Started { ram_pages, populated_pages } => format!(
+            "tracking is on; {} of {} pages are populated",
+            HumanCount(*populated_pages),
+            HumanCount(*ram_pages)
+        ),
+        Event::RoundStarted { .. } => return None,
+        Event::RoundEnded(round) => round_line(round),
+        Event::PredictionChanged(prediction) => expectation(prediction),
+        Event::Switchover { pages_left } => {
+            format!("the guest stands still, {} pages are left", HumanCount(*pages_left))
+        }
+        Event::Ended { completed: true, .. } => "the destination runs the VM".to_owned(),
+        Event::Ended { completed: false, .. } => return None,
+    })
+}
+
+fn round_line(round: &RoundReport) -> String {
+    format!(
+        "round {}: {} pages, {} zero, {} in {:.1} ms; {} dirtied meanwhile",
+        round.round,
+        HumanCount(round.pages_sent),
+        HumanCount(round.zero_pages),
+        BinaryBytes(round.bytes_sent),
+        round.duration_ms,
+        HumanCount(round.pages_dirtied),
+    )
+}
+
+fn expectation(prediction: &Prediction) -> String {
+    match prediction.total_ms {
+        Some(total_ms) if prediction.converges => format!(
+            "ends after {:.1} s, with {:.0} ms of downtime",
+            total_ms / 1e3,
+            prediction.downtime_ms
+        ),
+        _ => "will not converge: the guest dirties pages faster than the wire takes them".to_owned(),
+    }
+}
+
+fn binary_bytes(bytes: f64) -> BinaryBytes {
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate for display; `as` saturates")]
+    BinaryBytes(bytes as u64)
+}

@@ -1,0 +1,144 @@
+//! The object that a migration ends with. Its field names are a contract with those who read it.
+
+use indicatif::{BinaryBytes, HumanCount};
+use ringferry::progress::RoundReport;
+use ringferry::source::SourceReport;
+use serde::{Deserialize, Serialize};
+
+/// `migration_report`: what a migration did, to RAM and to the guest.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MigrationReport {
+    pub kind: String,
+    pub result: String,
+    pub guest: String,
+    pub backend: String,
+    pub channels: u32,
+    pub memory_bytes: u64,
+    pub total_ms: f64,
+    pub downtime_ms: f64,
+    pub pause_ms: f64,
+    pub verify_ms: f64,
+    pub rounds: Vec<RoundReport>,
+    pub pages_sent: u64,
+    pub zero_pages: u64,
+    pub bytes_sent: u64,
+    pub zero_copy_sends: u64,
+    pub copied_sends: u64,
+    pub ram_digest_match: Option<bool>,
+    pub guest_consistent: Option<bool>,
+    pub vcpus: Vec<VcpuReport>,
+}
+
+/// One vCPU's part. Progress is in steps of its workload: page writes, page reads or computations.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct VcpuReport {
+    pub index: usize,
+    pub pages_dirtied: u64,
+    pub ring_full_exits: u64,
+    pub throttled_ms: f64,
+    pub longest_stall_ms: f64,
+    pub progress_before_per_s: f64,
+    pub progress_during_per_s: f64,
+    pub progress_after_per_s: Option<f64>,
+    pub lost_guest_ms: f64,
+}
+
+impl MigrationReport {
+    /// The report of a completed migration.
+    pub fn new(guest: &str, source: SourceReport, vcpus: Vec<VcpuReport>) -> Self {
+        Self {
+            kind: "migration_report".to_owned(),
+            result: "completed".to_owned(),
+            guest: guest.to_owned(),
+            backend: source.backend,
+            channels: source.channels,
+            memory_bytes: source.memory_bytes,
+            total_ms: source.total_ms,
+            downtime_ms: source.downtime_ms,
+            pause_ms: source.pause_ms,
+            verify_ms: source.verify_ms,
+            rounds: source.rounds,
+            pages_sent: source.pages_sent,
+            zero_pages: source.zero_pages,
+            bytes_sent: source.bytes_sent,
+            zero_copy_sends: source.zero_copy_sends,
+            copied_sends: source.copied_sends,
+            ram_digest_match: source.ram_digest_match,
+            guest_consistent: None,
+            vcpus,
+        }
+    }
+
+    /// The report for people.
+    pub fn text(&self) -> String {
+        let sends = if self.zero_copy_sends == 0 && self.copied_sends > 0 {
+            "the kernel copied every send, as it always does on loopback"
+        } else {
+            "as the kernel reported them"
+        };
+        let verdict = |found: Option<bool>, yes: &str, no: &str, unknown: &str| match found {
+            Some(true) => yes.to_owned(),
+            Some(false) => no.to_owned(),
+            None => unknown.to_owned(),
+        };
+        let mut text = format!(
+            "migrated {} of RAM in {:.0} ms, {} rounds, backend {}, {} channel{}\n\
+             guest stood still for {:.1} ms (of it {:.1} ms until the vCPUs stopped, {:.1} ms comparing RAM)\n\
+             sent {} pages and {} zero pages, {}; {} sends zero-copied, {} copied ({sends})\n\
+             {}; {}\n",
+            BinaryBytes(self.memory_bytes),
+            self.total_ms,
+            self.rounds.len(),
+            self.backend,
+            self.channels,
+            if self.channels == 1 { "" } else { "s" },
+            self.downtime_ms,
+            self.pause_ms,
+            self.verify_ms,
+            HumanCount(self.pages_sent),
+            HumanCount(self.zero_pages),
+            BinaryBytes(self.bytes_sent),
+            HumanCount(self.zero_copy_sends),
+            HumanCount(self.copied_sends),
+            verdict(
+                self.ram_digest_match,
+                "RAM digests are equal",
+                "RAM DIGESTS DIFFER",
+                "RAM digests were not compared"
+            ),
+            verdict(
+                self.guest_consistent,
+                "the guest found every write of its own",
+                "THE GUEST LOST WRITES",
+                "the guest's writes were not checked"
+            ),
+        );
+        text.push_str(
+            "  vCPU      dirtied  ring full  longest stall   before        during        after      lost\n",
+        );
+        for vcpu in &self.vcpus {
+            let after = vcpu.progress_after_per_s.map_or_else(|| "-".to_owned(), rate);
+            text.push_str(&format!(
+                "  {:4} {:>12} {:>10} {:>11.1} ms {:>10}/s {:>10}/s {:>10}/s {:>6.0} ms\n",
+                vcpu.index,
+                HumanCount(vcpu.pages_dirtied).to_string(),
+                HumanCount(vcpu.ring_full_exits).to_string(),
+                vcpu.longest_stall_ms,
+                rate(vcpu.progress_before_per_s),
+                rate(vcpu.progress_during_per_s),
+                after,
+                vcpu.lost_guest_ms,
+            ));
+        }
+        text
+    }
+}
+
+/// A rate in steps per second, short.
+fn rate(per_s: f64) -> String {
+    match per_s {
+        r if r >= 1e6 => format!("{:.2} M", r / 1e6),
+        r if r >= 1e3 => format!("{:.1} k", r / 1e3),
+        r => format!("{r:.0}"),
+    }
+}

@@ -1,0 +1,81 @@
+//! `ringferry send`: asks a VM that `ringferry run` holds to migrate, and shows how it goes.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+
+use crate::display::Display;
+use crate::interrupt;
+use crate::migrate::MigrateArgs;
+use crate::monitor::{Answer, Line, Request, default_path};
+use crate::output::Output;
+
+const EXAMPLES: &str = "\
+Examples, each in a terminal of its own:
+  ringferry run --memory 1GiB --vcpus 2
+  ringferry receive --listen 127.0.0.1:7000
+  ringferry send --to 127.0.0.1:7000 --channels 2
+
+Ctrl-C cancels the migration; the guest goes on at the source.";
+
+/// Migrate the VM that `ringferry run` holds to a waiting `ringferry receive`
+#[derive(clap::Args, Debug)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    #[command(flatten)]
+    migrate: MigrateArgs,
+
+    /// Monitor socket of the VM [default: ringferry.sock in $XDG_RUNTIME_DIR or the temporary directory]
+    #[arg(long, value_name = "PATH")]
+    monitor: Option<PathBuf>,
+}
+
+/// Runs the command.
+pub fn run(args: Args, output: Output) -> Result<ExitCode> {
+    let interrupted = interrupt::flag()?;
+    let mut line = Line::connect(&args.monitor.unwrap_or_else(default_path))?;
+    line.send(&Request::Migrate(args.migrate))?;
+    let ended = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let mut canceller = line.try_clone()?;
+        scope.spawn(|| cancel_on(interrupted, &ended, &mut canceller));
+        let result = show_until_the_end(&mut line, output);
+        ended.store(true, Ordering::Relaxed);
+        result
+    })
+}
+
+fn show_until_the_end(line: &mut Line, output: Output) -> Result<ExitCode> {
+    let display = Display::new(output);
+    loop {
+        match line.receive()? {
+            Some(Answer::Update(update)) => display.show(&update),
+            Some(Answer::Report(report)) if output.json() => {
+                output.object(&report)?;
+                return Ok(ExitCode::SUCCESS);
+            }
+            Some(Answer::Report(report)) => {
+                output.write(report.text().as_bytes())?;
+                return Ok(ExitCode::SUCCESS);
+            }
+            Some(Answer::Failed(why)) => bail!("{why}"),
+            None => bail!("`ringferry run` ended before the migration did"),
+        }
+    }
+}
+
+/// Relaxed everywhere: the flags carry no data and are polled.
+fn cancel_on(interrupted: &AtomicBool, ended: &AtomicBool, line: &mut Line) {
+    while !ended.load(Ordering::Relaxed) {
+        if interrupted.load(Ordering::Relaxed) {
+            // If the socket is gone, the reader of it says so.
+            let _ = line.send(&Request::Cancel);
+            return;
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+}
