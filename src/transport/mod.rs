@@ -19,7 +19,6 @@ mod error;
 mod frame;
 mod pacing;
 mod policy;
-pub mod probe;
 mod receive;
 mod send;
 mod socket;
@@ -39,6 +38,7 @@ pub use policy::ZeroCopy;
 pub use receive::{DataListener, Received, Receiver};
 pub use send::{CancelHandle, RoundSent, SendOptions, Sender};
 pub use spec::{ChannelSpec, SpecError};
+pub use uring::UringSupport;
 
 /// What every data connection of a migration shows at its door: 128 random bits that the destination chose and
 /// said on the control connection. It keeps other migrations and strays apart; it is no protection against

@@ -7,10 +7,12 @@
 //! none of it out while an operation on it is in flight, and are safe to use.
 #![expect(unsafe_code, reason = "submission entries carry pointers to our memory and to guest RAM")]
 
+mod probe;
 mod receive;
 mod registration;
 mod send;
 
+pub use probe::UringSupport;
 pub(super) use receive::{ReceiveRing, Received};
 pub(super) use registration::{RegisteredBuffers, Registration};
 pub(super) use send::{Completion, SLOTS, SendMethod, SendOutcome, SendRing};

@@ -32,7 +32,7 @@ const ACKNOWLEDGEMENT_BYTES: usize = SLOTS * Acknowledgement::BYTES;
 /// `IORING_RECVSEND_FIXED_BUF`: the buffer comes from the ring's table (`SENDMSG_ZC`: Linux 6.15).
 const FIXED_BUFFER: u16 = 1 << 2;
 /// `IORING_SEND_ZC_REPORT_USAGE`: the notification says whether the kernel copied after all (Linux 6.2).
-const REPORT_USAGE: u16 = 1 << 3;
+pub(super) const REPORT_USAGE: u16 = 1 << 3;
 /// `IORING_NOTIF_USAGE_ZC_COPIED`: it did.
 const USAGE_COPIED: u32 = 1 << 31;
 

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use ringferry::transport::probe::UringSupport;
+use ringferry::transport::{TransportError, UringSupport};
 use rustix::process::{Resource, getrlimit};
 use rustix::thread::{CapabilitySet, capabilities};
 
@@ -27,7 +27,7 @@ pub(super) fn checks() -> Vec<Check> {
     vec![RING.ok("rings can be set up"), zero_copy(support), usage(support), locked_memory()]
 }
 
-fn no_ring(error: &std::io::Error) -> Check {
+fn no_ring(error: &TransportError) -> Check {
     let disabled = fs::read_to_string("/proc/sys/kernel/io_uring_disabled").unwrap_or_default();
     let (found, what_to_do) = match disabled.trim() {
         "2" => {
@@ -39,7 +39,10 @@ fn no_ring(error: &std::io::Error) -> Check {
         ),
         _ => {
             let advice = "Linux 6.1 or newer, and a container or seccomp profile that allows io_uring_setup";
-            return RING.missing(format!("no ring: {error}"), advice);
+            return match error {
+                TransportError::Ring { what, source } => RING.missing(format!("{what}: {source}"), advice),
+                other => RING.missing(other.to_string(), advice),
+            };
         }
     };
     RING.missing(found, what_to_do)
@@ -51,8 +54,7 @@ fn zero_copy(support: UringSupport) -> Check {
     match (support.sendmsg_zc, support.send_zc) {
         (true, true) => capability.ok("and SEND_ZC"),
         (true, false) => capability.ok("found"),
-        (false, true) => capability.missing("SEND_ZC only", "Linux 6.1 or newer"),
-        (false, false) => capability.missing("not in this kernel", "Linux 6.1 or newer"),
+        (false, _) => capability.limited("not in this kernel: sends are copied", "Linux 6.1 or newer"),
     }
 }
 
@@ -67,7 +69,7 @@ fn usage(support: UringSupport) -> Check {
 }
 
 fn locked_memory() -> Check {
-    let needed_for = "pinning guest RAM as registered buffers";
+    let needed_for = "pinning guest RAM for zero-copy sends";
     let capability = Capability { name: "locked memory", needed_for, ..RING };
     if capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::IPC_LOCK)) {
         return capability.ok("unlimited: CAP_IPC_LOCK");
@@ -79,7 +81,7 @@ fn locked_memory() -> Check {
         Some(limit) if limit > needed => capability.ok(format!("{limit} (ulimit -l)")),
         Some(limit) => capability.limited(
             format!("{limit} (ulimit -l)"),
-            "more than the guest's RAM is needed: `ulimit -l unlimited` as root, or CAP_IPC_LOCK",
+            "as much as the guest's RAM, or sends are copied: `ulimit -l unlimited` as root, or CAP_IPC_LOCK",
         ),
     }
 }

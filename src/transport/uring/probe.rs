@@ -1,19 +1,19 @@
 //! What this kernel's io_uring offers the transport: asked where it can be asked, tried where it cannot.
-#![expect(
-    unsafe_code,
-    reason = "an entry of the submission queue is a promise about memory, given by one push"
-)]
 
 use std::io;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
+use std::time::Duration;
 
-use io_uring::types::{Fd, SubmitArgs, Timespec};
-use io_uring::{IoUring, Probe, cqueue, opcode};
+use io_uring::types::Fd;
+use io_uring::{Probe, cqueue, opcode};
 
-/// `IORING_SEND_ZC_REPORT_USAGE` of `linux/io_uring.h`: the notification says whether the pages were sent or
-/// copied.
-const REPORT_USAGE: u16 = 1 << 3;
+use super::Ring;
+use super::send::REPORT_USAGE;
+use crate::transport::TransportError;
+
+/// Loopback answers at once; a kernel that does not is not waited for.
+const ANSWER: Duration = Duration::from_secs(1);
 
 /// What is sent to find out; static, so that it outlives whatever the kernel still does with it.
 static MESSAGE: [u8; 4096] = [0; 4096];
@@ -30,23 +30,26 @@ pub struct UringSupport {
 }
 
 impl UringSupport {
-    /// Sets up a ring, asks it for its operations, and sends a page over loopback.
+    /// Sets up a ring as a channel does, asks it for its operations, and sends a page over loopback.
     ///
     /// # Errors
     ///
-    /// A ring cannot be set up: no io_uring in this kernel (`ENOSYS`), forbidden by `kernel.io_uring_disabled` or
-    /// a seccomp filter (`EPERM`), too little locked memory allowed (`ENOMEM`, before Linux 5.12).
-    pub fn probe() -> io::Result<Self> {
-        let mut ring = IoUring::new(4)?;
+    /// [`TransportError::Ring`]: a ring cannot be set up. `ENOSYS` is a kernel without io_uring, `EINVAL` one before
+    /// Linux 6.1, `EPERM` means `kernel.io_uring_disabled` or a seccomp filter.
+    pub fn probe() -> Result<Self, TransportError> {
+        let mut ring = Ring::new(4)?;
         let mut operations = Probe::new();
-        ring.submitter().register_probe(&mut operations)?;
+        ring.io
+            .submitter()
+            .register_probe(&mut operations)
+            .map_err(|source| TransportError::Ring { what: "IORING_REGISTER_PROBE", source })?;
         let send_zc = operations.is_supported(opcode::SendZc::CODE);
+        let mut tried = || tcp_pair().and_then(|pair| usage_is_reported(&mut ring, &pair));
         Ok(Self {
             send_zc,
             sendmsg_zc: operations.is_supported(opcode::SendMsgZc::CODE),
             // Without a loopback interface there is nothing to try it on, and nobody to send to either.
-            reports_usage: send_zc
-                && tcp_pair().and_then(|pair| usage_is_reported(&mut ring, &pair)).unwrap_or(false),
+            reports_usage: send_zc && tried().unwrap_or(false),
         })
     }
 }
@@ -58,17 +61,13 @@ fn tcp_pair() -> io::Result<(TcpStream, TcpStream)> {
 }
 
 /// A kernel that does not know the flag refuses the send with `EINVAL`.
-fn usage_is_reported(ring: &mut IoUring, (sender, _receiver): &(TcpStream, TcpStream)) -> io::Result<bool> {
+fn usage_is_reported(ring: &mut Ring, (sender, _receiver): &(TcpStream, TcpStream)) -> io::Result<bool> {
     let length = MESSAGE.len().try_into().map_err(io::Error::other)?;
     let send = opcode::SendZc::new(Fd(sender.as_raw_fd()), MESSAGE.as_ptr(), length).zc_flags(REPORT_USAGE);
-    // SAFETY:
-    // * The memory is static and never written.
-    // * The socket outlives the ring's work on it: the kernel holds its own reference.
-    unsafe { ring.submission().push(&send.build()) }.map_err(io::Error::other)?;
-    // Loopback answers at once; a kernel that does not is not waited for.
-    let second = Timespec::new().sec(1);
-    ring.submitter().submit_with_args(1, &SubmitArgs::new().timespec(&second))?;
-    Ok(ring.completion().any(|first| !cqueue::notif(first.flags()) && first.result() > 0))
+    // SAFETY: the memory is static and never written.
+    unsafe { ring.push(&[send.build()]) }?;
+    ring.enter(ANSWER)?;
+    Ok(ring.completion().is_some_and(|first| !cqueue::notif(first.flags()) && first.result() > 0))
 }
 
 #[cfg(test)]
