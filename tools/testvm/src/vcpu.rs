@@ -27,7 +27,7 @@ const SERIAL_READY: u8 = 0x60;
 /// Writing n here makes the vCPU sleep n microseconds, less if it is kicked.
 pub const IDLE_PORT: u16 = 0x5e0;
 /// Writing n here ends the vCPU with code n.
-pub const EXIT_PORT: u16 = 0x5e4;
+pub const EXIT_PORT: u16 = 0xf4;
 
 /// How often a vCPU's thread was called upon.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]

@@ -4,13 +4,13 @@ mod common;
 
 use std::time::Duration;
 
-use common::{assert_consistent, build, counting_config, counts, wait_for_progress};
+use common::{assert_consistent, build, counting_config, counts, dying_image, wait_for_progress};
 use ringferry::Vm;
 use ringferry_testvm::{Backing, Boot, Config, Image, TestVm, VcpuError, VcpuStatus};
 
 #[test]
-fn one_two_and_eight_vcpus_start_and_count() {
-    for vcpus in [1, 2, 8] {
+fn one_to_sixteen_vcpus_start_and_count() {
+    for vcpus in [1, 2, 8, 16] {
         let Some(mut vm) = build(counting_config(vcpus)) else { return };
         vm.start().unwrap();
         wait_for_progress(&vm, &vec![0; vcpus], 10_000);
@@ -64,7 +64,7 @@ fn the_guest_runs_natively_in_its_loop() {
 
 #[test]
 fn a_guest_that_dies_is_reported_and_pauses_all_the_same() {
-    let image = Image::Bytes { name: "triple fault", bytes: TRIPLE_FAULT };
+    let image = Image::Bytes { name: "dying", bytes: dying_image() };
     let boot = Boot::Image { image, append: String::new() };
     let Some(mut vm) = build(Config { boot, ..Config::default() }) else { return };
     vm.start().unwrap();
@@ -74,7 +74,3 @@ fn a_guest_that_dies_is_reported_and_pauses_all_the_same() {
     let error = vm.save_state(&paused).unwrap_err().to_string();
     assert!(error.starts_with("vCPU 0 has stopped: shutdown"), "{error}");
 }
-
-/// A flat multiboot image whose first instruction raises an exception for which there is no table.
-const TRIPLE_FAULT: &[u8] = b"\x02\xb0\xad\x1b\x00\x00\x01\x00\xfe\x4f\x51\xe4\
-    \x00\x00\x10\x00\x00\x00\x10\x00\0\0\0\0\0\0\0\0\x20\x00\x10\x00\x0f\x01\x1d\x28\x00\x10\x00\x0f\x0b\0\0\0\0\0\0";

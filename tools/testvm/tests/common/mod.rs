@@ -159,6 +159,57 @@ user:
     outl %eax, %dx
     jmp 6b
 ringferry_test_image_end:
+
+    # Another guest: writes its command line to the serial port, then exits with mem_upper, in KiB.
+    .balign 16
+    .global ringferry_echo_image_start
+    .global ringferry_echo_image_end
+ringferry_echo_image_start:
+    .set echo, ringferry_echo_image_start
+    .long 0x1BADB002, 0x10002, -(0x1BADB002 + 0x10002)
+    .long origin, origin, 0, 0, origin + (echo_start - echo)
+    .code32
+echo_start:
+    cmpl $0x2BADB002, %eax
+    jne 9f
+    movl 16(%ebx), %esi
+7:  movw $0x3fd, %dx
+    inb %dx, %al
+    testb $0x20, %al
+    jz 7b
+    movb (%esi), %al
+    incl %esi
+    testb %al, %al
+    jz 8f
+    movw $0x3f8, %dx
+    outb %al, %dx
+    jmp 7b
+8:  movl 8(%ebx), %eax
+9:  movl $0xd0000000, %edi          # no RAM there: all ones
+    cmpl $-1, (%edi)
+    jne 9b
+    movw ${exit_port}, %dx
+    outl %eax, %dx
+    jmp 9b
+    .code64
+ringferry_echo_image_end:
+
+    # And one whose first exception finds no table: a triple fault.
+    .balign 16
+    .global ringferry_dying_image_start
+    .global ringferry_dying_image_end
+ringferry_dying_image_start:
+    .set dying, ringferry_dying_image_start
+    .long 0x1BADB002, 0x10000, -(0x1BADB002 + 0x10000)
+    .long origin, origin, 0, 0, origin + (dying_start - dying)
+dying_table:
+    .quad 0
+    .code32
+dying_start:
+    lidtl origin + (dying_table - dying)
+    ud2
+    .code64
+ringferry_dying_image_end:
     .popsection
     "#,
     counters = const COUNTERS,
@@ -170,17 +221,32 @@ ringferry_test_image_end:
 unsafe extern "C" {
     static ringferry_test_image_start: u8;
     static ringferry_test_image_end: u8;
+    static ringferry_echo_image_start: u8;
+    static ringferry_echo_image_end: u8;
+    static ringferry_dying_image_start: u8;
+    static ringferry_dying_image_end: u8;
 }
 
-/// The guest as a multiboot image.
+/// The read-only data between two symbols of the assembler text above.
+fn between(start: *const u8, end: *const u8) -> &'static [u8] {
+    // SAFETY: only called with the two symbols around one image, which is data of this binary and never written.
+    unsafe { std::slice::from_raw_parts(start, end.addr() - start.addr()) }
+}
+
+/// The counting guest as a multiboot image.
 pub fn counting_image() -> Image {
-    // SAFETY: both symbols bound the bytes assembled above, which are read-only data of this binary.
-    let bytes = unsafe {
-        let start = &raw const ringferry_test_image_start;
-        let end = &raw const ringferry_test_image_end;
-        std::slice::from_raw_parts(start, end.addr() - start.addr())
-    };
+    let bytes = between(&raw const ringferry_test_image_start, &raw const ringferry_test_image_end);
     Image::Bytes { name: "counting", bytes }
+}
+
+/// A guest that writes its command line to the serial port and exits with `mem_upper`.
+pub fn echo_image() -> &'static [u8] {
+    between(&raw const ringferry_echo_image_start, &raw const ringferry_echo_image_end)
+}
+
+/// A guest that dies at once.
+pub fn dying_image() -> &'static [u8] {
+    between(&raw const ringferry_dying_image_start, &raw const ringferry_dying_image_end)
 }
 
 /// A VM with the counting guest.
