@@ -1,0 +1,342 @@
+// SPDX-License-Identifier: GPL-2.0 OR BSD-3-Clause
+/*
+ * Counts, per vCPU, what KVM reports as dirty. Nothing here sends an event to user space: it reads the maps when it
+ * wants to know. What each tracepoint means is written in kernel-notes/tracepoints.md.
+ */
+#include "kernel.h"
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_tracing.h>
+#include "layout.h"
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";
+
+#define PT_WRITABLE 2 /* the same bit in EPT, NPT and shadow entries */
+#define PG_LEVEL_4K 1
+#define KVM_EXIT_DIRTY_RING_FULL 31
+#define ANON_INODE_FS_MAGIC 0x09041934
+#define PAGES_PER_REGION_SHIFT 9
+
+/* Set before loading. */
+const volatile struct settings settings = {};
+
+/* Bumped by user space after each look, so that the high-water mark is that of one interval. */
+u32 epoch = 0;
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
+	__uint(max_entries, 1);
+	__type(key, u64);
+	__type(value, struct ring_counts);
+} rings SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, struct thread_counts);
+} threads SEC(".maps");
+
+/* Shared by the vCPUs of a VM, hence not per CPU: the page bits must be set once, whoever writes. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1);
+	__type(key, struct region_key);
+	__type(value, struct region_counts);
+} regions SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, TOTALS);
+	__type(key, u32);
+	__type(value, u64);
+} totals SEC(".maps");
+
+static __always_inline void add_to_total(u32 index)
+{
+	u64 *total = bpf_map_lookup_elem(&totals, &index);
+
+	if (total)
+		(*total)++;
+}
+
+/* A VM of another process than the one asked for: its ring gets no entry. */
+static __always_inline bool not_wanted(void)
+{
+	return settings.only_tgid && bpf_get_current_pid_tgid() >> 32 != settings.only_tgid;
+}
+
+/* The vCPU that a ring is embedded in. Only for bpf_probe_read_kernel: the verifier does not follow it. */
+static __always_inline struct kvm_vcpu *vcpu_of(const void *ring)
+{
+	return (void *)ring - bpf_core_field_offset(struct kvm_vcpu, dirty_ring);
+}
+
+static __noinline int first_sight(u64 ring)
+{
+	struct kvm_vcpu *vcpu = vcpu_of((void *)ring);
+	struct ring_counts counts = {};
+	struct kvm *kvm = BPF_CORE_READ(vcpu, kvm);
+
+	counts.kvm = (u64)kvm;
+	counts.tgid = bpf_get_current_pid_tgid() >> 32;
+	counts.creator = BPF_CORE_READ(kvm, userspace_pid);
+	counts.vcpu = BPF_CORE_READ(vcpu, vcpu_id);
+	counts.known = 1;
+	/* Fails if another CPU was faster, which is as good, or if the map is full. */
+	return bpf_map_update_elem(&rings, &ring, &counts, BPF_NOEXIST);
+}
+
+static __always_inline struct ring_counts *counts_of(const void *address)
+{
+	u64 ring = (u64)address;
+	struct ring_counts *counts = bpf_map_lookup_elem(&rings, &ring);
+
+	if (counts)
+		return counts;
+	if (not_wanted())
+		return 0;
+	first_sight(ring);
+	return bpf_map_lookup_elem(&rings, &ring);
+}
+
+static __always_inline void count_region(const struct kvm_dirty_ring *ring, u32 slot, u64 offset)
+{
+	struct region_key key = { .slot = slot, .region = offset >> PAGES_PER_REGION_SHIFT };
+	struct kvm_vcpu *vcpu = vcpu_of(ring);
+	struct region_counts *counts;
+	u32 page = offset & ((1 << PAGES_PER_REGION_SHIFT) - 1);
+
+	key.kvm = (u64)BPF_CORE_READ(vcpu, kvm);
+	counts = bpf_map_lookup_elem(&regions, &key);
+	if (!counts) {
+		struct region_counts none = {};
+
+		bpf_map_update_elem(&regions, &key, &none, BPF_NOEXIST);
+		counts = bpf_map_lookup_elem(&regions, &key);
+		if (!counts) {
+			add_to_total(TOTAL_DROPPED_REGION_PUSHES);
+			return;
+		}
+	}
+	__sync_fetch_and_add(&counts->pushes, 1);
+	__sync_fetch_and_or(&counts->pages[(page >> 6) & 7], 1ULL << (page & 63));
+}
+
+SEC("tp_btf/kvm_dirty_ring_push")
+int BPF_PROG(ring_push, struct kvm_dirty_ring *ring, u32 slot, u64 offset)
+{
+	struct ring_counts *counts = counts_of(ring);
+	u32 used, size;
+
+	if (!counts) {
+		if (!not_wanted())
+			add_to_total(TOTAL_DROPPED_PUSHES);
+		return 0;
+	}
+	/* The indices are free-running, and this push is already in dirty_index. */
+	used = ring->dirty_index - ring->reset_index;
+	size = ring->size;
+	counts->pushes++;
+	if (used > size) {
+		counts->overwritten++;
+		if (used == size + 1)
+			counts->overflows++;
+	}
+	if (counts->epoch != epoch) {
+		counts->epoch = epoch;
+		counts->high_water = used;
+	} else if (used > counts->high_water) {
+		counts->high_water = used;
+	}
+	if (settings.count_regions)
+		count_region(ring, slot, offset);
+	return 0;
+}
+
+/* Once per ring that a KVM_RESET_DIRTY_RINGS visits, in the thread that called it. */
+SEC("tp_btf/kvm_dirty_ring_reset")
+int BPF_PROG(ring_reset, struct kvm_dirty_ring *ring)
+{
+	struct ring_counts *counts = counts_of(ring);
+
+	if (counts)
+		counts->resets++;
+	return 0;
+}
+
+SEC("tp_btf/kvm_dirty_ring_exit")
+int BPF_PROG(ring_full, struct kvm_vcpu *vcpu)
+{
+	struct ring_counts *counts = counts_of((void *)vcpu + bpf_core_field_offset(struct kvm_vcpu, dirty_ring));
+
+	if (counts)
+		counts->full_exits++;
+	return 0;
+}
+
+/* The other end of the same exit: what KVM_RUN really returned. By number, the kernel's names stop at 30. */
+SEC("tp_btf/kvm_userspace_exit")
+int BPF_PROG(userspace_exit, u32 reason, int error)
+{
+	if (reason == KVM_EXIT_DIRTY_RING_FULL && error >= 0 && !not_wanted())
+		add_to_total(TOTAL_USERSPACE_EXITS_31);
+	return 0;
+}
+
+/* Only the threads that user space put in the map: vCPUs of VMs whose slots log into bitmaps. */
+static __always_inline struct thread_counts *counts_of_this_thread(void)
+{
+	u32 tid = bpf_get_current_pid_tgid();
+
+	return bpf_map_lookup_elem(&threads, &tid);
+}
+
+static __always_inline bool is_writable(const u64 *entry)
+{
+	u64 value = 0;
+
+	bpf_probe_read_kernel(&value, sizeof(value), entry);
+	return value & PT_WRITABLE;
+}
+
+SEC("tp_btf/kvm_mmu_set_spte")
+int BPF_PROG(set_spte, int level, u64 gfn, u64 *entry)
+{
+	struct thread_counts *counts = counts_of_this_thread();
+
+	if (counts && level == PG_LEVEL_4K && is_writable(entry))
+		counts->spte_writable++;
+	return 0;
+}
+
+SEC("tp_btf/fast_page_fault")
+int BPF_PROG(fast_fault, struct kvm_vcpu *vcpu, struct kvm_page_fault *fault, u64 *entry, u64 old, int result)
+{
+	struct thread_counts *counts = counts_of_this_thread();
+
+	if (counts && !(old & PT_WRITABLE) && entry && is_writable(entry))
+		counts->fast_fault_writable++;
+	return 0;
+}
+
+SEC("tp_btf/kvm_pml_full")
+int BPF_PROG(pml_full, u32 vcpu_id)
+{
+	struct thread_counts *counts = counts_of_this_thread();
+
+	if (counts)
+		counts->pml_full++;
+	return 0;
+}
+
+/* ---- the inventory: every VM, vCPU and memory slot behind a file descriptor of some process ---- */
+
+#define SLOT_BUCKETS 128
+#define SLOTS_PER_BUCKET 8
+/* One process's records must fit the 32 KiB buffer of the iterator. */
+#define SLOTS_TOLD_MAX 448
+
+static __always_inline bool starts_with_kvm(const char *name)
+{
+	return name[0] == 'k' && name[1] == 'v' && name[2] == 'm' && name[3] == '-' && name[4] == 'v';
+}
+
+struct slot_walk {
+	struct seq_file *seq;
+	struct record *record;
+	void *heads;
+	u32 node_offset;
+	u32 told;
+};
+
+static long tell_bucket(u32 bucket, struct slot_walk *walk)
+{
+	struct record *record = walk->record;
+	void *link = 0;
+
+	bpf_probe_read_kernel(&link, sizeof(link), walk->heads + bucket * sizeof(link));
+	for (int i = 0; i < SLOTS_PER_BUCKET && link; i++) {
+		struct kvm_memory_slot *slot = link - walk->node_offset;
+
+		if (walk->told++ >= SLOTS_TOLD_MAX)
+			return 1;
+		record->slot.base_gfn = BPF_CORE_READ(slot, base_gfn);
+		record->slot.pages = BPF_CORE_READ(slot, npages);
+		record->slot.address = BPF_CORE_READ(slot, userspace_addr);
+		record->slot.flags = BPF_CORE_READ(slot, flags);
+		record->slot.slot = (u32)BPF_CORE_READ(slot, as_id) << 16 | (u16)BPF_CORE_READ(slot, id);
+		bpf_seq_write(walk->seq, record, sizeof(*record));
+		bpf_probe_read_kernel(&link, sizeof(link), link);
+	}
+	return 0;
+}
+
+static __always_inline void tell_slots(struct seq_file *seq, struct record *record, struct kvm *kvm)
+{
+	struct kvm_memslots *slots = BPF_CORE_READ(kvm, memslots[0]);
+	int node = BPF_CORE_READ(slots, node_idx) & 1;
+	struct slot_walk walk = {
+		.seq = seq,
+		.record = record,
+		.heads = (void *)slots + bpf_core_field_offset(struct kvm_memslots, id_hash),
+		.node_offset = bpf_core_field_offset(struct kvm_memory_slot, id_node) + node * 2 * sizeof(u64),
+	};
+
+	record->kind = RECORD_SLOT;
+	/* bpf_loop is as old as id_hash (5.17): a kernel without the one does not get here. */
+	bpf_loop(SLOT_BUCKETS, tell_bucket, &walk, 0);
+}
+
+SEC("iter/task_file")
+int inventory(struct bpf_iter__task_file *ctx)
+{
+	struct task_struct *task = ctx->task;
+	struct file *file = ctx->file;
+	struct record record = {};
+	struct kvm_vcpu *vcpu;
+	struct kvm *kvm;
+	char name[16] = {};
+
+	if (!task || !file)
+		return 0;
+	/* Only the kernel names files of this file system; anyone can call a file of another one "kvm-vm". */
+	if (BPF_CORE_READ(file, f_inode, i_sb, s_magic) != ANON_INODE_FS_MAGIC)
+		return 0;
+	bpf_probe_read_kernel_str(name, sizeof(name), BPF_CORE_READ(file, f_path.dentry, d_name.name));
+	if (!starts_with_kvm(name))
+		return 0;
+	record.tgid = BPF_CORE_READ(task, tgid);
+	record.fd = ctx->fd;
+	if (settings.only_tgid && record.tgid != settings.only_tgid)
+		return 0;
+
+	if (name[5] == 'm' && name[6] == 0) {
+		kvm = BPF_CORE_READ(file, private_data);
+		/* A child that inherited the descriptor cannot run the VM. */
+		if (BPF_CORE_READ(kvm, mm) != BPF_CORE_READ(task, mm))
+			return 0;
+		record.kind = RECORD_VM;
+		record.kvm = (u64)kvm;
+		record.vm.creator = BPF_CORE_READ(kvm, userspace_pid);
+		bpf_seq_write(ctx->meta->seq, &record, sizeof(record));
+		if (bpf_core_field_exists(struct kvm_memslots, id_hash))
+			tell_slots(ctx->meta->seq, &record, kvm);
+	} else if (name[5] == 'c' && name[8] == ':') { /* not "kvm-vcpu-stats:0" */
+		vcpu = BPF_CORE_READ(file, private_data);
+		kvm = BPF_CORE_READ(vcpu, kvm);
+		if (BPF_CORE_READ(kvm, mm) != BPF_CORE_READ(task, mm))
+			return 0;
+		record.kind = RECORD_VCPU;
+		record.kvm = (u64)kvm;
+		record.vcpu.ring = (u64)vcpu + bpf_core_field_offset(struct kvm_vcpu, dirty_ring);
+		record.vcpu.vcpu = BPF_CORE_READ(vcpu, vcpu_id);
+		record.vcpu.tid = BPF_CORE_READ(vcpu, pid, numbers[0].nr);
+		record.vcpu.dirty_index = BPF_CORE_READ(vcpu, dirty_ring.dirty_index);
+		record.vcpu.reset_index = BPF_CORE_READ(vcpu, dirty_ring.reset_index);
+		record.vcpu.ring_entries = BPF_CORE_READ(kvm, dirty_ring_size) ? BPF_CORE_READ(vcpu, dirty_ring.size) : 0;
+		record.vcpu.creator = BPF_CORE_READ(kvm, userspace_pid);
+		bpf_seq_write(ctx->meta->seq, &record, sizeof(record));
+	}
+	return 0;
+}

@@ -1,0 +1,250 @@
+//! The live table on a terminal, in the manner of bpftop and kvm_stat: sort, filter, pause, quit.
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::sync::mpsc::Receiver;
+use std::time::{Duration, Instant};
+
+use ratatui::crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
+use ratatui::layout::{Alignment, Constraint, Layout};
+use ratatui::style::{Color, Modifier, Style, Stylize};
+use ratatui::text::{Line, Text};
+use ratatui::widgets::{Cell, Row as TableRow, Table as Widget};
+use ratatui::{DefaultTerminal, Frame};
+use ringferry_bpf::{Look, RingId, Row, bars};
+
+use crate::output::{COLUMNS, Choice, Column, headline, region_lines, sampling_line};
+
+/// Intervals that the trend shows.
+const TREND: usize = 12;
+/// How soon a signal or a resize is noticed.
+const TICK: Duration = Duration::from_millis(100);
+/// The column sorted by at first.
+const PAGES_PER_S: usize = 4;
+
+const KEYS: &str = " q quit   p pause   < > sort by   r reverse   / filter   Esc clear ";
+
+/// What is on the screen, and how the user wants it.
+#[derive(Debug)]
+struct View {
+    choice: Choice,
+    look: Option<Look>,
+    trends: HashMap<RingId, VecDeque<u64>>,
+    sort: usize,
+    ascending: bool,
+    filter: String,
+    typing: bool,
+    paused: bool,
+}
+
+/// The terminal in its alternate screen; dropping this gives it back.
+#[derive(Debug)]
+pub(crate) struct Table {
+    terminal: DefaultTerminal,
+    view: View,
+}
+
+impl Table {
+    pub(crate) fn open(choice: Choice) -> io::Result<Self> {
+        let mut table = Self { terminal: ratatui::try_init()?, view: View::new(choice) };
+        table.draw()?;
+        Ok(table)
+    }
+
+    /// Takes over a new look, unless the display is paused.
+    pub(crate) fn show(&mut self, look: &Look) -> io::Result<()> {
+        self.view.take(look);
+        self.draw()
+    }
+
+    /// Handles keys until then; returns whether the user wants to quit.
+    pub(crate) fn wait(&mut self, until: Instant, stop: &Receiver<()>) -> io::Result<bool> {
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            if stop.try_recv().is_ok() {
+                return Ok(true);
+            }
+            if left.is_zero() {
+                return Ok(false);
+            }
+            if event::poll(left.min(TICK))? {
+                if let Event::Key(key) = event::read()?
+                    && key.kind == KeyEventKind::Press
+                    && self.view.press(key)
+                {
+                    return Ok(true);
+                }
+                self.draw()?;
+            }
+        }
+    }
+
+    fn draw(&mut self) -> io::Result<()> {
+        self.terminal.draw(|frame| self.view.draw(frame)).map(|_| ())
+    }
+}
+
+impl Drop for Table {
+    fn drop(&mut self) {
+        ratatui::restore();
+    }
+}
+
+impl View {
+    fn new(choice: Choice) -> Self {
+        Self {
+            choice,
+            look: None,
+            trends: HashMap::new(),
+            sort: PAGES_PER_S,
+            ascending: false,
+            filter: String::new(),
+            typing: false,
+            paused: false,
+        }
+    }
+
+    fn take(&mut self, look: &Look) {
+        self.trends.retain(|id, _| look.rows.iter().any(|row| row.id == *id));
+        for row in &look.rows {
+            let trend = self.trends.entry(row.id).or_default();
+            if trend.len() == TREND {
+                trend.pop_front();
+            }
+            trend.push_back(row.dirty_pages.unwrap_or(0));
+        }
+        if !self.paused {
+            self.look = Some(look.clone());
+        }
+    }
+
+    /// Returns whether this key quits.
+    fn press(&mut self, key: KeyEvent) -> bool {
+        if key.modifiers.contains(KeyModifiers::CONTROL) {
+            return key.code == KeyCode::Char('c');
+        }
+        if self.typing {
+            match key.code {
+                KeyCode::Enter => self.typing = false,
+                KeyCode::Esc => (self.typing, self.filter) = (false, String::new()),
+                KeyCode::Backspace => drop(self.filter.pop()),
+                KeyCode::Char(character) => self.filter.push(character),
+                _ => {}
+            }
+            return false;
+        }
+        match key.code {
+            KeyCode::Char('q') => return true,
+            KeyCode::Char('p' | ' ') => self.paused = !self.paused,
+            KeyCode::Char('>') | KeyCode::Right => self.sort = (self.sort + 1) % COLUMNS.len(),
+            KeyCode::Char('<') | KeyCode::Left => self.sort = (self.sort + COLUMNS.len() - 1) % COLUMNS.len(),
+            KeyCode::Char('r') => self.ascending = !self.ascending,
+            KeyCode::Char('/') => self.typing = true,
+            KeyCode::Esc => self.filter.clear(),
+            _ => {}
+        }
+        false
+    }
+
+    /// The rows to show, in their order. The filter looks at every cell.
+    fn rows<'a>(&self, look: &'a Look) -> Vec<&'a Row> {
+        let matches = |row: &Row| {
+            self.filter.is_empty()
+                || COLUMNS.iter().any(|column| (column.cell)(row, look.interval).contains(&self.filter))
+        };
+        let mut rows = crate::chosen(look, self.choice).0;
+        rows.retain(|row| matches(row));
+        let rank = COLUMNS[self.sort].rank;
+        rows.sort_by(|one, other| {
+            let order = rank(one).total_cmp(&rank(other));
+            if self.ascending { order } else { order.reverse() }
+        });
+        rows
+    }
+
+    fn draw(&self, frame: &mut Frame) {
+        let strips: Vec<Line> =
+            self.look.iter().flat_map(|look| &look.vms).flat_map(below).map(Line::from).collect();
+        // The strips take at most half of the screen.
+        let strip_lines = u16::try_from(strips.len()).unwrap_or(u16::MAX).min(frame.area().height / 2);
+        let [top, middle, below, bottom] = Layout::vertical([
+            Constraint::Length(1),
+            Constraint::Min(2),
+            Constraint::Length(strip_lines),
+            Constraint::Length(1),
+        ])
+        .areas(frame.area());
+        frame.render_widget(self.top_line().bold(), top);
+        if let Some(look) = &self.look {
+            frame.render_widget(self.table(look), middle);
+        }
+        frame.render_widget(Text::from(strips), below);
+        frame.render_widget(self.bottom_line(), bottom);
+    }
+
+    fn top_line(&self) -> Line<'static> {
+        match &self.look {
+            Some(look) => {
+                let paused = if self.paused { "  PAUSED" } else { "" };
+                Line::from(format!(" {:.0}s  {}{paused}", look.time.as_secs_f64(), headline(look)))
+            }
+            None => Line::from(" waiting for the first interval"),
+        }
+    }
+
+    fn bottom_line(&self) -> Line<'static> {
+        if self.typing {
+            Line::from(format!(" filter: {}_   Enter keep   Esc clear", self.filter)).reversed()
+        } else if self.filter.is_empty() {
+            Line::from(KEYS).reversed()
+        } else {
+            Line::from(format!("{KEYS}  filter: {} ", self.filter)).reversed()
+        }
+    }
+
+    fn table<'a>(&'a self, look: &'a Look) -> Widget<'a> {
+        let titles = COLUMNS.iter().enumerate().map(|(index, column)| {
+            let arrow = if index != self.sort {
+                ""
+            } else if self.ascending {
+                "▲"
+            } else {
+                "▼"
+            };
+            let style = if index == self.sort { Style::new().fg(Color::Cyan) } else { Style::new() };
+            cell(column, format!("{}{arrow}", column.title)).style(style)
+        });
+        let titles = titles.chain([Cell::from("TREND")]);
+        let rows = self.rows(look).into_iter().map(|row| {
+            let trend: Vec<u64> =
+                self.trends.get(&row.id).map(|trend| trend.iter().copied().collect()).unwrap_or_default();
+            let cells = COLUMNS.iter().map(|column| cell(column, (column.cell)(row, look.interval)));
+            TableRow::new(cells.chain([Cell::from(bars(&trend)).style(Style::new().fg(Color::Green))]))
+                .style(style(row))
+        });
+        let widths =
+            COLUMNS.iter().map(|column| Constraint::Length(u16::try_from(column.width).unwrap_or(16)));
+        let trend = Constraint::Length(u16::try_from(TREND).unwrap_or(12));
+        Widget::new(rows, widths.chain([trend])).header(TableRow::new(titles).add_modifier(Modifier::BOLD))
+    }
+}
+
+/// The lines about a VM as a whole.
+fn below(vm: &ringferry_bpf::VmLook) -> Vec<String> {
+    region_lines(vm, 64).into_iter().chain(sampling_line(vm)).collect()
+}
+
+fn cell(column: &Column, text: String) -> Cell<'static> {
+    let alignment = if column.left { Alignment::Left } else { Alignment::Right };
+    Cell::from(Text::from(text).alignment(alignment))
+}
+
+fn style(row: &Row) -> Style {
+    if row.overflows > 0 {
+        Style::new().fg(Color::Red).add_modifier(Modifier::BOLD)
+    } else if row.dirty_pages.is_none() || row.ended {
+        Style::new().fg(Color::DarkGray)
+    } else {
+        Style::new()
+    }
+}

@@ -1,0 +1,151 @@
+//! The columns of the table, live or in lines: titles, cells and the order they sort by.
+
+use std::time::Duration;
+
+use ringferry_bpf::{Look, Row};
+
+use super::mib;
+
+/// One column. The order of [`COLUMNS`] is that on the screen.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Column {
+    pub title: &'static str,
+    pub width: usize,
+    pub left: bool,
+    pub cell: fn(&Row, Duration) -> String,
+    /// What larger means when rows are sorted by this column; equal rows keep their order.
+    pub rank: fn(&Row) -> f64,
+}
+
+const NONE: &str = "-";
+
+const fn number(
+    title: &'static str,
+    width: usize,
+    cell: fn(&Row, Duration) -> String,
+    rank: fn(&Row) -> f64,
+) -> Column {
+    Column { title, width, left: false, cell, rank }
+}
+
+pub(crate) const COLUMNS: [Column; 15] = [
+    number("PID", 7, |row, _| row.pid.to_string(), |row| f64::from(row.pid)),
+    Column {
+        title: "VM",
+        width: 16,
+        left: true,
+        cell: |row, _| row.vm.clone(),
+        rank: |row| f64::from(row.pid),
+    },
+    number("VCPU", 4, |row, _| row.vcpu.to_string(), |row| f64::from(row.vcpu)),
+    number(
+        "TID",
+        7,
+        |row, _| {
+            row.tid.map_or_else(|| if row.ended { "ended" } else { NONE }.to_owned(), |tid| tid.to_string())
+        },
+        |row| f64::from(row.tid.unwrap_or(0)),
+    ),
+    number("PAGES/s", 8, |row, _| whole(row.dirty_pages_per_s), |row| row.dirty_pages_per_s.unwrap_or(-1.0)),
+    number(
+        "MiB/s",
+        7,
+        |row, _| tenth(row.dirty_pages_per_s.map(mib)),
+        |row| row.dirty_pages_per_s.unwrap_or(-1.0),
+    ),
+    number(
+        "AVG/s",
+        8,
+        |row, _| whole(row.average_pages_per_s),
+        |row| row.average_pages_per_s.unwrap_or(-1.0),
+    ),
+    number(
+        "AVGMiB/s",
+        8,
+        |row, _| tenth(row.average_pages_per_s.map(mib)),
+        |row| row.average_pages_per_s.unwrap_or(-1.0),
+    ),
+    number(
+        "SHARE",
+        5,
+        |row, _| row.share.map_or_else(|| NONE.to_owned(), |share| format!("{:.0}%", share * 100.0)),
+        |row| row.share.unwrap_or(-1.0),
+    ),
+    number(
+        "RING",
+        11,
+        |row, _| row.ring.map_or_else(|| NONE.to_owned(), |ring| format!("{}/{}", ring.used, ring.size)),
+        |row| row.ring.map_or(-1.0, |ring| f64::from(ring.used) / f64::from(ring.size.max(1))),
+    ),
+    number(
+        "HIGH",
+        6,
+        |row, _| row.ring.map_or_else(|| NONE.to_owned(), |ring| ring.high_water.to_string()),
+        |row| row.ring.map_or(-1.0, |ring| f64::from(ring.high_water)),
+    ),
+    number(
+        "FULL/s",
+        7,
+        |row, interval| rate(row, row.ring_full_exits, interval),
+        |row| row.ring_full_exits as f64,
+    ),
+    number("RESET/s", 7, |row, interval| rate(row, row.resets, interval), |row| row.resets as f64),
+    number(
+        "OVERFLOW",
+        8,
+        |row, _| if row.ring.is_some() { row.overflows.to_string() } else { NONE.to_owned() },
+        |row| row.overflows as f64,
+    ),
+    Column {
+        title: "SOURCE",
+        width: 15,
+        left: true,
+        cell: |row, _| row.source.name().to_owned(),
+        rank: |row| row.dirty_pages_per_s.unwrap_or(-1.0),
+    },
+];
+
+impl Column {
+    /// A cell or a title, padded to the column's width.
+    pub(crate) fn padded(&self, text: &str) -> String {
+        let text: String = text.chars().take(if self.left { self.width } else { usize::MAX }).collect();
+        let width = self.width;
+        if self.left { format!("{text:<width$}") } else { format!("{text:>width$}") }
+    }
+}
+
+/// One line over all VMs: `2 VMs, 6 vCPUs, 51200 pages/s (200.0 MiB/s)`, and what could not be counted.
+pub(crate) fn headline(look: &Look) -> String {
+    let rate: f64 = look.rows.iter().filter_map(|row| row.dirty_pages_per_s).sum();
+    let vcpus = look.rows.iter().filter(|row| !row.ended).count();
+    let mut line = format!(
+        "{} VM{}, {vcpus} vCPU{}, {rate:.0} pages/s ({:.1} MiB/s)",
+        look.vms.len(),
+        plural(look.vms.len()),
+        plural(vcpus),
+        mib(rate)
+    );
+    if look.totals.dropped_pushes > 0 {
+        line += &format!(", {} pushes not counted: too many vCPUs", look.totals.dropped_pushes);
+    }
+    line
+}
+
+fn plural(count: usize) -> &'static str {
+    if count == 1 { "" } else { "s" }
+}
+
+fn whole(value: Option<f64>) -> String {
+    value.map_or_else(|| NONE.to_owned(), |value| format!("{value:.0}"))
+}
+
+fn tenth(value: Option<f64>) -> String {
+    value.map_or_else(|| NONE.to_owned(), |value| format!("{value:.1}"))
+}
+
+fn rate(row: &Row, count: u64, interval: Duration) -> String {
+    match row.ring {
+        Some(_) if !interval.is_zero() => format!("{:.1}", count as f64 / interval.as_secs_f64()),
+        _ => NONE.to_owned(),
+    }
+}

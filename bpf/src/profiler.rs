@@ -1,0 +1,454 @@
+//! Loads and attaches the eBPF programs, and reads what they counted. Owns the maps; knows no rates.
+//!
+//! `preflight` comes before it, `session` after.
+
+use std::collections::BTreeSet;
+use std::io::Read;
+use std::sync::Mutex;
+
+use libbpf_rs::{
+    Iter, Link, MapCore, MapFlags, MapHandle, Object, ObjectBuilder, OpenObject, PrintLevel, set_print,
+};
+use zerocopy::{FromBytes, IntoBytes};
+
+use crate::kernel_types::KernelTypes;
+use crate::layout::{
+    RegionCounts, RegionKey, RingCounts, Settings, TOTAL_DROPPED_PUSHES, TOTAL_DROPPED_REGION_PUSHES,
+    TOTAL_USERSPACE_EXITS_31, ThreadCounts as CpuThreadCounts,
+};
+use crate::preflight::{Sources, check_kernel, check_rights};
+use crate::{Error, Inventory, RingId, VmId};
+
+const OBJECT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/profile.bpf.o"));
+
+/// What one per-CPU map may take, over all CPUs: 4096 vCPUs on 100 CPUs.
+const MAP_BYTES_MAX: u64 = 32 << 20;
+const VCPUS_MIN: u64 = 256;
+const VCPUS_MAX: u64 = 4096;
+/// Regions with pushes between two looks: 2 MiB each, so 32 GiB of memory that is being written.
+const REGIONS_MAX: u32 = 16384;
+
+/// What to count.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Count VMs of this process only.
+    pub only_pid: Option<u32>,
+    /// Count per region too, and which pages were pushed: about 60 ns more for each push.
+    pub regions: bool,
+    /// Load at most these of the optional programs; what the kernel lacks is left out in any case.
+    pub sources: Option<Sources>,
+    /// vCPUs that can be counted at a time. By default as many as fit 32 MiB, at least 256 and at most 4096.
+    pub vcpus_max: Option<u32>,
+}
+
+/// The programs, attached: they count until this is dropped.
+#[derive(Debug)]
+pub struct Profiler {
+    // Held for their drop, and dropped first: nothing counts into maps that are being taken down.
+    _links: Vec<Link>,
+    bitmap_links: Vec<Link>,
+    inventory: Link,
+    object: Object,
+    rings: MapHandle,
+    threads: MapHandle,
+    regions: MapHandle,
+    totals: MapHandle,
+    variables: MapHandle,
+    epoch: u32,
+    watched: BTreeSet<u32>,
+    sources: Sources,
+}
+
+/// What was counted for one vCPU since [`Profiler::attach`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VcpuCounts {
+    /// The vCPU's ring: its identity while the VM lives.
+    pub ring: RingId,
+    /// Its VM.
+    pub vm: VmId,
+    /// The process that runs it.
+    pub pid: u32,
+    /// The thread that created the VM, by thread id: tells VMs of one process apart, if each has its own thread.
+    pub creator_tid: u32,
+    /// The number that the vCPU was created with.
+    pub vcpu: u32,
+    /// Entries that the kernel pushed.
+    pub pushes: u64,
+    /// Entries that were pushed over entries not yet recycled: so many are lost.
+    pub overwritten: u64,
+    /// How often the ring began to be overwritten.
+    pub overflows: u64,
+    /// Exits to user space because the ring was nearly full.
+    pub ring_full_exits: u64,
+    /// `KVM_RESET_DIRTY_RINGS` that visited the ring.
+    pub resets: u64,
+    /// The most entries in use since [`Profiler::start_interval`].
+    pub high_water_entries: u32,
+}
+
+/// What was counted for one vCPU thread of a VM that logs into bitmaps, since it was given to
+/// [`Profiler::watch_threads`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ThreadCounts {
+    /// 4 KiB entries that were written with the writable bit.
+    pub spte_writable: u64,
+    /// Entries that a fast page fault made writable.
+    pub fast_fault_writable: u64,
+    /// Full page-modification logs, 512 entries each.
+    pub pml_full: u64,
+}
+
+/// What concerns no vCPU in particular.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Pushes that could not be counted, because [`Options::vcpus_max`] vCPUs were being counted already.
+    pub dropped_pushes: u64,
+    /// Pushes that are missing from the regions, because too many regions were written between two looks.
+    pub dropped_region_pushes: u64,
+    /// Exits that reached user space with reason 31, of all vCPUs.
+    pub userspace_exits_31: u64,
+}
+
+impl Profiler {
+    /// Attaches to every VM of the host.
+    ///
+    /// # Errors
+    ///
+    /// Missing rights, a kernel without the type information, tracepoints or fields that the programs need, or what
+    /// the kernel's verifier said.
+    pub fn attach() -> Result<Self, Error> {
+        Self::attach_with(&Options::default())
+    }
+
+    /// Attaches as `options` say.
+    ///
+    /// # Errors
+    ///
+    /// As [`Profiler::attach`].
+    pub fn attach_with(options: &Options) -> Result<Self, Error> {
+        check_rights()?;
+        let sources = check_kernel(&KernelTypes::of_running_kernel()?)?;
+        let sources = sources.and(options.sources);
+        let object = with_messages("load the eBPF programs", || load(options, sources))?;
+        let map = |name: &str| {
+            let found = object.maps().find(|map| map.name().to_string_lossy().ends_with(name));
+            let missing = || Error::Object { what: format!("map {name}") };
+            MapHandle::try_from(&found.ok_or_else(missing)?).map_err(Error::bpf("open a map"))
+        };
+        let (rings, threads, regions) = (map("rings")?, map("threads")?, map("regions")?);
+        let (totals, variables) = (map("totals")?, map(".bss")?);
+        let attach = |name: &'static str| {
+            with_messages("attach to a tracepoint", || {
+                let program = object.progs_mut().find(|program| program.name() == name);
+                program
+                    .ok_or_else(|| Error::Object { what: format!("program {name}") })?
+                    .attach()
+                    .map_err(Error::bpf("attach to a tracepoint"))
+            })
+        };
+        let inventory = attach("inventory")?;
+        let links = ["ring_push", "ring_reset", "ring_full", "userspace_exit"];
+        let links = links.into_iter().map(attach).collect::<Result<_, _>>()?;
+        Ok(Self {
+            _links: links,
+            bitmap_links: Vec::new(),
+            inventory,
+            rings,
+            threads,
+            regions,
+            totals,
+            variables,
+            epoch: 0,
+            watched: BTreeSet::new(),
+            sources,
+            object,
+        })
+    }
+
+    /// The optional programs that were loaded.
+    pub fn sources(&self) -> Sources {
+        self.sources
+    }
+
+    /// What the kernel pushed, per vCPU that pushed, recycled or filled its ring since the attach.
+    ///
+    /// Exact for vCPUs that are out of `KVM_RUN`; a running one may push while this reads.
+    ///
+    /// # Errors
+    ///
+    /// If a map cannot be read.
+    pub fn counts(&self) -> Result<Vec<VcpuCounts>, Error> {
+        let mut all = Vec::new();
+        // Keys of a map that changes meanwhile may start again from the first.
+        for key in self.rings.keys().take(usize_of(self.rings.max_entries()) * 2) {
+            let found =
+                self.rings.lookup_percpu(&key, MapFlags::ANY).map_err(Error::bpf("read the counts"))?;
+            let Ok(ring) = u64::read_from_bytes(&key) else { continue };
+            if let Some(counts) = found.and_then(|cpus| sum_ring(RingId(ring), &cpus, self.epoch)) {
+                all.push(counts);
+            }
+        }
+        all.sort_by_key(|counts| (counts.pid, counts.vm, counts.vcpu, counts.ring));
+        all.dedup_by_key(|counts| counts.ring);
+        Ok(all)
+    }
+
+    /// Starts the interval that the high-water marks are of.
+    ///
+    /// # Errors
+    ///
+    /// If the programs' variable cannot be written.
+    pub fn start_interval(&mut self) -> Result<(), Error> {
+        let next = self.epoch.wrapping_add(1);
+        let doing = "start an interval";
+        self.variables.update(0_u32.as_bytes(), next.as_bytes(), MapFlags::ANY).map_err(Error::bpf(doing))?;
+        self.epoch = next;
+        Ok(())
+    }
+
+    /// Drops what was counted for a ring, so that another vCPU can be counted in its place.
+    ///
+    /// # Errors
+    ///
+    /// If the map cannot be written.
+    pub fn forget(&self, ring: RingId) -> Result<(), Error> {
+        match self.rings.delete(ring.0.as_bytes()) {
+            Err(error) if error.kind() != libbpf_rs::ErrorKind::NotFound => {
+                Err(Error::bpf("drop the counts of a vCPU")(error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The VMs, vCPUs and memory slots of the host, or of the one process that was asked for.
+    ///
+    /// # Errors
+    ///
+    /// If the iterator cannot be read.
+    pub fn inventory(&self) -> Result<Inventory, Error> {
+        let mut records = Vec::new();
+        let mut iterator = Iter::new(&self.inventory).map_err(Error::bpf("look for VMs"))?;
+        let doing = || "look for VMs".to_owned();
+        iterator.read_to_end(&mut records).map_err(|error| Error::Read { doing: doing(), error })?;
+        Ok(Inventory::from_records(&records))
+    }
+
+    /// Counts for these vCPU threads, by thread id, what tells of dirty pages in a VM that logs into bitmaps.
+    ///
+    /// The tracepoints concerned fire for every VM's page faults, so they are attached only while there is such a
+    /// thread. A thread that was watched already keeps its counts.
+    ///
+    /// # Errors
+    ///
+    /// If a map cannot be written or a program not be attached.
+    pub fn watch_threads(&mut self, tids: &BTreeSet<u32>) -> Result<(), Error> {
+        for tid in self.watched.difference(tids) {
+            // A thread that is not in the map is not watched, whatever the error.
+            drop(self.threads.delete(tid.as_bytes()));
+        }
+        let none = vec![CpuThreadCounts::default().as_bytes().to_vec(); cpus()?];
+        let mut watched: BTreeSet<u32> = self.watched.intersection(tids).copied().collect();
+        for tid in tids.difference(&self.watched).take(usize_of(self.threads.max_entries()) - watched.len()) {
+            self.threads
+                .update_percpu(tid.as_bytes(), &none, MapFlags::ANY)
+                .map_err(Error::bpf("watch a vCPU thread"))?;
+            watched.insert(*tid);
+        }
+        self.watched = watched;
+        if self.watched.is_empty() {
+            self.bitmap_links.clear();
+        } else if self.bitmap_links.is_empty() {
+            self.bitmap_links = with_messages("attach to a tracepoint", || {
+                let wanted = self.sources.programs();
+                let programs =
+                    self.object.progs_mut().filter(|program| wanted.contains(&program.name().to_str()));
+                programs
+                    .map(|program| program.attach().map_err(Error::bpf("attach to a tracepoint")))
+                    .collect()
+            })?;
+        }
+        Ok(())
+    }
+
+    /// The counts of a watched thread; `None` if it is not watched.
+    ///
+    /// # Errors
+    ///
+    /// If the map cannot be read.
+    pub fn thread_counts(&self, tid: u32) -> Result<Option<ThreadCounts>, Error> {
+        let doing = "read the counts of a thread";
+        let cpus = self.threads.lookup_percpu(tid.as_bytes(), MapFlags::ANY).map_err(Error::bpf(doing))?;
+        Ok(cpus.map(|cpus| {
+            let mut sum = ThreadCounts::default();
+            for cpu in cpus.iter().filter_map(|bytes| CpuThreadCounts::read_from_bytes(bytes).ok()) {
+                sum.spte_writable += cpu.spte_writable;
+                sum.fast_fault_writable += cpu.fast_fault_writable;
+                sum.pml_full += cpu.pml_full;
+            }
+            sum
+        }))
+    }
+
+    /// Takes the regions that were written since the last call, with [`Options::regions`].
+    ///
+    /// # Errors
+    ///
+    /// If the map cannot be read.
+    pub(crate) fn take_regions(&self) -> Result<Vec<(RegionKey, RegionCounts)>, Error> {
+        let mut taken = Vec::new();
+        let batch = self.regions.lookup_and_delete_batch(1024, MapFlags::ANY, MapFlags::ANY);
+        let batch = batch.map_err(Error::bpf("take the regions"))?;
+        for (key, counts) in batch.take(usize_of(REGIONS_MAX) * 2) {
+            if let (Ok(key), Ok(counts)) =
+                (RegionKey::read_from_bytes(&key), RegionCounts::read_from_bytes(&counts))
+            {
+                taken.push((key, counts));
+            }
+        }
+        Ok(taken)
+    }
+
+    /// What concerns no vCPU in particular.
+    ///
+    /// # Errors
+    ///
+    /// If the map cannot be read.
+    pub fn totals(&self) -> Result<Totals, Error> {
+        let total = |index: u32| {
+            let cpus = self.totals.lookup_percpu(index.as_bytes(), MapFlags::ANY);
+            let cpus = cpus.map_err(Error::bpf("read the totals"))?.unwrap_or_default();
+            Ok(cpus.iter().filter_map(|bytes| u64::read_from_bytes(bytes).ok()).sum())
+        };
+        Ok(Totals {
+            dropped_pushes: total(TOTAL_DROPPED_PUSHES)?,
+            dropped_region_pushes: total(TOTAL_DROPPED_REGION_PUSHES)?,
+            userspace_exits_31: total(TOTAL_USERSPACE_EXITS_31)?,
+        })
+    }
+
+    /// Bytes of keys and values that the maps hold at most, over all CPUs; fixed when they are made.
+    ///
+    /// # Errors
+    ///
+    /// If the number of CPUs is unknown.
+    pub fn map_bytes(&self) -> Result<u64, Error> {
+        let cpus = u64::try_from(cpus()?).unwrap_or(u64::MAX);
+        Ok([&self.rings, &self.threads, &self.regions, &self.totals]
+            .into_iter()
+            .map(|map| {
+                let copies = if map.map_type().is_percpu() { cpus } else { 1 };
+                let entry = u64::from(map.key_size()) + u64::from(map.value_size()) * copies;
+                entry * u64::from(map.max_entries())
+            })
+            .sum())
+    }
+}
+
+impl Sources {
+    fn and(self, wanted: Option<Sources>) -> Self {
+        let wanted = wanted.unwrap_or(self);
+        Self {
+            set_spte: self.set_spte && wanted.set_spte,
+            fast_fault: self.fast_fault && wanted.fast_fault,
+            pml_full: self.pml_full && wanted.pml_full,
+        }
+    }
+
+    fn programs(self) -> Vec<Option<&'static str>> {
+        let programs =
+            [(self.set_spte, "set_spte"), (self.fast_fault, "fast_fault"), (self.pml_full, "pml_full")];
+        programs.into_iter().filter(|&(loaded, _)| loaded).map(|(_, name)| Some(name)).collect()
+    }
+}
+
+fn load(options: &Options, sources: Sources) -> Result<Object, Error> {
+    let mut object =
+        ObjectBuilder::default().open_memory(OBJECT).map_err(Error::bpf("open the eBPF object"))?;
+    set_up_maps(&mut object, options)?;
+    let optional = ["set_spte", "fast_fault", "pml_full"];
+    for mut program in object.progs_mut() {
+        let name = program.name().to_str();
+        if optional.iter().any(|&optional| name == Some(optional)) && !sources.programs().contains(&name) {
+            program.set_autoload(false);
+        }
+    }
+    object.load().map_err(Error::bpf("load the eBPF programs"))
+}
+
+fn set_up_maps(object: &mut OpenObject, options: &Options) -> Result<(), Error> {
+    let settings =
+        Settings { only_tgid: options.only_pid.unwrap_or(0), count_regions: u32::from(options.regions) };
+    let per_vcpu = u64::try_from(cpus()? * size_of::<RingCounts>()).unwrap_or(u64::MAX);
+    let vcpus = (MAP_BYTES_MAX / per_vcpu).clamp(VCPUS_MIN, VCPUS_MAX);
+    let vcpus = options.vcpus_max.unwrap_or(u32::try_from(vcpus).unwrap_or(u32::MAX)).max(1);
+    let regions = if options.regions { REGIONS_MAX } else { 1 };
+    for mut map in object.maps_mut() {
+        let name = map.name().to_string_lossy().into_owned();
+        let result = match name.as_str() {
+            "rings" | "threads" => map.set_max_entries(vcpus),
+            "regions" => map.set_max_entries(regions),
+            _ if name.ends_with(".rodata") => map.set_initial_value(settings.as_bytes()),
+            _ => Ok(()),
+        };
+        result.map_err(Error::bpf("set up a map"))?;
+    }
+    Ok(())
+}
+
+/// The per-CPU copies of one ring's counts, added up.
+fn sum_ring(ring: RingId, cpus: &[Vec<u8>], epoch: u32) -> Option<VcpuCounts> {
+    let cpus: Vec<RingCounts> =
+        cpus.iter().filter_map(|bytes| RingCounts::read_from_bytes(bytes).ok()).collect();
+    let known = cpus.iter().find(|cpu| cpu.known != 0)?;
+    let sum = |field: fn(&RingCounts) -> u64| cpus.iter().map(field).sum();
+    Some(VcpuCounts {
+        ring,
+        vm: VmId(known.kvm),
+        pid: known.tgid,
+        creator_tid: known.creator,
+        vcpu: known.vcpu,
+        pushes: sum(|cpu| cpu.pushes),
+        overwritten: sum(|cpu| cpu.overwritten),
+        overflows: sum(|cpu| cpu.overflows),
+        ring_full_exits: sum(|cpu| cpu.full_exits),
+        resets: sum(|cpu| cpu.resets),
+        high_water_entries: cpus
+            .iter()
+            .filter(|cpu| cpu.epoch == epoch)
+            .map(|cpu| cpu.high_water)
+            .max()
+            .unwrap_or(0),
+    })
+}
+
+fn cpus() -> Result<usize, Error> {
+    libbpf_rs::num_possible_cpus().map_err(Error::bpf("count the CPUs"))
+}
+
+fn usize_of(number: u32) -> usize {
+    usize::try_from(number).unwrap_or(usize::MAX)
+}
+
+/// What libbpf printed while something was done, for the error message. libbpf has one printer per process.
+static MESSAGES: Mutex<String> = Mutex::new(String::new());
+static PRINTER: Mutex<()> = Mutex::new(());
+const MESSAGES_BYTES_MAX: usize = 16 << 10;
+
+fn with_messages<T>(doing: &'static str, act: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
+    let printer = PRINTER.lock();
+    let previous = set_print(Some((PrintLevel::Warn, |_, message| {
+        if let Ok(mut messages) = MESSAGES.lock()
+            && messages.len() + message.len() < MESSAGES_BYTES_MAX
+        {
+            messages.push_str(&message);
+        }
+    })));
+    let result = act();
+    set_print(previous);
+    let messages = MESSAGES.lock().map(|mut messages| std::mem::take(&mut *messages)).unwrap_or_default();
+    drop(printer);
+    result.map_err(|error| match error {
+        Error::Bpf { error, .. } => Error::Bpf { doing, error, messages },
+        other => other,
+    })
+}
