@@ -362,6 +362,10 @@ impl Vm for TestVm {
     }
 
     fn set_dirty_logging(&mut self, enabled: bool) -> Result<(), VmError> {
+        if self.tracker.is_some() {
+            // The tracker sets the flag itself, when it starts and when it must protect everything anew.
+            return Ok(());
+        }
         Ok(set_slots(&self.vm, self.ram.memory(), enabled)?)
     }
 

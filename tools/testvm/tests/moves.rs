@@ -4,10 +4,10 @@ mod common;
 
 use std::time::Duration;
 
-use common::{assert_consistent, build, copy_ram, counting_config, counts, wait_for_progress};
+use common::{HOLD, assert_consistent, build, copy_ram, counting_config, counts, wait_for_progress};
 use proptest::prelude::*;
 use proptest::test_runner::{Config as Cases, TestRunner};
-use ringferry::Vm;
+use ringferry::{GuestAddress, Vm};
 use ringferry_testvm::{Backing, Boot, Config, StateError, TestVm, TestVmError};
 
 /// The counting guest's VM, waiting for state instead of booting.
@@ -44,6 +44,24 @@ fn a_guest_goes_on_where_it_was_paused() {
             source = target;
         }
     }
+}
+
+#[test]
+fn vcpus_that_wait_to_be_started_are_started_after_the_move() {
+    let Some(mut source) = build(counting_config(3)) else { return };
+    source.write_ram(GuestAddress(HOLD), &[1]).unwrap();
+    source.start().unwrap();
+    // Any moment will do: the first vCPU cannot get further than the wait.
+    std::thread::sleep(Duration::from_millis(20));
+    let paused = source.pause().unwrap();
+    let state = source.save_state(&paused).unwrap();
+    let mut target = build(destination(3)).unwrap();
+    copy_ram(&source, &target);
+    let paused = target.restore_state(&state).unwrap();
+    assert_eq!(counts(&target), [0; 3]);
+    target.write_ram(GuestAddress(HOLD), &[0]).unwrap();
+    target.resume(paused).unwrap();
+    wait_for_progress(&target, &[0; 3], 1000);
 }
 
 /// Kind and bytes of each record, by the format that `state` describes.

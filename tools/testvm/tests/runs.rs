@@ -2,11 +2,12 @@
 
 mod common;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use common::{assert_consistent, build, counting_config, counts, dying_image, wait_for_progress};
-use ringferry::Vm;
-use ringferry_testvm::{Backing, Boot, Config, Image, TestVm, VcpuError, VcpuStatus};
+use common::{IDLE, assert_consistent, build, counting_config, counts, dying_image, wait_for_progress};
+use ringferry::{GuestAddress, Vm};
+use ringferry_testvm::{Backing, Boot, Config, Image, TestVm, Tracking, VcpuError, VcpuStatus};
 
 #[test]
 fn one_to_sixteen_vcpus_start_and_count() {
@@ -73,4 +74,59 @@ fn a_guest_that_dies_is_reported_and_pauses_all_the_same() {
     let paused = vm.pause().unwrap();
     let error = vm.save_state(&paused).unwrap_err().to_string();
     assert!(error.starts_with("vCPU 0 has stopped: shutdown"), "{error}");
+}
+
+#[test]
+fn a_sleeping_vcpu_is_woken_by_a_pause() {
+    let Some(mut vm) = build(counting_config(2)) else { return };
+    // A minute: longer than a pause waits.
+    vm.write_ram(GuestAddress(IDLE), &60_000_000u32.to_le_bytes()).unwrap();
+    vm.start().unwrap();
+    wait_for_progress(&vm, &[0, 0], 1);
+    for turn in 1..=20 {
+        let paused = vm.pause().unwrap();
+        let before = counts(&vm);
+        assert!(before.iter().all(|count| *count <= turn + 1), "one step per pause: {before:?}");
+        vm.resume(paused).unwrap();
+        wait_for_progress(&vm, &before, 1);
+    }
+}
+
+#[test]
+fn a_throttled_vcpu_is_called_out_by_a_pause() {
+    let tracking = Tracking::Ring { entries: 4096 };
+    let Some(mut vm) = build(Config { tracking, ..counting_config(2) }) else { return };
+    vm.start().unwrap();
+    wait_for_progress(&vm, &[0, 0], 1);
+    let handles = vm.tracker().unwrap().vcpus();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                handles.iter().for_each(|handle| handle.gate().close_for(Duration::from_secs(1)));
+                std::thread::yield_now();
+            }
+        });
+        for _ in 0..100 {
+            (0..2).for_each(|vcpu| vm.kick(vcpu));
+            let paused = vm.pause().unwrap();
+            vm.resume(paused).unwrap();
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    let before = counts(&vm);
+    wait_for_progress(&vm, &before, 1000);
+}
+
+#[test]
+fn a_vm_can_be_dropped_in_every_phase() {
+    let Some(vm) = build(counting_config(2)) else { return };
+    drop(vm);
+    let mut running = build(counting_config(2)).unwrap();
+    running.start().unwrap();
+    drop(running);
+    let mut paused = build(counting_config(2)).unwrap();
+    paused.start().unwrap();
+    let _paused = paused.pause().unwrap();
+    drop(paused);
 }

@@ -2,7 +2,8 @@
 //!
 //! It starts all vCPUs as on a PC (INIT, SIPI), brings each to 64-bit user mode, and there counts: vCPU i adds one
 //! to its counter, writes the count to one of its 256 pages, and publishes it. On the way it checks what it can see of
-//! its own state: a vector register, and a time stamp counter that never goes back.
+//! its own state: a vector register, and a time stamp counter that never goes back. Two words that the host may set make
+//! it wait before it starts the others, and sleep.
 #![expect(unsafe_code, reason = "the image is bytes between two symbols of the assembler")]
 #![allow(dead_code, reason = "each test binary uses a part")]
 
@@ -16,6 +17,10 @@ use ringferry_testvm::{Boot, Config, Image, TestVm, TestVmError, VcpuStatus};
 pub const COUNTERS: u64 = 0x30_0000;
 /// vCPU i has 256 pages from here plus i MiB.
 pub const PAGES: u64 = 0x40_0000;
+/// As long as this word is not zero, the first vCPU does not start the others.
+pub const HOLD: u64 = 0x2f_0000;
+/// Microseconds that each vCPU sleeps after each count.
+pub const IDLE: u64 = 0x2f_0008;
 /// Enough for 16 vCPUs.
 pub const MEMORY_BYTES: u64 = 32 << 20;
 
@@ -64,6 +69,8 @@ start32:
     movl $0x8000, %edi
     movl $(trampoline_end - trampoline), %ecx
     rep movsb
+7:  cmpl $0, {hold}
+    jne 7b
     movl $0x000c4500, 0xfee00300
     movl $20000, %ecx
 2:  loop 2b
@@ -151,6 +158,11 @@ user:
     cmpq %rdi, %rax
     jb 5f
     movq %rax, %rdi
+    movl {idle}, %eax
+    testl %eax, %eax
+    jz 3b
+    movw ${idle_port}, %dx
+    outl %eax, %dx
     jmp 3b
 4:  movl $1, %eax
     jmp 6f
@@ -214,6 +226,9 @@ ringferry_dying_image_end:
     "#,
     counters = const COUNTERS,
     pages = const PAGES,
+    hold = const HOLD,
+    idle = const IDLE,
+    idle_port = const ringferry_testvm::IDLE_PORT,
     exit_port = const ringferry_testvm::EXIT_PORT,
     options(att_syntax)
 );
