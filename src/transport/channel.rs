@@ -551,26 +551,19 @@ impl<'a> Connection<'a> {
         }
         self.registration_tried = true;
         let mut shared = self.shared.registered.lock();
-        let result = match &*shared {
-            Some(Ok(registered)) => self
-                .ring
-                .register_from(registered)
-                .map(|registration| (registration, registered.bytes()))
-                .map_err(|error| format!("registering guest RAM: taking it over from another ring: {error}")),
-            Some(Err(reason)) => Err(reason.clone()),
-            None => match self.ring.register(&self.extents()) {
-                Ok((registered, registration)) => {
-                    let bytes = registered.bytes();
-                    *shared = Some(Ok(registered));
-                    Ok((registration, bytes))
-                }
-                Err(error) => {
-                    let reason = format!("registering guest RAM: {error}: {}", registration_advice(&error));
-                    *shared = Some(Err(reason.clone()));
-                    Err(reason)
-                }
-            },
-        };
+        let buffers = shared.get_or_insert_with(|| {
+            RegisteredBuffers::new(&self.shared.memory, &self.extents())
+                .map_err(|error| format!("registering guest RAM: {error}: {}", registration_advice(&error)))
+        });
+        let result = buffers.as_ref().map_err(Clone::clone).and_then(|buffers| {
+            let cloned = self.ring.register(buffers);
+            cloned.map(|table| (table, buffers.bytes())).map_err(|error| {
+                format!(
+                    "registering guest RAM: taking over the table: {error}: {}",
+                    registration_advice(&error)
+                )
+            })
+        });
         let mut sending = self.counters.sending.lock();
         match result {
             Ok((registration, bytes)) => {

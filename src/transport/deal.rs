@@ -139,6 +139,8 @@ impl Dealer {
                 state.returned.push_front(PageRun { first, pages: run.pages - pages });
             }
         }
+        // They may come from several channels; a frame's runs ascend.
+        runs.sort_unstable_by_key(|run| run.first);
         if runs.is_empty() {
             wanted -= state.deal(wanted, runs);
         }
@@ -185,7 +187,6 @@ impl Dealer {
             state.to_retire.push(connection);
         }
         state.to_retire.append(&mut unacknowledged.retiring);
-        unacknowledged.runs.sort_unstable_by_key(|run| run.first);
         state.returned.extend(unacknowledged.runs);
         state.live_channels = state.live_channels.saturating_sub(1);
         drop(state);

@@ -42,6 +42,8 @@ const LISTEN_LOOK_UP: Duration = Duration::from_millis(50);
 const CONNECTIONS_MAX: usize = 2 * CHANNELS_MAX as usize;
 /// Connections of one migration, all reconnects counted.
 const CONNECTION_NUMBERS_MAX: usize = 4096;
+/// Runs from this length on are populated by one call when their first page is new.
+const POPULATE_PAGES_MIN: u64 = 8;
 /// Ends of connections that are remembered one by one.
 const ENDS_MAX: usize = 256;
 
@@ -478,6 +480,11 @@ impl Incoming<'_> {
         }
         let pages = |runs: &[HostRun]| runs.iter().map(|piece| piece.run.pages).sum();
         let (data_pages, zero_pages) = (pages(&data), pages(&zeros));
+        for piece in &data {
+            if piece.run.pages >= POPULATE_PAGES_MIN && !self.shared.written.contains(piece.run.first) {
+                self.ring.populate(piece);
+            }
+        }
         // Marked first: a read that breaks off half-way has written, too.
         data.iter().for_each(|piece| self.shared.written.insert_run(piece.run));
         if !data.is_empty() {

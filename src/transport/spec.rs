@@ -1,8 +1,12 @@
 //! Where a data channel begins and ends: its local address or device, and the destination's address.
 
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::io;
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::str::FromStr;
+use std::time::Duration;
+
+use super::socket;
 
 /// One data channel of a migration, written `REMOTE:PORT`, `LOCAL=REMOTE:PORT`, `LOCAL%DEVICE=REMOTE:PORT` or
 /// `%DEVICE=REMOTE:PORT`. A channel with a local address or device leaves through that NIC, whatever the routes
@@ -49,6 +53,15 @@ pub enum SpecError {
 }
 
 impl ChannelSpec {
+    /// A plain TCP connection by the way of this channel: what a measurement compares the transport with.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says: no route, no such device, nobody listening.
+    pub fn connect_plain(&self) -> io::Result<TcpStream> {
+        socket::connect(self, Duration::from_secs(5), Duration::from_secs(30))
+    }
+
     /// A channel to `remote` by whatever way the routing table chooses.
     pub fn to(remote: SocketAddr) -> Self {
         Self { local: None, device: None, remote }

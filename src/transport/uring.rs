@@ -18,7 +18,6 @@ pub(super) use registration::{RegisteredBuffers, Registration};
 pub(super) use send::{Completion, SLOTS, SendMethod, SendOutcome, SendRing};
 
 use std::io;
-use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use io_uring::types::{SubmitArgs, Timespec};
@@ -103,10 +102,6 @@ impl Ring {
             self.in_flight = self.in_flight.saturating_sub(1);
         }
         Some(entry)
-    }
-
-    fn fd(&self) -> std::os::fd::RawFd {
-        self.io.as_raw_fd()
     }
 }
 

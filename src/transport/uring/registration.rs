@@ -5,11 +5,14 @@
 //! afterwards (balloon, `MADV_DONTNEED`, hole punching), the kernel would go on sending the old page; a VMM that
 //! does so during a migration must turn registration off.
 
+use std::fmt;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::AsRawFd;
+
+use io_uring::IoUring;
 
 use super::Ring;
-use crate::layout::HostRun;
+use crate::layout::{GuestMemory, HostRun};
 
 /// Bytes in one registered buffer, at most: the kernel's own limit (`io_buffer_validate`).
 pub(in crate::transport) const BUFFER_BYTES_MAX: usize = 1 << 30;
@@ -17,11 +20,20 @@ pub(in crate::transport) const BUFFER_BYTES_MAX: usize = 1 << 30;
 /// Buffers in one ring's table, at most (`IORING_MAX_REG_BUFFERS`).
 pub(in crate::transport) const BUFFERS_MAX: usize = 1 << 14;
 
-/// A table of registered buffers, alive as long as this: other rings clone it, which costs no further pin.
-#[derive(Debug)]
+/// A table of registered buffers on a ring that does nothing else. The rings of the channels clone it, which costs
+/// no further pin. (They cannot clone from one another: since Linux 6.17, a single-issuer ring may be read by its
+/// own thread only.)
 pub(in crate::transport) struct RegisteredBuffers {
-    ring: OwnedFd,
+    ring: IoUring,
     table: Table,
+    /// Keeps guest RAM mapped as long as it is registered.
+    _memory: GuestMemory,
+}
+
+impl fmt::Debug for RegisteredBuffers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("RegisteredBuffers").field(&self.table).finish()
+    }
 }
 
 /// Which buffer holds an address: the buffers in ascending order, by first address and length.
@@ -47,8 +59,8 @@ impl Registration {
 }
 
 impl RegisteredBuffers {
-    /// Registers `extents` of guest RAM with `ring`, cut into buffers.
-    pub(super) fn register(ring: &Ring, extents: &[HostRun]) -> io::Result<(Self, Registration)> {
+    /// Registers `extents` of `memory`, cut into buffers.
+    pub(in crate::transport) fn new(memory: &GuestMemory, extents: &[HostRun]) -> io::Result<Self> {
         let mut buffers = Vec::new();
         for extent in extents {
             for offset in (0..extent.len_bytes()).step_by(BUFFER_BYTES_MAX) {
@@ -61,16 +73,15 @@ impl RegisteredBuffers {
             return Err(io::Error::from_raw_os_error(libc::EMFILE));
         }
         buffers.sort_by_key(|buffer| buffer.iov_base.addr());
+        let ring = IoUring::new(1)?;
         // SAFETY: the extents are guest RAM, which by `GuestMemory::new` is mapped as long as any clone of the
-        // layout lives; the rings that use the table hold one.
-        unsafe { ring.io.submitter().register_buffers(&buffers) }?;
+        // layout lives; this value and the rings that use the table hold one.
+        unsafe { ring.submitter().register_buffers(&buffers) }?;
         let table = Table(buffers.iter().map(|buffer| (buffer.iov_base.addr(), buffer.iov_len)).collect());
-        // SAFETY: the ring's descriptor is open as long as `ring` is borrowed.
-        let ring = unsafe { BorrowedFd::borrow_raw(ring.fd()) }.try_clone_to_owned()?;
-        Ok((Self { ring, table: table.clone() }, Registration(table)))
+        Ok(Self { ring, table, _memory: memory.clone() })
     }
 
-    /// Gives another ring the same table.
+    /// Gives a channel's ring the same table.
     pub(super) fn clone_into(&self, ring: &Ring) -> io::Result<Registration> {
         ring.io.submitter().register_buffers_clone(self.ring.as_raw_fd())?;
         Ok(Registration(self.table.clone()))

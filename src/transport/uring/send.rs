@@ -130,17 +130,9 @@ impl SendRing {
         })
     }
 
-    /// Registers extents of guest RAM with this ring.
-    pub(in crate::transport) fn register(
-        &self,
-        extents: &[HostRun],
-    ) -> io::Result<(RegisteredBuffers, Registration)> {
-        RegisteredBuffers::register(&self.ring, extents)
-    }
-
-    /// Takes over what another ring registered.
-    pub(in crate::transport) fn register_from(&self, other: &RegisteredBuffers) -> io::Result<Registration> {
-        other.clone_into(&self.ring)
+    /// Makes registered buffers this ring's own, too.
+    pub(in crate::transport) fn register(&self, buffers: &RegisteredBuffers) -> io::Result<Registration> {
+        buffers.clone_into(&self.ring)
     }
 
     /// Whether a frame is being sent.

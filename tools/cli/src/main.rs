@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use tracing::level_filters::LevelFilter;
 
+mod bench;
 mod completions;
 mod doctor;
 mod output;
@@ -43,6 +44,7 @@ Exit codes: 0 success, 1 failure, 2 wrong usage.";
 
 #[derive(Subcommand, Debug)]
 enum Command {
+    Bench(bench::Args),
     Doctor(doctor::Args),
     Completions(completions::Args),
 }
@@ -52,6 +54,7 @@ fn main() -> ExitCode {
     let output = Output::new(cli.json);
     log_to_stderr(cli.verbose);
     let result = match cli.command {
+        Command::Bench(args) => bench::run(args, output),
         Command::Doctor(args) => doctor::run(args, output),
         Command::Completions(args) => completions::run(args, output),
     };

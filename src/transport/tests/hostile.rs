@@ -1,0 +1,268 @@
+//! Peers that break the rules: each is answered with a typed error, nothing they send lands, and memory, threads
+//! and waits stay bounded.
+
+use zerocopy::IntoBytes;
+
+use super::*;
+use crate::wire::data::{
+    Acknowledgement, DataHello, DataWelcome, Frame, FrameHeader, FrameKind, FrameRun, RunKind, Verdict,
+    write_frame,
+};
+
+/// A source of the test's own making, greeted and welcomed.
+struct Source {
+    stream: TcpStream,
+    sequence: u64,
+}
+
+impl Source {
+    fn connect(address: SocketAddr, connection: u32) -> Self {
+        let mut stream = TcpStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.write_all(DataHello::new(TOKEN.0, 0, connection).as_bytes()).unwrap();
+        let mut answer = [0; DataWelcome::BYTES];
+        stream.read_exact(&mut answer).unwrap();
+        assert_eq!(DataWelcome::read(&answer), Ok(Verdict::Welcome));
+        Self { stream, sequence: 0 }
+    }
+
+    fn frame(&mut self, runs: &[FrameRun]) -> Frame {
+        self.sequence += 1;
+        let pages = runs.iter().filter(|run| run.kind == RunKind::Data).map(|run| run.pages).sum::<u32>();
+        let run_count = u32::try_from(runs.len()).unwrap();
+        Frame {
+            kind: FrameKind::Pages,
+            sequence: self.sequence,
+            round: 5,
+            argument: 0,
+            run_count,
+            payload_bytes: pages * 4096,
+        }
+    }
+
+    fn send(&mut self, frame: &Frame, runs: &[FrameRun], payload: usize) {
+        let mut bytes = Vec::new();
+        write_frame(&mut bytes, frame, runs);
+        bytes.resize(bytes.len() + payload, 0xee);
+        // The receiver may hang up in the middle of it.
+        let _ = self.stream.write_all(&bytes);
+    }
+
+    /// Whether the receiver acknowledges the frame (or hangs up).
+    fn is_acknowledged(&mut self) -> bool {
+        let mut bytes = [0; Acknowledgement::BYTES];
+        self.stream.read_exact(&mut bytes).is_ok() && Acknowledgement::read(&bytes) == Ok(self.sequence)
+    }
+}
+
+fn run(first: u64, pages: u32, kind: RunKind) -> FrameRun {
+    FrameRun { first: PageIndex(first), pages, kind }
+}
+
+fn data(first: u64, pages: u32) -> FrameRun {
+    run(first, pages, RunKind::Data)
+}
+
+fn wait_for(what: &str, holds: impl Fn() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !holds() {
+        assert!(Instant::now() < deadline, "{what}: not within {PATIENCE:?}");
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+#[test]
+fn frames_that_cannot_be_are_refused_before_a_byte_lands_and_an_honest_source_goes_on() {
+    type Attack = fn(&mut Source);
+    let attacks: &[(&str, Attack)] = &[
+        ("out of RAM: the page at 0x64000", |s| {
+            let runs = [data(3, 2), data(100, 1)];
+            let frame = s.frame(&runs);
+            s.send(&frame, &runs, 3 * 4096);
+        }),
+        ("is not guest RAM", |s| {
+            let runs = [data(98, 4)];
+            let frame = s.frame(&runs);
+            s.send(&frame, &runs, 4 * 4096);
+        }),
+        ("is not guest RAM", |s| {
+            let runs = [run(90, u32::MAX, RunKind::Zero)];
+            let frame = s.frame(&runs);
+            s.send(&frame, &runs, 0);
+        }),
+        ("overlaps", |s| {
+            let runs = [data(3, 2), data(4, 1)];
+            let frame = s.frame(&runs);
+            s.send(&frame, &runs, 3 * 4096);
+        }),
+        ("frame 9 arrived, 1 was due", |s| {
+            let frame = Frame { sequence: 9, ..s.frame(&[data(3, 1)]) };
+            s.send(&frame, &[data(3, 1)], 4096);
+        }),
+        ("add up to", |s| {
+            let frame = Frame { payload_bytes: 4096, ..s.frame(&[data(3, 2)]) };
+            s.send(&frame, &[data(3, 2)], 4096);
+        }),
+        ("the limit is", |s| {
+            let frame = Frame { run_count: u32::MAX, ..s.frame(&[]) };
+            s.send(&frame, &[], 0);
+        }),
+        ("retired", |s| {
+            let frame = Frame { kind: FrameKind::Retire, argument: 1000, ..s.frame(&[]) };
+            s.send(&frame, &[], 0);
+        }),
+        ("Ringferry", |s| {
+            let _ = s.stream.write_all(&[0x47; FrameHeader::BYTES]);
+        }),
+    ];
+    for (number, (reason, attack)) in attacks.iter().enumerate() {
+        let source = Ram::new(&[(0, 100), (200, 50)]);
+        let (target, receiver, address) = destination(&source);
+        let mut hostile = Source::connect(address, 1000);
+        attack(&mut hostile);
+        assert!(!hostile.is_acknowledged(), "attack {number}");
+        wait_for("a failure on record", || !receiver.failures().is_empty());
+        let failures = receiver.failures();
+        let reason = reason.strip_prefix("out of RAM: ").unwrap_or(reason);
+        assert!(failures.len() == 1 && failures[0].contains(reason), "attack {number}: {failures:?}");
+        assert_eq!(target.resident_bytes(), 0, "attack {number}");
+        source.fill(1);
+        let mut honest = sender(&[address], &source, options());
+        honest.send_round(1, Arc::new(source.pages())).unwrap();
+        drop((honest, receiver));
+        assert_eq!(source.digest(), target.digest(), "attack {number}");
+    }
+}
+
+#[test]
+fn an_older_round_after_a_newer_one_is_refused() {
+    let (_target, receiver, address) = destination(&Ram::new(&[(0, 100)]));
+    let mut source = Source::connect(address, 1);
+    let frame = source.frame(&[data(1, 1)]);
+    source.send(&frame, &[data(1, 1)], 4096);
+    assert!(source.is_acknowledged());
+    let frame = Frame { round: 4, ..source.frame(&[data(1, 1)]) };
+    source.send(&frame, &[data(1, 1)], 4096);
+    assert!(!source.is_acknowledged());
+    wait_for("a failure on record", || !receiver.failures().is_empty());
+    assert!(receiver.failures()[0].contains("round 4 after one of round 5"), "{:?}", receiver.failures());
+}
+
+#[test]
+fn a_source_that_breaks_off_inside_a_frame_is_on_record_as_broken() {
+    let (_target, receiver, address) = destination(&Ram::new(&[(0, 100)]));
+    for (connection, payload) in [(1, 0), (2, 100), (3, 4096 + 5)] {
+        let mut source = Source::connect(address, connection);
+        let frame = source.frame(&[data(1, 2)]);
+        source.send(&frame, &[data(1, 2)], payload);
+        drop(source);
+    }
+    let mut source = Source::connect(address, 4);
+    source.stream.write_all(&[1, 2, 3]).unwrap();
+    drop(source);
+    wait_for("four failures on record", || receiver.failures().len() == 4);
+    wait_for("all connections gone", || receiver.is_abandoned());
+    assert_eq!(receiver.received().pages, 0);
+}
+
+#[test]
+fn a_connection_number_serves_once_and_a_retired_one_never() {
+    let (_target, _receiver, address) = destination(&Ram::new(&[(0, 100)]));
+    let mut first = Source::connect(address, 1);
+    let frame = Frame { kind: FrameKind::Retire, argument: 2, ..first.frame(&[]) };
+    first.send(&frame, &[], 0);
+    assert!(first.is_acknowledged());
+    for connection in [1, 2] {
+        let mut stream = TcpStream::connect(address).unwrap();
+        stream.write_all(DataHello::new(TOKEN.0, 0, connection).as_bytes()).unwrap();
+        let mut answer = [0; DataWelcome::BYTES];
+        stream.read_exact(&mut answer).unwrap();
+        assert_eq!(DataWelcome::read(&answer), Ok(Verdict::NotExpected));
+    }
+}
+
+#[test]
+fn greetings_of_strangers_are_answered_or_cut_off_and_leave_room_for_the_source() {
+    let source = Ram::new(&[(0, 100)]);
+    let (_target, receiver, address) = destination(&source);
+    let mut garbage = TcpStream::connect(address).unwrap();
+    garbage.write_all(&[7; 4096]).unwrap();
+    // Fewer than there is room for: the source still gets in while they keep silent.
+    let silent: Vec<_> = (0..100).map(|_| TcpStream::connect(address).unwrap()).collect();
+    let mut honest = sender(&[address], &source, options());
+    honest.send_round(1, Arc::new(source.pages())).unwrap();
+    // Two hundred more: those beyond the limit are turned away at once.
+    let crowd: Vec<_> = (0..200).map(|_| TcpStream::connect(address).unwrap()).collect();
+    let turned_away = || receiver.failures().iter().any(|failure| failure.contains("turned away"));
+    wait_for("turning away", turned_away);
+    honest.send_round(2, Arc::new(source.pages())).unwrap();
+    drop((silent, crowd));
+    assert!(receiver.failures()[0].contains("not Ringferry"), "{:?}", receiver.failures());
+}
+
+/// A destination of the test's own making: answers greetings with `welcome`, then does `serve`.
+fn fake_destination(welcome: Vec<u8>, serve: impl Fn(&mut TcpStream) + Send + 'static) -> SocketAddr {
+    let listener = TcpListener::bind(loopback()).unwrap();
+    let address = listener.local_addr().unwrap();
+    thread::spawn(move || {
+        for mut stream in listener.incoming().map_while(Result::ok) {
+            let mut hello = [0; DataHello::BYTES];
+            if stream.read_exact(&mut hello).is_ok() && stream.write_all(&welcome).is_ok() {
+                serve(&mut stream);
+            }
+        }
+    });
+    address
+}
+
+fn welcome() -> Vec<u8> {
+    DataWelcome::new(Verdict::Welcome).as_bytes().to_vec()
+}
+
+#[test]
+fn destinations_that_answer_nonsense_are_refused_at_the_greeting() {
+    let ram = Ram::new(&[(0, 10)]);
+    let connect = |to| {
+        let options = SendOptions { connect_timeout: Duration::from_millis(300), ..options() };
+        Sender::connect(&[ChannelSpec::to(to)], TOKEN, ram.memory.clone(), options).unwrap_err()
+    };
+    let garbage = connect(fake_destination(vec![9; DataWelcome::BYTES], |_| ()));
+    assert!(matches!(garbage, TransportError::Malformed { .. }), "{garbage}");
+    let refused =
+        connect(fake_destination(DataWelcome::new(Verdict::WrongVersion).as_bytes().to_vec(), |_| ()));
+    assert!(matches!(refused, TransportError::Refused { verdict: Verdict::WrongVersion, .. }), "{refused}");
+    let silent = connect(fake_destination(Vec::new(), |_| thread::sleep(PATIENCE)));
+    assert!(matches!(silent, TransportError::Connect { .. }), "{silent}");
+}
+
+#[test]
+fn acknowledgements_that_cannot_be_end_the_channel_and_the_round_fails() {
+    let ram = Ram::new(&[(0, 1000)]);
+    ram.fill(1);
+    for (answer, reason) in [
+        (vec![5; Acknowledgement::BYTES], "acknowledgement begins with"),
+        (Acknowledgement::new(u64::MAX).as_bytes().to_vec(), "was acknowledged"),
+    ] {
+        let address = fake_destination(welcome(), move |stream| {
+            let _ = stream.write_all(&answer);
+            thread::sleep(Duration::from_secs(1));
+        });
+        let options = SendOptions { reconnect: false, ..options() };
+        let mut sender = sender(&[address], &ram, options);
+        let error = sender.send_round(1, Arc::new(ram.pages())).unwrap_err();
+        assert!(matches!(error, TransportError::NoChannelLeft { .. }), "{error}");
+        assert!(error.to_string().contains(reason), "{error}");
+    }
+}
+
+#[test]
+fn a_destination_that_reads_everything_and_acknowledges_nothing_is_given_up() {
+    let ram = Ram::new(&[(0, 1000)]);
+    ram.fill(1);
+    let address = fake_destination(welcome(), |stream| {
+        let _ = io::copy(stream, &mut io::sink());
+    });
+    let mut sender = sender(&[address], &ram, SendOptions { reconnect: false, ..options() });
+    let error = sender.send_round(1, Arc::new(ram.pages())).unwrap_err();
+    assert!(error.to_string().contains("nothing for"), "{error}");
+}

@@ -1,0 +1,32 @@
+//! `ringferry bench`: what can be measured.
+
+use std::process::ExitCode;
+
+use clap::Subcommand;
+
+use crate::output::Output;
+
+mod send;
+
+/// Measure this machine, and what Ringferry makes of it
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    #[command(subcommand)]
+    bench: Bench,
+}
+
+#[derive(Subcommand, Debug)]
+enum Bench {
+    Send(send::Args),
+}
+
+/// Runs one of them.
+///
+/// # Errors
+///
+/// That one's.
+pub fn run(args: Args, output: Output) -> anyhow::Result<ExitCode> {
+    match args.bench {
+        Bench::Send(args) => send::run(args, output),
+    }
+}
