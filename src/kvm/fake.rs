@@ -24,7 +24,7 @@ pub struct Interruption {
     pub after_entries: u32,
 }
 
-/// A guest writes natively while the next reset runs.
+/// A guest writes while the next reset runs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct WriteDuringReset {
     /// Which vCPU.
@@ -35,6 +35,8 @@ pub struct WriteDuringReset {
     pub offset: u64,
     /// After the reset has protected what it will, or before.
     pub after: bool,
+    /// Natively: once. Or so many times from there on, by KVM's emulator, which overruns a ring.
+    pub emulated: Option<u64>,
 }
 
 /// A kernel in memory. Clones are the same kernel.
@@ -199,9 +201,17 @@ impl Inner {
     }
 
     fn write_all(&mut self, writes: &[WriteDuringReset]) {
-        for &WriteDuringReset { vcpu, slot, offset, .. } in writes {
-            if self.rings.get(vcpu).is_none_or(|ring| ring.used() < ring.soft_limit) {
-                self.write(vcpu, slot, offset, false);
+        for &WriteDuringReset { vcpu, slot, offset, emulated, .. } in writes {
+            let full = self.rings.get(vcpu).is_some_and(|ring| ring.used() >= ring.soft_limit);
+            let Some(pages) = self.slots.get(&slot.0).map(|slot| slot.writable.len() as u64) else {
+                continue;
+            };
+            if full {
+                continue;
+            }
+            for i in 0..emulated.unwrap_or(1) {
+                let offset = (offset + i) % pages;
+                self.write(vcpu, slot, offset, emulated.is_some());
                 self.written_during_reset.push((slot, offset));
             }
         }
