@@ -21,7 +21,7 @@ use std::fmt;
 
 pub use self::figures::{Figures, VcpuFigures};
 pub use self::gate::{BeforeRun, Gate};
-pub use self::tracker::DirtyTracker;
+pub use self::tracker::{DirtyTracker, ExternalId};
 pub use self::vcpu::{KVM_EXIT_DIRTY_RING_FULL, VcpuHandle};
 use crate::kvm::KvmError;
 use crate::layout::{PageIndex, SlotId};
@@ -29,7 +29,7 @@ pub mod external;
 
 pub use self::external::ExternalSource;
 use crate::page_set::PageSet;
-use crate::vm::Paused;
+use crate::vm::{Paused, VmError};
 
 /// Why tracking failed.
 #[derive(Debug)]
@@ -53,6 +53,13 @@ pub enum TrackError {
         capacity: PageIndex,
         /// Where guest RAM ends.
         needed: PageIndex,
+    },
+    /// A source of dirty pages outside KVM cannot log.
+    External {
+        /// Which: [`ExternalSource::name`](external::ExternalSource::name).
+        name: &'static str,
+        /// Why.
+        source: VmError,
     },
     /// The ring of this vCPU overflowed and could not be brought in step with KVM again. The vCPU will exit with
     /// "ring full" for ever: stop tracking and stop the vCPU.
@@ -79,6 +86,12 @@ impl fmt::Display for TrackError {
                 capacity.address(),
                 needed.address()
             ),
+            Self::External { name, source } => {
+                write!(
+                    f,
+                    "the writes of {name} cannot be logged: {source}; without its log, pages would be lost"
+                )
+            }
             Self::RingLost(vcpu) => write!(
                 f,
                 "the dirty ring of vCPU {vcpu} overflowed and is out of step with KVM: stop tracking and restart \
@@ -92,6 +105,7 @@ impl std::error::Error for TrackError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             Self::Kvm(error) => Some(error),
+            Self::External { source, .. } => Some(&**source),
             _ => None,
         }
     }

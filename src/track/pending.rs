@@ -36,6 +36,11 @@ impl Pending {
         }
     }
 
+    /// Where guest RAM ends.
+    pub(super) fn capacity(&self) -> PageIndex {
+        self.pages.capacity()
+    }
+
     /// Where a backend puts what it finds.
     pub(super) fn pages_mut(&mut self) -> &mut PageSet {
         &mut self.pages

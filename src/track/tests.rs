@@ -367,3 +367,67 @@ fn a_short_reset_is_retried_until_every_entry_is_protected() {
     }
     model.check_nothing_is_lost();
 }
+
+/// A log that a test fills; it can be told to refuse its start.
+#[derive(Default)]
+struct Log {
+    pages: std::sync::Arc<std::sync::Mutex<Option<Vec<u64>>>>,
+    refuses: bool,
+}
+
+impl external::ExternalSource for Log {
+    fn name(&self) -> &'static str {
+        "test"
+    }
+
+    fn start(&mut self) -> Result<(), VmError> {
+        if self.refuses {
+            return Err("no room".into());
+        }
+        *self.pages.lock().unwrap() = Some(Vec::new());
+        Ok(())
+    }
+
+    fn drain_into(&mut self, dirty: &mut PageSet) {
+        let mut pages = self.pages.lock().unwrap();
+        dirty.extend(pages.as_mut().unwrap().drain(..).map(PageIndex));
+    }
+
+    fn stop(&mut self) {
+        *self.pages.lock().unwrap() = None;
+    }
+}
+
+#[test]
+fn external_logs_begin_end_and_are_harvested_with_the_tracker() {
+    let mut model = Model::new(1, 0, 0, false);
+    let log = Log::default();
+    let pages = std::sync::Arc::clone(&log.pages);
+    let id = model.tracker.add_external(Box::new(log)).unwrap();
+    pages.lock().unwrap().as_mut().expect("started, as tracking is on").extend([5, SLOT_PAGES, u64::MAX]);
+    model.write(0, 0, 7);
+    let mut dirty = PageSet::new(end());
+    model.tracker.harvest(&mut dirty).unwrap();
+    assert_eq!(
+        dirty.runs().map(|run| run.first.0).collect::<Vec<_>>(),
+        [5, 7],
+        "and no page that is not RAM"
+    );
+
+    model.tracker.stop().unwrap();
+    assert!(pages.lock().unwrap().is_none());
+    let refusing = Log { refuses: true, ..Log::default() };
+    let refusing = model.tracker.add_external(Box::new(refusing)).unwrap();
+    let error = model.tracker.start().unwrap_err();
+    assert!(matches!(error, TrackError::External { name: "test", .. }), "{error:?}");
+    assert!(pages.lock().unwrap().is_none(), "the first log was stopped again");
+    assert!(model.tracker.remove_external(refusing).is_some());
+    assert!(model.tracker.remove_external(refusing).is_none());
+
+    model.tracker.start().unwrap();
+    pages.lock().unwrap().as_mut().unwrap().push(9);
+    assert!(model.tracker.remove_external(id).is_some());
+    dirty.clear();
+    model.tracker.harvest(&mut dirty).unwrap();
+    assert!(dirty.contains(PageIndex(9)), "what it had logged when it went");
+}

@@ -1,10 +1,12 @@
 //! The tracker that a VMM keeps for all of a VM's life: slots, vCPUs, and one lock around what they share.
 
+use std::fmt;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use super::bitmap::{AllCleared, BitmapLog};
+use super::external::ExternalSource;
 use super::figures::{Figures, VmCounters};
 use super::pending::{Pending, Protected};
 use super::rings::{AllReset, Context, Rings};
@@ -48,8 +50,32 @@ struct State {
     backend: Backend,
     slots: Slots,
     vcpus: Vec<Arc<Vcpu>>,
+    externals: Vec<External>,
+    next_external: u64,
     pending: Pending,
     tracking: bool,
+}
+
+/// An external source that was added to a tracker.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct ExternalId(u64);
+
+struct External {
+    id: ExternalId,
+    source: Box<dyn ExternalSource>,
+}
+
+impl External {
+    fn start(&mut self) -> Result<(), TrackError> {
+        let name = self.source.name();
+        self.source.start().map_err(|source| TrackError::External { name, source })
+    }
+}
+
+impl fmt::Debug for External {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.id.0, self.source.name())
+    }
 }
 
 #[derive(Debug)]
@@ -65,6 +91,23 @@ enum Collected {
 }
 
 impl Protected for Collected {}
+
+impl State {
+    /// Starts every external source; none is left on when one cannot.
+    fn start_externals(&mut self) -> Result<(), TrackError> {
+        for at in 0..self.externals.len() {
+            if let Err(error) = self.externals[at].start() {
+                self.externals[..at].iter_mut().for_each(|external| external.source.stop());
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    fn stop_externals(&mut self) {
+        self.externals.iter_mut().for_each(|external| external.source.stop());
+    }
+}
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -86,7 +129,7 @@ impl Shared {
 
     /// Brings all that is dirty into `pending`, protected.
     fn collect(&self, state: &mut State, quiet: bool) -> Result<Collected, TrackError> {
-        let State { backend, slots, pending, .. } = state;
+        let State { backend, slots, externals, pending, .. } = state;
         let cx = self.context(slots);
         let collected = match backend {
             Backend::Ring { rings, .. } if quiet => {
@@ -95,7 +138,12 @@ impl Shared {
             Backend::Ring { rings, .. } => Collected::Ring { _proof: rings.recycle(cx, pending)? },
             Backend::Bitmap(log) => Collected::Bitmap { _proof: log.collect(cx, pending.pages_mut())? },
         };
-        self.drain_marks(slots, pending);
+        // After the guest's: what a device wrote because of what the guest wrote is then in the same harvest.
+        self.marks.read().unwrap_or_else(PoisonError::into_inner).drain_into(pending.pages_mut());
+        externals.iter_mut().for_each(|external| external.source.drain_into(pending.pages_mut()));
+        for hole in slots.holes(pending.capacity()) {
+            pending.remove_run(hole);
+        }
         if pending.everything {
             // Off forgets what is protected, on protects all. What is written in between is in the set already.
             slots.set_logging(&*self.kernel, false)?;
@@ -107,14 +155,6 @@ impl Shared {
             self.counters.rearms.add(1);
         }
         Ok(collected)
-    }
-
-    fn drain_marks(&self, slots: &Slots, pending: &mut Pending) {
-        let marks = self.marks.read().unwrap_or_else(PoisonError::into_inner);
-        marks.drain_into(pending.pages_mut());
-        for hole in slots.holes(marks.capacity()) {
-            pending.remove_run(hole);
-        }
     }
 }
 
@@ -175,7 +215,15 @@ impl DirtyTracker {
         let pending = Pending::new();
         let slots = Slots::default();
         let marks = RwLock::new(AtomicPageSet::new(slots.end()));
-        let state = State { backend, slots, vcpus: Vec::new(), pending, tracking: false };
+        let state = State {
+            backend,
+            slots,
+            vcpus: Vec::new(),
+            externals: Vec::new(),
+            next_external: 0,
+            pending,
+            tracking: false,
+        };
         let shared = Shared {
             kernel,
             counters: VmCounters::default(),
@@ -294,6 +342,37 @@ impl DirtyTracker {
         Ok(state.pending.hand_out_words(collected, run))
     }
 
+    /// From now on the pages that `source` logs are in every harvest. It is started and stopped with the tracker; while
+    /// tracking is on, at once: its writer must not have begun before.
+    ///
+    /// # Errors
+    ///
+    /// [`TrackError::External`] if it had to be started and could not; it is not added then.
+    pub fn add_external(&self, source: Box<dyn ExternalSource>) -> Result<ExternalId, TrackError> {
+        let state = &mut *self.shared.lock();
+        let mut external = External { id: ExternalId(state.next_external), source };
+        if state.tracking {
+            external.start()?;
+        }
+        state.next_external += 1;
+        let id = external.id;
+        state.externals.push(external);
+        Ok(id)
+    }
+
+    /// Takes a source out again, once its writer has stopped; what it has logged stays dirty. `None` if it is gone
+    /// already.
+    pub fn remove_external(&self, id: ExternalId) -> Option<Box<dyn ExternalSource>> {
+        let state = &mut *self.shared.lock();
+        let at = state.externals.iter().position(|external| external.id == id)?;
+        let mut source = state.externals.remove(at).source;
+        if state.tracking {
+            source.drain_into(state.pending.pages_mut());
+            source.stop();
+        }
+        Some(source)
+    }
+
     /// Handles of all vCPUs, in the order of attachment: for whoever throttles.
     pub fn vcpus(&self) -> Vec<VcpuHandle> {
         let state = self.shared.lock();
@@ -347,7 +426,11 @@ impl DirtySource for DirtyTracker {
             rings.harvested();
         }
         state.pending.forget();
-        state.slots.set_logging(&*self.shared.kernel, true)?;
+        state.start_externals()?;
+        if let Err(error) = state.slots.set_logging(&*self.shared.kernel, true) {
+            state.stop_externals();
+            return Err(error.into());
+        }
         state.tracking = true;
         self.shared.tracking.store(true, Ordering::Relaxed);
         // Before anybody reads a page: see `mark_dirty`.
@@ -386,6 +469,7 @@ impl DirtySource for DirtyTracker {
         }
         state.tracking = false;
         self.shared.tracking.store(false, Ordering::Relaxed);
+        state.stop_externals();
         let logging_off = state.slots.set_logging(&*self.shared.kernel, false);
         if let Backend::Ring { rings, .. } = &mut state.backend {
             rings.recycle(self.shared.context(&state.slots), &mut state.pending)?;
