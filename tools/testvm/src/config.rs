@@ -5,9 +5,8 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use crate::error::TestVmError;
+use crate::workload::mailbox::MAX_VCPUS;
 
-/// Most vCPUs that a test VM has.
-pub const MAX_VCPUS: usize = 16;
 /// Most regions that guest RAM can be cut into.
 pub const MAX_REGIONS: usize = 64;
 /// Least RAM: the first MiB of a PC, and one for an image.

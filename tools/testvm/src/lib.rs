@@ -5,12 +5,16 @@
 //! and kicks it (`kick`).
 
 mod boot;
+pub mod check;
 mod config;
 mod cpuid;
 mod error;
 mod exit;
 mod gate;
+mod guest;
+mod image;
 mod kick;
+mod machine;
 mod memory;
 mod multiboot;
 mod skip;
@@ -18,16 +22,19 @@ mod state;
 mod stats;
 mod vcpu;
 mod vm;
+pub mod workload;
 
 pub use boot::MAX_COMMAND_LINE;
-pub use config::{
-    Backing, Boot, Config, Console, HugePages, Image, MAX_REGIONS, MAX_VCPUS, MIN_MEMORY_BYTES, Tracking,
-};
+pub use config::{Backing, Boot, Config, Console, HugePages, Image, MAX_REGIONS, MIN_MEMORY_BYTES, Tracking};
 pub use error::{TestVmError, VcpuError};
 pub use gate::VcpuStatus;
+pub use guest::{Guest, GuestError, VcpuStats};
+pub use image::{IMAGE, guest_image};
+pub use machine::HostMachine;
 pub use memory::{HOLE_END, HOLE_START, pc_layout};
 pub use multiboot::ImageError;
 pub use skip::skip;
 pub use state::{STATE_VERSION, SkippedMsr, StateError};
-pub use vcpu::{EXIT_PORT, IDLE_PORT, VcpuCounters};
+pub use vcpu::VcpuCounters;
 pub use vm::TestVm;
+pub use workload::mailbox::{EXIT_PORT, IDLE_PORT, MAX_VCPUS};

@@ -18,16 +18,13 @@ use crate::exit::{failure, rip};
 use crate::gate::{Gate, VcpuStatus};
 use crate::kick::Kick;
 use crate::stats::Stats;
+use crate::workload::mailbox::{EXIT_PORT, IDLE_PORT};
 
 /// The first serial port of a PC; its line status register lies at offset 5.
 const SERIAL_PORTS: std::ops::RangeInclusive<u16> = 0x3f8..=0x3ff;
 const SERIAL_LINE_STATUS: u16 = 0x3fd;
 /// Transmitter empty, nothing received.
 const SERIAL_READY: u8 = 0x60;
-/// Writing n here makes the vCPU sleep n microseconds, less if it is kicked.
-pub const IDLE_PORT: u16 = 0x5e0;
-/// Writing n here ends the vCPU with code n.
-pub const EXIT_PORT: u16 = 0xf4;
 
 /// How often a vCPU's thread was called upon.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]

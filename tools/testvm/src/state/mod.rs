@@ -15,7 +15,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 pub use self::kernel::SkippedMsr;
 use self::kernel::{Part, VCPU_PARTS, VM_PARTS};
 pub(crate) use self::kernel::{Shape, match_tsc, restore_vcpu, restore_vm, save_vcpu, save_vm};
-use crate::config::MAX_VCPUS;
+use crate::workload::mailbox::MAX_VCPUS;
 
 const MAGIC: [u8; 8] = *b"RFTESTVM";
 /// Raised with every change of the format.
