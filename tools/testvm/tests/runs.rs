@@ -5,9 +5,13 @@ mod common;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use common::{IDLE, assert_consistent, build, counting_config, counts, dying_image, wait_for_progress};
+use common::{
+    IDLE, assert_consistent, build, counting_config, counts, dying_image, echo_image, wait_for_progress,
+};
 use ringferry::{GuestAddress, Vm};
-use ringferry_testvm::{Backing, Boot, Config, Image, TestVm, Tracking, VcpuError, VcpuStatus};
+use ringferry_testvm::{
+    Backing, Boot, Config, HugePages, Image, TestVm, TestVmError, Tracking, VcpuError, VcpuStatus,
+};
 
 #[test]
 fn one_to_sixteen_vcpus_start_and_count() {
@@ -35,6 +39,44 @@ fn a_guest_runs_the_same_on_many_regions_and_on_a_memfd() {
         let _paused = vm.pause().unwrap();
         assert_consistent(&vm);
     }
+}
+
+#[test]
+fn a_guest_runs_on_huge_pages_or_the_lack_of_them_is_named() {
+    for (huge_pages, backing) in [
+        (HugePages::Transparent, Backing::Anonymous),
+        (HugePages::Transparent, Backing::Memfd),
+        (HugePages::Reserved, Backing::Anonymous),
+        (HugePages::Reserved, Backing::Memfd),
+    ] {
+        let mut vm = match TestVm::new(Config { huge_pages, backing, regions: 3, ..counting_config(2) }) {
+            Ok(vm) => vm,
+            Err(error @ (TestVmError::NoKvm | TestVmError::KvmPermission)) => {
+                return ringferry_testvm::skip(&error.to_string());
+            }
+            Err(TestVmError::NoHugePages { needed: 16, free }) if free < 16 => continue,
+            Err(error) => panic!("{huge_pages:?} {backing:?}: {error}"),
+        };
+        vm.start().unwrap();
+        wait_for_progress(&vm, &[0, 0], 1000);
+        let _paused = vm.pause().unwrap();
+        assert_consistent(&vm);
+    }
+}
+
+#[test]
+fn a_guest_larger_than_the_space_below_the_hole_runs_and_is_told_so() {
+    let boot =
+        Boot::Image { image: Image::Bytes { name: "echo", bytes: echo_image() }, append: String::new() };
+    // Nearly all of it is never touched.
+    let Some(mut vm) = build(Config { boot, memory_bytes: 5 << 30, ..Config::default() }) else { return };
+    let regions: Vec<u64> = vm.memory().regions().iter().map(|region| region.pages.pages).collect();
+    assert_eq!(regions, [3 << 18, 2 << 18]);
+    vm.start().unwrap();
+    let ended = vm.wait_for_end(Duration::from_secs(60));
+    assert_eq!(ended, Some((0, VcpuStatus::Exited { code: (3 << 20) - 1024 })), "mem_upper ends at the hole");
+    vm.write_ram(GuestAddress(5 << 30), b"above").unwrap();
+    assert!(vm.write_ram(GuestAddress(3 << 30), b"hole").is_err());
 }
 
 #[test]
