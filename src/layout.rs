@@ -12,6 +12,7 @@
 
 use std::any::Any;
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Bytes in a page of guest memory: KVM tracks dirtiness in units of 4 KiB on x86, whatever backs the page.
@@ -107,6 +108,20 @@ impl Region {
     pub fn len_bytes(&self) -> usize {
         // Checked in `GuestMemory::new`: the region fits the address space.
         usize::try_from(self.pages.pages << PAGE_SHIFT).unwrap_or(usize::MAX)
+    }
+
+    /// The host addresses of all its bytes.
+    pub(crate) fn host_range(&self) -> Range<usize> {
+        self.host.addr()..self.host.addr() + self.len_bytes()
+    }
+
+    /// The guest pages behind a page-aligned part of its host addresses.
+    pub(crate) fn pages_at(&self, part: Range<usize>) -> PageRun {
+        let offset_pages = (part.start - self.host.addr()) / PAGE_SIZE;
+        PageRun {
+            first: PageIndex(self.pages.first.0 + offset_pages as u64),
+            pages: (part.len() / PAGE_SIZE) as u64,
+        }
     }
 
     fn contains(&self, page: PageIndex) -> bool {

@@ -11,7 +11,6 @@
 pub mod kvm;
 pub mod layout;
 pub mod page_set;
-#[cfg(feature = "migrate")]
 mod pagemap;
 pub mod track;
 pub mod vm;

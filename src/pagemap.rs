@@ -8,12 +8,11 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
-
-use crate::layout::PAGE_SIZE;
 
 /// What the kernel says of a page, as a set of bits. From include/uapi/linux/fs.h.
 pub(crate) mod category {
+    /// Written since it was last write-protected (userfaultfd `WP_ASYNC`).
+    pub(crate) const WRITTEN: u64 = 1 << 1;
     /// In memory and in our page table.
     pub(crate) const PRESENT: u64 = 1 << 3;
     /// Swapped out, or on its way somewhere: the entry holds something that is not a page.
@@ -21,6 +20,11 @@ pub(crate) mod category {
     /// The shared page of zeroes: read, never written.
     pub(crate) const PFNZERO: u64 = 1 << 5;
 }
+
+/// Write-protect each reported page in the same step in which it is looked at.
+pub(crate) const WP_MATCHING: u64 = 1 << 0;
+/// Fail with EPERM where a mapping is not registered for `WP_ASYNC`, instead of reporting it as written.
+pub(crate) const CHECK_WPASYNC: u64 = 1 << 1;
 
 /// Which pages a scan reports: those whose categories, after flipping `inverted`, contain all of `mask` and any of
 /// `anyof` (if that is not 0).
@@ -64,12 +68,10 @@ const _: () = assert!(size_of::<ScanArg>() == 96 && size_of::<ScanRegion>() == 2
 /// `_IOWR('f', 16, struct pm_scan_arg)`.
 const PAGEMAP_SCAN: libc::Ioctl = 0xc060_6610_u32 as libc::Ioctl;
 
-/// Regions taken per call: 24 KiB, so that a scan of scattered pages makes few calls.
-const REGIONS: usize = 1024;
-
-/// Bits of an entry of the old interface, Documentation/admin-guide/mm/pagemap.rst.
-const ENTRY_PRESENT: u64 = 1 << 63;
-const ENTRY_SWAPPED: u64 = 1 << 62;
+/// Regions taken per call: as many as the kernel gathers before it writes them out (those of one page-table page). With
+/// room for more, it goes on behind the first batch and at the end still says that the walk ended where that batch
+/// did: the rest would be walked, and reported, twice (seen on Linux 6.18, kernel-notes/pagemap.md).
+const REGIONS: usize = 512;
 
 /// The open `/proc/self/pagemap`.
 #[derive(Debug)]
@@ -85,7 +87,7 @@ impl Pagemap {
     /// Reports the pages of a host address range that pass the filter, as ascending address ranges. Neighbouring
     /// ranges may touch. A range that is not mapped has no pages.
     ///
-    /// Errors are the kernel's: ENOTTY before Linux 6.7, EINTR only when the process
+    /// Errors are the kernel's: ENOTTY before Linux 6.7, EPERM for [`CHECK_WPASYNC`], EINTR only when the process
     /// is being killed. After an error, pages may have been protected that were not reported.
     pub(crate) fn scan(
         &self,
@@ -123,29 +125,6 @@ impl Pagemap {
                 return Err(io::Error::other("PAGEMAP_SCAN does not advance"));
             }
             arg.start = std::mem::take(&mut arg.walk_end);
-        }
-        Ok(())
-    }
-
-    /// The same for [`category::PRESENT`] or [`category::SWAPPED`], on kernels without `PAGEMAP_SCAN`: eight bytes
-    /// per page are read, whether it exists or not, and the page of zeroes counts as present.
-    pub(crate) fn present_or_swapped(
-        &self,
-        host: Range<usize>,
-        mut found: impl FnMut(Range<usize>),
-    ) -> io::Result<()> {
-        let mut entries = [0_u8; 64 << 10];
-        let mut at = host.start;
-        while at < host.end {
-            let pages = ((host.end - at) / PAGE_SIZE).min(entries.len() / 8);
-            let bytes = &mut entries[..pages * 8];
-            self.file.read_exact_at(bytes, (at / PAGE_SIZE * 8) as u64)?;
-            for entry in bytes.as_chunks::<8>().0 {
-                if u64::from_ne_bytes(*entry) & (ENTRY_PRESENT | ENTRY_SWAPPED) != 0 {
-                    found(at..at + PAGE_SIZE);
-                }
-                at += PAGE_SIZE;
-            }
         }
         Ok(())
     }

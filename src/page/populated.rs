@@ -19,9 +19,9 @@ use std::fs::{self, File};
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 
-use crate::layout::{GuestMemory, PAGE_SIZE, PageIndex, PageRun, Region};
+use crate::layout::{GuestMemory, PAGE_SIZE, Region};
 use crate::page_set::PageSet;
 use crate::pagemap::{Filter, Pagemap, category};
 
@@ -53,7 +53,7 @@ pub fn populated(memory: &GuestMemory) -> Populated {
     });
     let mut found = Populated { pages: PageSet::new(memory.end()), assumed_pages: 0 };
     for region in memory.regions() {
-        let host = region.host.addr()..region.host.addr() + region.len_bytes();
+        let host = region.host_range();
         let mut known_to = host.start;
         for mapping in &mappings {
             let part = mapping.host.start.max(host.start)..mapping.host.end.min(host.end);
@@ -75,25 +75,16 @@ pub fn populated(memory: &GuestMemory) -> Populated {
 impl Populated {
     fn assume(&mut self, region: &Region, part: Range<usize>) {
         let known = self.pages.len();
-        self.pages.insert_run(pages_of(region, part));
+        self.pages.insert_run(region.pages_at(part));
         self.assumed_pages += self.pages.len() - known;
     }
 
     fn look(&mut self, region: &Region, mapping: &Mapping, part: Range<usize>) -> io::Result<()> {
-        let mut add = |host: Range<usize>| self.pages.insert_run(pages_of(region, host));
+        let mut add = |host: Range<usize>| self.pages.insert_run(region.pages_at(host));
         if mapping.inode != 0 {
             pages_of_file(mapping, part.clone(), &mut add)?;
         }
         pages_of_ours(part, &mut add)
-    }
-}
-
-/// The guest pages behind a page-aligned part of a region.
-fn pages_of(region: &Region, part: Range<usize>) -> PageRun {
-    let offset_pages = (part.start - region.host.addr()) / PAGE_SIZE;
-    PageRun {
-        first: PageIndex(region.pages.first.0 + offset_pages as u64),
-        pages: (part.len() / PAGE_SIZE) as u64,
     }
 }
 
@@ -107,7 +98,29 @@ fn pages_of_ours(part: Range<usize>, mut add: impl FnMut(Range<usize>)) -> io::R
         ..Filter::default()
     };
     // A kernel without the ioctl refuses it before it reports anything; pages reported twice do no harm.
-    pagemap.scan(part.clone(), not_only_read, &mut add).or_else(|_| pagemap.present_or_swapped(part, add))
+    pagemap.scan(part.clone(), not_only_read, &mut add).or_else(|_| present_or_swapped(part, add))
+}
+
+/// The same on kernels without `PAGEMAP_SCAN`: eight bytes per page are read, whether it exists or not, and the
+/// page of zeroes counts as present. Documentation/admin-guide/mm/pagemap.rst.
+fn present_or_swapped(part: Range<usize>, mut add: impl FnMut(Range<usize>)) -> io::Result<()> {
+    const PRESENT: u64 = 1 << 63;
+    const SWAPPED: u64 = 1 << 62;
+    let file = File::open("/proc/self/pagemap")?;
+    let mut entries = [0_u8; 64 << 10];
+    let mut at = part.start;
+    while at < part.end {
+        let pages = ((part.end - at) / PAGE_SIZE).min(entries.len() / 8);
+        let bytes = &mut entries[..pages * 8];
+        file.read_exact_at(bytes, (at / PAGE_SIZE * 8) as u64)?;
+        for entry in bytes.as_chunks::<8>().0 {
+            if u64::from_ne_bytes(*entry) & (PRESENT | SWAPPED) != 0 {
+                add(at..at + PAGE_SIZE);
+            }
+            at += PAGE_SIZE;
+        }
+    }
+    Ok(())
 }
 
 fn pages_of_file(
@@ -228,7 +241,7 @@ mod tests {
     use memmap2::{Advice, MmapMut, MmapOptions, MmapRaw};
 
     use super::*;
-    use crate::layout::SlotId;
+    use crate::layout::{PageIndex, PageRun, SlotId};
 
     const PAGES: usize = 2048;
     const TOUCHED: [usize; 5] = [0, 3, 511, 700, PAGES - 1];
@@ -284,7 +297,7 @@ mod tests {
         let add = |part: Range<usize>| {
             pages.extend(part.step_by(PAGE_SIZE).map(|at| (at - host.addr()) / PAGE_SIZE))
         };
-        Pagemap::open().unwrap().present_or_swapped(all, add).unwrap();
+        present_or_swapped(all, add).unwrap();
         assert_eq!(pages, BTreeSet::from(TOUCHED));
     }
 
@@ -337,7 +350,6 @@ mod tests {
         let mut private = unsafe_private_map(&file);
         let host = private.as_mut_ptr();
         let memory = memory(host, PAGES);
-        use std::os::unix::fs::FileExt;
         file.write_at(&[1], 3 * PAGE_SIZE as u64).unwrap();
         touch(host, 700);
         if populated(&memory).assumed_pages == PAGES as u64 {

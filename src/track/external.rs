@@ -7,8 +7,10 @@
 //! | vhost-user backends, in their own processes | [`VhostUserLog`], the shared log region of the protocol |
 //! | devices, by DMA | [`DmaSource`] over a [`DmaLogging`] that the VMM implements with VFIO or iommufd |
 //!
-//! Each is an [`ExternalSource`]; a tracker starts them with itself and ORs them into every harvest. The order in
+//! Each is an [`ExternalSource`]; a [`DirtyTracker`] starts them with itself and ORs them into every harvest. The order in
 //! which nothing is lost is the same for all: a writer writes, then marks; a tracker drains, then reads.
+//!
+//! [`DirtyTracker`]: super::DirtyTracker
 
 mod dma;
 mod region_log;

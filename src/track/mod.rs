@@ -7,8 +7,10 @@
 //! reads it then misses no later write. `rings` and `bitmap` say how each backend keeps it.
 
 mod bitmap;
+pub mod external;
 mod figures;
 mod gate;
+mod pagemap;
 mod pending;
 mod rings;
 mod slots;
@@ -19,15 +21,14 @@ mod vcpu;
 
 use std::fmt;
 
+pub use self::external::ExternalSource;
 pub use self::figures::{Figures, VcpuFigures};
 pub use self::gate::{BeforeRun, Gate};
+pub use self::pagemap::{PagemapError, PagemapTracker};
 pub use self::tracker::{DirtyTracker, ExternalId};
 pub use self::vcpu::{KVM_EXIT_DIRTY_RING_FULL, VcpuHandle};
 use crate::kvm::KvmError;
 use crate::layout::{PageIndex, SlotId};
-pub mod external;
-
-pub use self::external::ExternalSource;
 use crate::page_set::PageSet;
 use crate::vm::{Paused, VmError};
 
@@ -37,6 +38,8 @@ use crate::vm::{Paused, VmError};
 pub enum TrackError {
     /// KVM refused.
     Kvm(KvmError),
+    /// The memory of ordinary threads cannot be tracked.
+    Pagemap(PagemapError),
     /// Tracking was started twice; the first start stands.
     AlreadyTracking,
     /// Something was asked that only a started tracker can answer.
@@ -70,6 +73,7 @@ impl fmt::Display for TrackError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Kvm(error) => error.fmt(f),
+            Self::Pagemap(error) => error.fmt(f),
             Self::AlreadyTracking => {
                 write!(
                     f,
@@ -105,9 +109,16 @@ impl std::error::Error for TrackError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             Self::Kvm(error) => Some(error),
+            Self::Pagemap(error) => Some(error),
             Self::External { source, .. } => Some(&**source),
             _ => None,
         }
+    }
+}
+
+impl From<PagemapError> for TrackError {
+    fn from(error: PagemapError) -> Self {
+        Self::Pagemap(error)
     }
 }
 
