@@ -2,6 +2,7 @@
 #![expect(unsafe_code, reason = "guest RAM of the tests is anonymous memory behind raw pointers")]
 
 mod hostile;
+mod zero_copy;
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};

@@ -163,7 +163,10 @@ pub fn run(args: Args, output: Output) -> anyhow::Result<ExitCode> {
     if args.to.is_some() && args.channel.is_empty() {
         bail!("--to needs at least one --channel: the way that the data takes");
     }
-    let channel_counts = if args.channel.is_empty() { args.channels.clone() } else { vec![0] };
+    let channel_counts = match u16::try_from(args.channel.len())? {
+        0 => args.channels.clone(),
+        count => vec![count],
+    };
     if !output.json() {
         output.line(format_args!(
             "{:>8} {:>8} {:>9} {:>10} {:>10} {:>7} {:>9} {:>9} {:>9} {:>7}",
@@ -282,10 +285,9 @@ fn send(
     let sent = sender.send_round(1, pages).context("sending")?;
     let duration = begun.elapsed();
     let sender_cpu = Cpu::of_this_process().since(cpu);
-    let counters = sender.counters();
+    let (bandwidth, channels) = (sender.counters().bandwidth(), sender.counters().channels());
     drop(sender);
     let receiver = remote.end()?;
-    let (bandwidth, channels) = (counters.bandwidth(), counters.channels());
     let sending = channels.first().map(|channel| channel.sending.clone()).unwrap_or_default();
     let result = BenchSend {
         kind: "bench_send",

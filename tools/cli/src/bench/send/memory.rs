@@ -7,6 +7,9 @@ use anyhow::Context;
 use memmap2::{MmapMut, MmapRaw};
 use ringferry::{GuestMemory, PAGE_SIZE, PageIndex, PageRun, PageSet, Region, SlotId};
 
+/// Bytes of one plain `send` or `recv`; amounts of memory are multiples of it.
+pub const CHUNK_BYTES: usize = 1 << 20;
+
 /// Anonymous memory as guest RAM.
 pub struct BenchMemory {
     mapping: Arc<MmapRaw>,
@@ -18,7 +21,7 @@ pub struct BenchMemory {
 impl BenchMemory {
     /// Fresh memory that has room for `bytes` in runs of `run_pages` with gaps of the same length.
     pub fn fresh(bytes: u64, run_pages: u64) -> anyhow::Result<Self> {
-        let content_pages = bytes / PAGE_SIZE as u64;
+        let content_pages = bytes / CHUNK_BYTES as u64 * (CHUNK_BYTES / PAGE_SIZE) as u64;
         let pages = match run_pages {
             0 => content_pages,
             _ => content_pages.next_multiple_of(run_pages) * 2,
@@ -33,7 +36,7 @@ impl BenchMemory {
             host: mapping.as_mut_ptr(),
         };
         // SAFETY: the mapping is kept by the value and its clones, and is readable and writable; slices of it are
-        // made by `piece` only, while the transport does not run.
+        // made for plain sends and receives only, while no transport runs.
         let guest = unsafe { GuestMemory::new(vec![region]) }?.kept_by(Arc::clone(&mapping) as _);
         Ok(Self { mapping, guest, content_pages, run_pages })
     }
@@ -86,34 +89,26 @@ impl BenchMemory {
         self.content_pages * PAGE_SIZE as u64
     }
 
-    /// Part `index` of `parts` of the first half of the memory (all of it, if there are no gaps), for plain sends and
-    /// receives of as many bytes as there is content.
-    pub fn piece(&self, index: usize, parts: usize) -> Piece<'_> {
-        let length = usize::try_from(self.content_bytes()).unwrap_or(0).min(self.mapping.len());
-        let part = (length / parts).next_multiple_of(PAGE_SIZE);
-        let (start, end) = ((part * index).min(length), (part * (index + 1)).min(length));
-        Piece { memory: self, start, length: if index + 1 == parts { length - start } else { end - start } }
-    }
-}
-
-/// A part of the memory while plain sends and receives use it.
-pub struct Piece<'a> {
-    memory: &'a BenchMemory,
-    start: usize,
-    length: usize,
-}
-
-impl Piece<'_> {
-    pub fn bytes(&self) -> &[u8] {
-        // SAFETY: inside the mapping; while pieces are in use nobody writes it, see `bytes_mut`.
-        unsafe { std::slice::from_raw_parts(self.memory.mapping.as_ptr().add(self.start), self.length) }
+    /// Chunk `index` of as many bytes as there is content, for plain sends; `None` after the last one. Nobody else
+    /// uses the memory meanwhile.
+    pub fn chunk(&self, index: usize) -> Option<&[u8]> {
+        let start = self.chunk_start(index)?;
+        // SAFETY: inside the mapping; nobody writes it while plain sends run.
+        Some(unsafe { std::slice::from_raw_parts(self.mapping.as_ptr().add(start), CHUNK_BYTES) })
     }
 
-    pub fn bytes_mut(&mut self) -> &mut [u8] {
-        // SAFETY: inside the mapping; pieces with different indexes do not overlap, and a receiving process makes
-        // each index once, when no transport runs.
-        unsafe {
-            std::slice::from_raw_parts_mut(self.memory.mapping.as_mut_ptr().add(self.start), self.length)
-        }
+    /// The same for plain receives. Each index may be taken once.
+    #[expect(clippy::mut_from_ref, reason = "chunks are disjoint pieces of memory behind a raw pointer")]
+    pub fn take_chunk(&self, index: usize) -> Option<&mut [u8]> {
+        let start = self.chunk_start(index)?;
+        // SAFETY:
+        // * Inside the mapping; chunks do not overlap.
+        // * Indexes come from one counter, so none is taken twice, and no transport runs meanwhile.
+        Some(unsafe { std::slice::from_raw_parts_mut(self.mapping.as_mut_ptr().add(start), CHUNK_BYTES) })
+    }
+
+    fn chunk_start(&self, index: usize) -> Option<usize> {
+        let start = index.checked_mul(CHUNK_BYTES)?;
+        (start as u64 + CHUNK_BYTES as u64 <= self.content_bytes()).then_some(start)
     }
 }

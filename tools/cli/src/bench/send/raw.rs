@@ -1,20 +1,21 @@
 //! The ceiling: the same bytes between the same two memories by plain `send` and `recv`, nothing else.
+//!
+//! Each connection has a thread at both ends and takes the next chunk when it has room, so unequal links are all
+//! full here, too.
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use ringferry::transport::ChannelSpec;
 
 use super::Measured;
-use super::memory::{BenchMemory, Piece};
+use super::memory::BenchMemory;
 use super::remote::{Case, Cpu, Remote};
 
-/// Bytes of one plain `send` or `recv`.
-const CALL_BYTES: usize = 1 << 20;
-
-/// Sends all content over as many plain connections as the case has channels, one thread each.
+/// Sends all content over as many plain connections as the case has channels.
 pub fn send(
     remote: &mut Remote,
     case: &Case,
@@ -31,13 +32,10 @@ pub fn send(
         })
         .collect::<anyhow::Result<Vec<TcpStream>>>()?;
     let (begun, cpu) = (Instant::now(), Cpu::of_this_process());
+    let next = AtomicUsize::new(0);
     std::thread::scope(|scope| {
-        let count = streams.len();
-        let send = |(index, stream)| {
-            let piece = memory.piece(index, count);
-            scope.spawn(move || send_piece(stream, &piece))
-        };
-        let threads: Vec<_> = streams.iter().enumerate().map(send).collect();
+        let threads: Vec<_> =
+            streams.iter().map(|stream| scope.spawn(|| send_chunks(stream, memory, &next))).collect();
         threads.into_iter().try_for_each(|thread| {
             thread.join().unwrap_or_else(|_| Err(std::io::Error::other("a sending thread panicked")))
         })
@@ -48,35 +46,49 @@ pub fn send(
     Ok(Measured { duration, bytes: memory.content_bytes(), sender, receiver: remote.end()? })
 }
 
-/// Sends it all and waits until the other side has read it all, as the transport does.
-fn send_piece(mut stream: &TcpStream, piece: &Piece<'_>) -> std::io::Result<()> {
-    for chunk in piece.bytes().chunks(CALL_BYTES) {
+/// Sends chunks and waits until the other side has read them all, as the transport does.
+fn send_chunks(mut stream: &TcpStream, memory: &BenchMemory, next: &AtomicUsize) -> std::io::Result<()> {
+    // Relaxed: the counter only gives out numbers.
+    while let Some(chunk) = memory.chunk(next.fetch_add(1, Ordering::Relaxed)) {
         stream.write_all(chunk)?;
     }
     stream.shutdown(Shutdown::Write)?;
     stream.read_exact(&mut [0])
 }
 
-/// The other side: fills the memory from as many connections as there are listeners.
-pub fn receive(listeners: &[TcpListener], memory: &BenchMemory) -> anyhow::Result<()> {
+/// The other side: fills the memory from one connection to each of `addresses`, two of which may be the same.
+pub fn receive(
+    listeners: &[TcpListener],
+    addresses: &[SocketAddr],
+    memory: &BenchMemory,
+) -> anyhow::Result<()> {
+    let next = AtomicUsize::new(0);
     std::thread::scope(|scope| {
-        let count = listeners.len();
-        let receive = |(index, listener): (usize, &'_ TcpListener)| {
-            let stream = listener.accept()?.0;
-            let piece = memory.piece(index, count);
-            Ok(scope.spawn(move || receive_piece(&stream, piece)))
-        };
-        let threads = listeners.iter().enumerate().map(receive).collect::<std::io::Result<Vec<_>>>()?;
-        threads.into_iter().try_for_each(|thread| {
-            thread.join().unwrap_or_else(|_| Err(std::io::Error::other("a receiving thread panicked")))
-        })
+        let mut threads = Vec::new();
+        for address in addresses {
+            let listener = listeners.iter().find(|l| l.local_addr().is_ok_and(|local| local == *address));
+            let stream = listener.context("no listener for an address")?.accept()?.0;
+            let next = &next;
+            threads.push(scope.spawn(move || receive_chunks(&stream, memory, next)));
+        }
+        for thread in threads {
+            let received = thread.join();
+            ensure!(received.is_ok(), "a receiving thread panicked");
+            received.unwrap_or(Ok(()))?;
+        }
+        Ok(())
     })
     .context("receiving plainly")
 }
 
-fn receive_piece(mut stream: &TcpStream, mut piece: Piece<'_>) -> std::io::Result<()> {
-    for chunk in piece.bytes_mut().chunks_mut(CALL_BYTES) {
-        stream.read_exact(chunk)?;
+fn receive_chunks(mut stream: &TcpStream, memory: &BenchMemory, next: &AtomicUsize) -> anyhow::Result<()> {
+    let mut first = [0];
+    while stream.read(&mut first)? == 1 {
+        // Relaxed: the counter only gives out numbers.
+        let index = next.fetch_add(1, Ordering::Relaxed);
+        let chunk = memory.take_chunk(index).context("more chunks arrived than there are")?;
+        chunk[0] = first[0];
+        stream.read_exact(&mut chunk[1..])?;
     }
-    stream.write_all(&[1])
+    Ok(stream.write_all(&[1])?)
 }

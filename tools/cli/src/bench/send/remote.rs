@@ -32,13 +32,30 @@ const TOKEN: [u8; 16] = *b"ringferry bench.";
 pub struct Case {
     /// Plain sends, not the transport.
     pub raw: bool,
-    /// How many connections, where `addresses` does not say.
     pub channels: u16,
     pub bytes: u64,
     pub run_pages: u64,
     pub populated: bool,
-    /// Where to listen; empty for free ports of the address of the control connection.
+    /// Where each channel ends; empty for a free port of the address of the control connection.
     pub addresses: Vec<SocketAddr>,
+}
+
+impl Case {
+    /// The addresses to listen on, each once.
+    fn listen_on(&self, control: IpAddr) -> Vec<SocketAddr> {
+        let mut addresses = self.addresses.clone();
+        addresses.sort();
+        addresses.dedup();
+        if addresses.is_empty() { vec![SocketAddr::new(control, 0)] } else { addresses }
+    }
+
+    /// The address of each channel, given what is listened on.
+    fn connect_to(&self, bound: &[SocketAddr]) -> Vec<SocketAddr> {
+        match (self.addresses.is_empty(), bound.first()) {
+            (true, Some(bound)) => vec![*bound; usize::from(self.channels)],
+            _ => self.addresses.clone(),
+        }
+    }
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -204,21 +221,18 @@ fn serve_source(stream: TcpStream) -> anyhow::Result<()> {
         if case.populated {
             memory.populate();
         }
-        let wanted = if case.addresses.is_empty() {
-            vec![SocketAddr::new(local, 0); usize::from(case.channels)]
-        } else {
-            case.addresses.clone()
-        };
+        let wanted = case.listen_on(local);
         let cpu = Cpu::of_this_process();
         if case.raw {
             let listeners = wanted.iter().map(TcpListener::bind).collect::<Result<Vec<_>, _>>()?;
-            let addresses = listeners.iter().map(TcpListener::local_addr).collect::<Result<_, _>>()?;
-            lines.send(&Listening { addresses })?;
-            raw::receive(&listeners, &memory)?;
+            let bound = listeners.iter().map(TcpListener::local_addr).collect::<Result<Vec<_>, _>>()?;
+            let addresses = case.connect_to(&bound);
+            lines.send(&Listening { addresses: addresses.clone() })?;
+            raw::receive(&listeners, &addresses, &memory)?;
             lines.expect::<End>()?;
         } else {
             let listener = DataListener::bind(&wanted)?;
-            let addresses = listener.addresses();
+            let addresses = case.connect_to(&listener.addresses());
             let receiver = listener.receive(MigrationToken(TOKEN), memory.guest().clone())?;
             lines.send(&Listening { addresses })?;
             lines.expect::<End>()?;
