@@ -8,6 +8,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 pub(crate) struct Settings {
     pub only_tgid: u32,
     pub count_regions: u32,
+    pub cpus: u32,
 }
 
 /// Of one ring, by one CPU; the key is the ring's address in the kernel.
@@ -26,6 +27,14 @@ pub(crate) struct RingCounts {
     pub high_water: u32,
     pub epoch: u32,
     pub known: u32,
+}
+
+/// Of a ring whose address a new ring has taken, over all CPUs.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(crate) struct EndedRing {
+    pub ring: u64,
+    pub counts: RingCounts,
 }
 
 /// Of one vCPU thread, by one CPU; the key is the thread id.
@@ -55,7 +64,8 @@ pub(crate) struct RegionCounts {
 /// Indices of the map `totals`.
 pub(crate) const TOTAL_DROPPED_PUSHES: u32 = 0;
 pub(crate) const TOTAL_DROPPED_REGION_PUSHES: u32 = 1;
-pub(crate) const TOTAL_USERSPACE_EXITS_31: u32 = 2;
+pub(crate) const TOTAL_DROPPED_ENDED_PUSHES: u32 = 2;
+pub(crate) const TOTAL_USERSPACE_EXITS_31: u32 = 3;
 
 pub(crate) const RECORD_VM: u32 = 1;
 pub(crate) const RECORD_VCPU: u32 = 2;
@@ -102,8 +112,9 @@ pub(crate) struct SlotBody {
 }
 
 const _: () = {
-    assert!(size_of::<Settings>() == 8);
+    assert!(size_of::<Settings>() == 12);
     assert!(size_of::<RingCounts>() == 72);
+    assert!(size_of::<EndedRing>() == 80);
     assert!(size_of::<ThreadCounts>() == 24);
     assert!(size_of::<RegionKey>() == 16);
     assert!(size_of::<RegionCounts>() == 72);

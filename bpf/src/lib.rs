@@ -4,7 +4,7 @@
 //! demand that a dirty-ring implementation saw every entry that the kernel pushed:
 //!
 //! ```no_run
-//! let profiler = ringferry_bpf::Profiler::attach()?;
+//! let mut profiler = ringferry_bpf::Profiler::attach()?;
 //! // … run a VM …
 //! for vcpu in profiler.counts()? {
 //!     println!("{} vCPU {}: {} pushes", vcpu.pid, vcpu.vcpu, vcpu.pushes);
@@ -29,9 +29,9 @@ mod session;
 
 pub use error::Error;
 pub use inventory::{Inventory, RingId, Slot, Vcpu, Vm, VmId};
-pub use kernel_types::KernelTypes;
+pub use kernel_types::{KernelTypes, MemberKind};
 pub use names::vm_name;
-pub use preflight::{Sources, check_rights};
+pub use preflight::{Sources, check_kernel, check_rights};
 pub use profiler::{Options, Profiler, ThreadCounts, Totals, VcpuCounts};
 pub use regions::{PAGES_PER_REGION, Region, WorkingSet, bars};
 pub use sampling::{Estimate, PageSampler};

@@ -88,7 +88,7 @@ const FIELDS: [(&str, &str, MemberKind); 20] = [
 /// # Errors
 ///
 /// [`Error::Tracepoint`] or [`Error::Field`], naming the first one that is missing or different.
-pub(crate) fn check_kernel(types: &KernelTypes) -> Result<Sources, Error> {
+pub fn check_kernel(types: &KernelTypes) -> Result<Sources, Error> {
     for (tracepoint, expected) in TRACEPOINTS {
         let found = match types.tracepoint_arguments(tracepoint) {
             Some(found) if found == expected => continue,

@@ -13,8 +13,9 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use crate::kernel_types::KernelTypes;
 use crate::layout::{
-    RegionCounts, RegionKey, RingCounts, Settings, TOTAL_DROPPED_PUSHES, TOTAL_DROPPED_REGION_PUSHES,
-    TOTAL_USERSPACE_EXITS_31, ThreadCounts as CpuThreadCounts,
+    EndedRing, RegionCounts, RegionKey, RingCounts, Settings, TOTAL_DROPPED_ENDED_PUSHES,
+    TOTAL_DROPPED_PUSHES, TOTAL_DROPPED_REGION_PUSHES, TOTAL_USERSPACE_EXITS_31,
+    ThreadCounts as CpuThreadCounts,
 };
 use crate::preflight::{Sources, check_kernel, check_rights};
 use crate::{Error, Inventory, RingId, VmId};
@@ -52,7 +53,9 @@ pub struct Profiler {
     rings: MapHandle,
     threads: MapHandle,
     regions: MapHandle,
+    ended_rings: MapHandle,
     totals: MapHandle,
+    ended: Vec<VcpuCounts>,
     variables: MapHandle,
     epoch: u32,
     watched: BTreeSet<u32>,
@@ -84,6 +87,8 @@ pub struct VcpuCounts {
     pub resets: u64,
     /// The most entries in use since [`Profiler::start_interval`].
     pub high_water_entries: u32,
+    /// The vCPU is known to be gone, because the kernel gave its memory to a new one.
+    pub ended: bool,
 }
 
 /// What was counted for one vCPU thread of a VM that logs into bitmaps, since it was given to
@@ -101,7 +106,8 @@ pub struct ThreadCounts {
 /// What concerns no vCPU in particular.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
-    /// Pushes that could not be counted, because [`Options::vcpus_max`] vCPUs were being counted already.
+    /// Pushes that could not be counted, because [`Options::vcpus_max`] vCPUs were being counted already, or too many
+    /// vCPUs ended between two looks.
     pub dropped_pushes: u64,
     /// Pushes that are missing from the regions, because too many regions were written between two looks.
     pub dropped_region_pushes: u64,
@@ -136,7 +142,7 @@ impl Profiler {
             MapHandle::try_from(&found.ok_or_else(missing)?).map_err(Error::bpf("open a map"))
         };
         let (rings, threads, regions) = (map("rings")?, map("threads")?, map("regions")?);
-        let (totals, variables) = (map("totals")?, map(".bss")?);
+        let (ended_rings, totals, variables) = (map("ended")?, map("totals")?, map(".bss")?);
         let attach = |name: &'static str| {
             with_messages("attach to a tracepoint", || {
                 let program = object.progs_mut().find(|program| program.name() == name);
@@ -156,7 +162,9 @@ impl Profiler {
             rings,
             threads,
             regions,
+            ended_rings,
             totals,
+            ended: Vec::new(),
             variables,
             epoch: 0,
             watched: BTreeSet::new(),
@@ -170,14 +178,27 @@ impl Profiler {
         self.sources
     }
 
-    /// What the kernel pushed, per vCPU that pushed, recycled or filled its ring since the attach.
+    /// What the kernel pushed, per vCPU that pushed, recycled or filled its ring since the attach: also those that are
+    /// gone, until [`Profiler::forget`] or [`Profiler::forget_ended`].
     ///
     /// Exact for vCPUs that are out of `KVM_RUN`; a running one may push while this reads.
     ///
     /// # Errors
     ///
     /// If a map cannot be read.
-    pub fn counts(&self) -> Result<Vec<VcpuCounts>, Error> {
+    pub fn counts(&mut self) -> Result<Vec<VcpuCounts>, Error> {
+        self.take_ended()?;
+        let before = self.ended.len();
+        let mut all = self.live_counts()?;
+        self.take_ended()?;
+        // What ended meanwhile may be among the live ones: not told twice. If it was its successor, the next look tells.
+        all.retain(|live| !self.ended[before..].iter().any(|ended| ended.ring == live.ring));
+        all.extend_from_slice(&self.ended);
+        all.sort_by_key(|counts| (counts.pid, counts.vm, counts.vcpu, counts.ring));
+        Ok(all)
+    }
+
+    fn live_counts(&self) -> Result<Vec<VcpuCounts>, Error> {
         let mut all = Vec::new();
         // Keys of a map that changes meanwhile may start again from the first.
         for key in self.rings.keys().take(usize_of(self.rings.max_entries()) * 2) {
@@ -188,9 +209,25 @@ impl Profiler {
                 all.push(counts);
             }
         }
-        all.sort_by_key(|counts| (counts.pid, counts.vm, counts.vcpu, counts.ring));
+        all.sort_by_key(|counts| counts.ring);
         all.dedup_by_key(|counts| counts.ring);
         Ok(all)
+    }
+
+    fn take_ended(&mut self) -> Result<(), Error> {
+        for _ in 0..self.ended_rings.max_entries() {
+            let taken = self.ended_rings.lookup_and_delete(&[]).map_err(Error::bpf("read the counts"))?;
+            let Some(bytes) = taken else { break };
+            let Ok(ended) = EndedRing::read_from_bytes(&bytes) else { continue };
+            let counts = VcpuCounts::of(RingId(ended.ring), &ended.counts);
+            self.ended.push(VcpuCounts { ended: true, ..counts });
+        }
+        Ok(())
+    }
+
+    /// Drops what was counted for vCPUs that are gone because new ones took their place.
+    pub fn forget_ended(&mut self) {
+        self.ended.clear();
     }
 
     /// Starts the interval that the high-water marks are of.
@@ -317,10 +354,10 @@ impl Profiler {
         let total = |index: u32| {
             let cpus = self.totals.lookup_percpu(index.as_bytes(), MapFlags::ANY);
             let cpus = cpus.map_err(Error::bpf("read the totals"))?.unwrap_or_default();
-            Ok(cpus.iter().filter_map(|bytes| u64::read_from_bytes(bytes).ok()).sum())
+            Ok(cpus.iter().filter_map(|bytes| u64::read_from_bytes(bytes).ok()).sum::<u64>())
         };
         Ok(Totals {
-            dropped_pushes: total(TOTAL_DROPPED_PUSHES)?,
+            dropped_pushes: total(TOTAL_DROPPED_PUSHES)? + total(TOTAL_DROPPED_ENDED_PUSHES)?,
             dropped_region_pushes: total(TOTAL_DROPPED_REGION_PUSHES)?,
             userspace_exits_31: total(TOTAL_USERSPACE_EXITS_31)?,
         })
@@ -376,8 +413,11 @@ fn load(options: &Options, sources: Sources) -> Result<Object, Error> {
 }
 
 fn set_up_maps(object: &mut OpenObject, options: &Options) -> Result<(), Error> {
-    let settings =
-        Settings { only_tgid: options.only_pid.unwrap_or(0), count_regions: u32::from(options.regions) };
+    let settings = Settings {
+        only_tgid: options.only_pid.unwrap_or(0),
+        count_regions: u32::from(options.regions),
+        cpus: u32::try_from(cpus()?).unwrap_or(u32::MAX),
+    };
     let per_vcpu = u64::try_from(cpus()? * size_of::<RingCounts>()).unwrap_or(u64::MAX);
     let vcpus = (MAP_BYTES_MAX / per_vcpu).clamp(VCPUS_MIN, VCPUS_MAX);
     let vcpus = options.vcpus_max.unwrap_or(u32::try_from(vcpus).unwrap_or(u32::MAX)).max(1);
@@ -401,24 +441,36 @@ fn sum_ring(ring: RingId, cpus: &[Vec<u8>], epoch: u32) -> Option<VcpuCounts> {
         cpus.iter().filter_map(|bytes| RingCounts::read_from_bytes(bytes).ok()).collect();
     let known = cpus.iter().find(|cpu| cpu.known != 0)?;
     let sum = |field: fn(&RingCounts) -> u64| cpus.iter().map(field).sum();
-    Some(VcpuCounts {
-        ring,
-        vm: VmId(known.kvm),
-        pid: known.tgid,
-        creator_tid: known.creator,
-        vcpu: known.vcpu,
+    let of_interval = cpus.iter().filter(|cpu| cpu.epoch == epoch);
+    let sum = RingCounts {
         pushes: sum(|cpu| cpu.pushes),
         overwritten: sum(|cpu| cpu.overwritten),
         overflows: sum(|cpu| cpu.overflows),
-        ring_full_exits: sum(|cpu| cpu.full_exits),
+        full_exits: sum(|cpu| cpu.full_exits),
         resets: sum(|cpu| cpu.resets),
-        high_water_entries: cpus
-            .iter()
-            .filter(|cpu| cpu.epoch == epoch)
-            .map(|cpu| cpu.high_water)
-            .max()
-            .unwrap_or(0),
-    })
+        high_water: of_interval.map(|cpu| cpu.high_water).max().unwrap_or(0),
+        ..*known
+    };
+    Some(VcpuCounts::of(ring, &sum))
+}
+
+impl VcpuCounts {
+    fn of(ring: RingId, sum: &RingCounts) -> Self {
+        Self {
+            ring,
+            vm: VmId(sum.kvm),
+            pid: sum.tgid,
+            creator_tid: sum.creator,
+            vcpu: sum.vcpu,
+            pushes: sum.pushes,
+            overwritten: sum.overwritten,
+            overflows: sum.overflows,
+            ring_full_exits: sum.full_exits,
+            resets: sum.resets,
+            high_water_entries: sum.high_water,
+            ended: false,
+        }
+    }
 }
 
 fn cpus() -> Result<usize, Error> {

@@ -211,9 +211,10 @@ impl Session {
     ///
     /// If a map or the inventory cannot be read.
     pub fn look(&mut self) -> Result<Look, Error> {
+        // In this order: who has counts and is not in the inventory any more is gone for good.
+        let all = self.profiler.counts()?;
+        self.profiler.forget_ended();
         let inventory = self.profiler.inventory()?;
-        let counts: HashMap<RingId, VcpuCounts> =
-            self.profiler.counts()?.into_iter().map(|counts| (counts.ring, counts)).collect();
         let now = Instant::now();
         let interval = now - self.looked;
         self.looked = now;
@@ -224,6 +225,16 @@ impl Session {
             false => HashMap::new(),
         };
         let mut rows = Vec::new();
+        let (live, gone): (Vec<_>, Vec<_>) = all.into_iter().partition(|counts| is_in(&inventory, counts));
+        // Before the live ones, which may have taken their place.
+        for counts in gone {
+            self.end_by_counts(&counts, interval, &mut rows);
+            if !counts.ended {
+                self.profiler.forget(counts.ring)?;
+            }
+        }
+        let counts: HashMap<RingId, VcpuCounts> =
+            live.into_iter().map(|counts| (counts.ring, counts)).collect();
         let mut vms = Vec::new();
         let mut threads = BTreeSet::new();
         for vm in &inventory.vms {
@@ -243,7 +254,7 @@ impl Session {
             vms.push(VmLook { vm: vm.clone(), name, source, working_set, estimate });
         }
         self.profiler.watch_threads(&threads)?;
-        self.end_those_that_are_gone(&inventory, &counts, interval, &mut rows)?;
+        self.end_those_without_counts(&inventory, interval, &mut rows);
         set_shares(&mut rows);
         self.profiler.start_interval()?;
         let totals = self.profiler.totals()?;
@@ -367,29 +378,22 @@ impl Session {
         }
     }
 
-    fn end_those_that_are_gone(
-        &mut self,
-        inventory: &Inventory,
-        counts: &HashMap<RingId, VcpuCounts>,
-        interval: Duration,
-        rows: &mut Vec<Row>,
-    ) -> Result<(), Error> {
+    fn end_by_counts(&mut self, counts: &VcpuCounts, interval: Duration, rows: &mut Vec<Row>) {
+        let track = self.tracks.remove(&counts.ring).unwrap_or_else(|| {
+            // It came and went between two looks: only its counts are left.
+            let name = vm_name(counts.pid).unwrap_or_else(|| "?".to_owned());
+            Track::new(Row::of_counts(counts, name), counts.creator_tid)
+        });
+        self.end(track, Some(counts), interval, rows);
+    }
+
+    fn end_those_without_counts(&mut self, inventory: &Inventory, interval: Duration, rows: &mut Vec<Row>) {
         let alive: HashSet<RingId> =
             inventory.vms.iter().flat_map(|vm| &vm.vcpus).map(|vcpu| vcpu.ring).collect();
-        // Also those that came and went between two looks: only their counts are left.
-        for counts in counts.values().filter(|counts| !alive.contains(&counts.ring)) {
-            let track = self.tracks.remove(&counts.ring).unwrap_or_else(|| {
-                let name = vm_name(counts.pid).unwrap_or_else(|| "?".to_owned());
-                Track::new(Row::of_counts(counts, name), counts.creator_tid)
-            });
-            self.end(track, Some(counts), interval, rows);
-            self.profiler.forget(counts.ring)?;
-        }
         let gone: Vec<RingId> = self.tracks.keys().filter(|ring| !alive.contains(ring)).copied().collect();
         for track in gone.into_iter().filter_map(|ring| self.tracks.remove(&ring)).collect::<Vec<_>>() {
             self.end(track, None, interval, rows);
         }
-        Ok(())
     }
 
     fn end(
@@ -409,6 +413,15 @@ impl Session {
             self.ended_left_out += 1;
         }
     }
+}
+
+/// Whether these are the counts of a vCPU that exists, not of one whose place another took.
+fn is_in(inventory: &Inventory, counts: &VcpuCounts) -> bool {
+    let is_it = |vm: &Vm, vcpu: &Vcpu| {
+        (vcpu.ring, vm.id, vcpu.vcpu, vm.creator_tid)
+            == (counts.ring, counts.vm, counts.vcpu, counts.creator_tid)
+    };
+    !counts.ended && inventory.vms.iter().any(|vm| vm.vcpus.iter().any(|vcpu| is_it(vm, vcpu)))
 }
 
 impl Row {

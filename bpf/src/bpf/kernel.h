@@ -29,8 +29,17 @@ typedef u16 __be16;
 typedef u32 __be32;
 typedef u32 __wsum;
 
-enum { BPF_MAP_TYPE_ARRAY = 2, BPF_MAP_TYPE_HASH = 1, BPF_MAP_TYPE_PERCPU_HASH = 5, BPF_MAP_TYPE_PERCPU_ARRAY = 6 };
+enum {
+	BPF_MAP_TYPE_HASH = 1,
+	BPF_MAP_TYPE_PERCPU_HASH = 5,
+	BPF_MAP_TYPE_PERCPU_ARRAY = 6,
+	BPF_MAP_TYPE_QUEUE = 22,
+};
+
 enum { BPF_NOEXIST = 1 };
+
+/* Its real number is the running kernel's business: only asked whether it exists. */
+enum bpf_func_id { BPF_FUNC_map_lookup_percpu_elem = 195 };
 
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
 

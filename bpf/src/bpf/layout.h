@@ -8,6 +8,7 @@ struct settings {
 	/* 0: every VM. */
 	u32 only_tgid;
 	u32 count_regions;
+	u32 cpus;
 };
 
 /* Of one ring, by one CPU. Key: the address of the kernel's struct kvm_dirty_ring. */
@@ -28,6 +29,12 @@ struct ring_counts {
 	u32 high_water;
 	u32 epoch;
 	u32 known;
+};
+
+/* What was counted for a ring whose address a new ring has taken: the sum over all CPUs. */
+struct ended_ring {
+	u64 ring;
+	struct ring_counts counts;
 };
 
 /* Of one vCPU thread of a VM that logs into bitmaps, by one CPU. Key: thread id. */
@@ -52,7 +59,13 @@ struct region_counts {
 };
 
 /* Indices of `totals`. */
-enum { TOTAL_DROPPED_PUSHES, TOTAL_DROPPED_REGION_PUSHES, TOTAL_USERSPACE_EXITS_31, TOTALS };
+enum {
+	TOTAL_DROPPED_PUSHES,
+	TOTAL_DROPPED_REGION_PUSHES,
+	TOTAL_DROPPED_ENDED_PUSHES,
+	TOTAL_USERSPACE_EXITS_31,
+	TOTALS
+};
 
 enum { RECORD_VM = 1, RECORD_VCPU = 2, RECORD_SLOT = 3 };
 
@@ -86,8 +99,9 @@ struct record {
 	};
 };
 
-_Static_assert(sizeof(struct settings) == 8, "as in src/layout.rs");
+_Static_assert(sizeof(struct settings) == 12, "as in src/layout.rs");
 _Static_assert(sizeof(struct ring_counts) == 72, "as in src/layout.rs");
+_Static_assert(sizeof(struct ended_ring) == 80, "as in src/layout.rs");
 _Static_assert(sizeof(struct thread_counts) == 24, "as in src/layout.rs");
 _Static_assert(sizeof(struct region_key) == 16, "as in src/layout.rs");
 _Static_assert(sizeof(struct region_counts) == 72, "as in src/layout.rs");

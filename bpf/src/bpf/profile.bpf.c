@@ -31,6 +31,12 @@ struct {
 } rings SEC(".maps");
 
 struct {
+	__uint(type, BPF_MAP_TYPE_QUEUE);
+	__uint(max_entries, 1024);
+	__type(value, struct ended_ring);
+} ended SEC(".maps");
+
+struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
 	__uint(max_entries, 1);
 	__type(key, u32);
@@ -52,12 +58,12 @@ struct {
 	__type(value, u64);
 } totals SEC(".maps");
 
-static __always_inline void add_to_total(u32 index)
+static __always_inline void add_to_total(u32 index, u64 count)
 {
 	u64 *total = bpf_map_lookup_elem(&totals, &index);
 
 	if (total)
-		(*total)++;
+		*total += count;
 }
 
 /* A VM of another process than the one asked for: its ring gets no entry. */
@@ -85,6 +91,46 @@ static __noinline int first_sight(u64 ring)
 	counts.known = 1;
 	/* Fails if another CPU was faster, which is as good, or if the map is full. */
 	return bpf_map_update_elem(&rings, &ring, &counts, BPF_NOEXIST);
+}
+
+static long add_cpu(u32 cpu, struct ended_ring *sum)
+{
+	struct ring_counts *counts = bpf_map_lookup_percpu_elem(&rings, &sum->ring, cpu);
+
+	if (!counts)
+		return 1;
+	sum->counts.pushes += counts->pushes;
+	sum->counts.overwritten += counts->overwritten;
+	sum->counts.overflows += counts->overflows;
+	sum->counts.full_exits += counts->full_exits;
+	sum->counts.resets += counts->resets;
+	if (counts->known) {
+		sum->counts.kvm = counts->kvm;
+		sum->counts.tgid = counts->tgid;
+		sum->counts.creator = counts->creator;
+		sum->counts.vcpu = counts->vcpu;
+		sum->counts.known = 1;
+	}
+	return 0;
+}
+
+/*
+ * The first push of a ring that has counts already: the kernel gave the memory of a vCPU that is gone to a new one. What
+ * was counted before belongs to the old one. (Or the indices wrapped just when everything was recycled: then the counts
+ * of one vCPU come in two parts, once in 2^32 pushes.)
+ */
+static __noinline int new_life(u64 ring)
+{
+	struct ended_ring sum = { .ring = ring };
+
+	/* Before 5.19 the two lives are counted as one. */
+	if (!bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_map_lookup_percpu_elem))
+		return 0;
+	bpf_loop(settings.cpus, add_cpu, &sum, 0);
+	if (bpf_map_push_elem(&ended, &sum, 0))
+		add_to_total(TOTAL_DROPPED_ENDED_PUSHES, sum.counts.pushes);
+	bpf_map_delete_elem(&rings, &ring);
+	return first_sight(ring);
 }
 
 static __always_inline struct ring_counts *counts_of(const void *address)
@@ -115,7 +161,7 @@ static __always_inline void count_region(const struct kvm_dirty_ring *ring, u32 
 		bpf_map_update_elem(&regions, &key, &none, BPF_NOEXIST);
 		counts = bpf_map_lookup_elem(&regions, &key);
 		if (!counts) {
-			add_to_total(TOTAL_DROPPED_REGION_PUSHES);
+			add_to_total(TOTAL_DROPPED_REGION_PUSHES, 1);
 			return;
 		}
 	}
@@ -126,15 +172,19 @@ static __always_inline void count_region(const struct kvm_dirty_ring *ring, u32 
 SEC("tp_btf/kvm_dirty_ring_push")
 int BPF_PROG(ring_push, struct kvm_dirty_ring *ring, u32 slot, u64 offset)
 {
-	struct ring_counts *counts = counts_of(ring);
+	struct ring_counts *counts;
+	u64 address = (u64)ring;
 	u32 used, size;
 
+	/* The indices are free-running, and this push is already in dirty_index: its first one, ever. */
+	if (ring->dirty_index == 1 && ring->reset_index == 0 && bpf_map_lookup_elem(&rings, &address))
+		new_life(address);
+	counts = counts_of(ring);
 	if (!counts) {
 		if (!not_wanted())
-			add_to_total(TOTAL_DROPPED_PUSHES);
+			add_to_total(TOTAL_DROPPED_PUSHES, 1);
 		return 0;
 	}
-	/* The indices are free-running, and this push is already in dirty_index. */
 	used = ring->dirty_index - ring->reset_index;
 	size = ring->size;
 	counts->pushes++;
@@ -158,8 +208,14 @@ int BPF_PROG(ring_push, struct kvm_dirty_ring *ring, u32 slot, u64 offset)
 SEC("tp_btf/kvm_dirty_ring_reset")
 int BPF_PROG(ring_reset, struct kvm_dirty_ring *ring)
 {
-	struct ring_counts *counts = counts_of(ring);
+	struct ring_counts *counts;
+	u64 address = (u64)ring;
 
+	/* Nothing was pushed in this ring's life: what it may have counts of is another one. */
+	if (ring->dirty_index == 0)
+		return 0;
+	/* Makes no entry: a VM that is being taken down is still recycled when its vCPUs are closed already. */
+	counts = bpf_map_lookup_elem(&rings, &address);
 	if (counts)
 		counts->resets++;
 	return 0;
@@ -180,7 +236,7 @@ SEC("tp_btf/kvm_userspace_exit")
 int BPF_PROG(userspace_exit, u32 reason, int error)
 {
 	if (reason == KVM_EXIT_DIRTY_RING_FULL && error >= 0 && !not_wanted())
-		add_to_total(TOTAL_USERSPACE_EXITS_31);
+		add_to_total(TOTAL_USERSPACE_EXITS_31, 1);
 	return 0;
 }
 

@@ -1,0 +1,95 @@
+//! What the tests share: a profiler or the reason to skip, and guests that write on their own threads.
+#![allow(dead_code, unused_imports, reason = "each test binary uses its own part")]
+#![allow(clippy::unwrap_used, reason = "a test that cannot set up its guest fails")]
+
+#[path = "../../../tests/mini_vm/mod.rs"]
+pub mod mini_vm;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use mini_vm::{Kickable, MiniVcpu, MiniVm, Work};
+use ringferry::track::{DirtyTracker, VcpuHandle};
+use ringferry::{DirtySource, PageSet};
+use ringferry_bpf::{Error, Options, Profiler, VcpuCounts};
+
+/// A profiler of this process, or `None` where the machine does not allow one: noted as skipped.
+pub fn profiler(options: Options) -> Option<Profiler> {
+    match Profiler::attach_with(&Options { only_pid: Some(std::process::id()), ..options }) {
+        Ok(profiler) => Some(profiler),
+        Err(error @ (Error::MissingRights { .. } | Error::NoTypes { .. })) => {
+            ringferry_testvm::skip(&error.to_string());
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// The counts of the VM that this thread created, by vCPU.
+pub fn my_counts(profiler: &mut Profiler) -> Vec<VcpuCounts> {
+    counts_of(profiler, nix::unistd::gettid().as_raw())
+}
+
+pub fn counts_of(profiler: &mut Profiler, creator: i32) -> Vec<VcpuCounts> {
+    let mut counts = profiler.counts().unwrap();
+    counts.retain(|vcpu| i64::from(vcpu.creator_tid) == i64::from(creator));
+    counts
+}
+
+/// A vCPU that repeats its work on a thread of its own until it is stopped.
+pub struct Writer {
+    kickable: Arc<Kickable>,
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<()>,
+}
+
+impl Writer {
+    pub fn start(mut vcpu: MiniVcpu, handle: VcpuHandle, work: Work) -> Self {
+        let kickable = Arc::new(Kickable::default());
+        let stop = Arc::new(AtomicBool::new(false));
+        let (kicked, stopped) = (kickable.clone(), stop.clone());
+        let thread = std::thread::spawn(move || {
+            kicked.enter();
+            let mut value = 1;
+            while !stopped.load(Ordering::Acquire) {
+                vcpu.set_work(&work, value);
+                vcpu.run_until(&handle, &stopped);
+                value += 1;
+            }
+            kicked.leave();
+        });
+        Self { kickable, stop, thread }
+    }
+
+    pub fn kick(&self) {
+        self.kickable.kick();
+    }
+
+    pub fn stop(self) {
+        self.stop.store(true, Ordering::Release);
+        // A kick that comes before KVM_RUN is lost: again.
+        while !self.thread.is_finished() {
+            self.kickable.kick();
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.thread.join().unwrap();
+    }
+}
+
+/// Harvests for a while, as a migration does.
+pub fn harvest_for(
+    tracker: &mut DirtyTracker,
+    vm: &MiniVm,
+    rounds: u32,
+    pause: Duration,
+    mut between: impl FnMut(),
+) {
+    let mut dirty = PageSet::new(vm.memory.end());
+    for _ in 0..rounds {
+        std::thread::sleep(pause);
+        between();
+        tracker.harvest(&mut dirty).unwrap();
+    }
+}
