@@ -203,7 +203,7 @@ fn migrate(fault: Fault) -> Sides {
         let (vm, memory) = (&mut destination_vm, &destination_ram.memory);
         let receiving = scope.spawn(|| {
             let timeouts = Timeouts { silence: SHORT, commit: SHORT };
-            destination.accept(&never)?.receive(vm, 1, memory, timeouts, &never)
+            destination.accept(None, &never)?.receive(vm, 1, memory, timeouts, &never)
         });
         let source = Source::new(&mut source_vm, &mut tracker, &source_ram.memory, options, progress).run();
         // Nobody may wait for a source that never came.

@@ -129,12 +129,15 @@ impl Destination {
         self.listener.local_addr()
     }
 
-    /// Waits for a source to offer a VM. After an error the next source may be waited for.
+    /// Waits for a source to offer a VM, for `limit` if there is one. After an error the next source may be
+    /// waited for.
     ///
     /// # Errors
     ///
-    /// [`DestinationError`]: a peer that is not a Ringferry source, or of another version, or cancelled.
-    pub fn accept(&self, cancel: &AtomicBool) -> Result<Incoming, DestinationError> {
+    /// [`DestinationError`]: nobody came, a peer that is not a Ringferry source, or of another version, or
+    /// cancelled.
+    pub fn accept(&self, limit: Option<Duration>, cancel: &AtomicBool) -> Result<Incoming, DestinationError> {
+        let since = Instant::now();
         let address = self.listener.local_addr().map_err(|source| DestinationError::Listen {
             address: SocketAddr::from(([0, 0, 0, 0], 0)),
             source,
@@ -148,6 +151,9 @@ impl Destination {
             // Relaxed: a flag without data, read again at the next poll.
             if cancel.load(Ordering::Relaxed) {
                 return Err(DestinationError::Cancelled);
+            }
+            if let Some(waited) = limit.filter(|limit| since.elapsed() > *limit) {
+                return Err(ControlError::Timeout { expected: "source", waited }.into());
             }
         };
         let local = stream

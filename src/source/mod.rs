@@ -153,12 +153,6 @@ struct Standstill {
     since: Instant,
 }
 
-/// The connections to the destination.
-struct Peer {
-    control: ControlConnection,
-    sender: Sender,
-}
-
 impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Source<'a, V, D> {
     /// Prepares a migration; [`run`](Self::run) does it.
     pub fn new(
@@ -202,22 +196,29 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Source<'a, V, D> {
     }
 
     fn attempt(&mut self) -> Result<(), SourceError> {
-        let mut peer = self.connect()?;
+        let (mut control, mut sender) = self.connect()?;
         let populated = self.start_tracking()?;
-        let prepared = self
-            .precopy(&mut peer, populated)
-            .and_then(|remaining| self.stop_and_copy(&mut peer, remaining))
-            .and_then(|()| self.commit(&mut peer));
-        match prepared {
-            Ok(()) => self.handed_over(&mut peer),
-            Err(error) => Err(self.undo(&mut peer, error)),
+        let committed = self
+            .precopy(&mut sender, populated)
+            .and_then(|remaining| self.stop_and_copy(&mut control, sender, remaining))
+            .and_then(|()| self.commit(&mut control));
+        match committed {
+            Ok(()) => self.handed_over(&mut control),
+            Err(error) => Err(self.undo(&mut control, error)),
         }
     }
 
     /// Before `Commit` everything can be undone: the guest runs on, and what was harvested is dirty again.
-    fn undo(&mut self, peer: &mut Peer, error: SourceError) -> SourceError {
-        let mut error =
-            if self.progress.parameters().is_cancelled() { SourceError::Cancelled } else { error };
+    fn undo(&mut self, control: &mut ControlConnection, error: SourceError) -> SourceError {
+        let mut error = match error {
+            _ if self.progress.parameters().is_cancelled() => SourceError::Cancelled,
+            // Data connections that break may be a destination that has ended: then it said why.
+            SourceError::Transport(broken) if control.is_readable() => match self.answer(control, "Abort") {
+                Err(SourceError::Aborted(why)) => SourceError::Aborted(why),
+                _ => SourceError::Transport(broken),
+            },
+            error => error,
+        };
         if let Some(Standstill { paused, .. }) = self.standstill.take()
             && let Err(source) = self.vm.resume(paused)
         {
@@ -227,12 +228,12 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Source<'a, V, D> {
         self.stop_tracking();
         if !matches!(error, SourceError::Aborted(_)) {
             // The connection may be what failed: then the destination notices by itself.
-            let _ = peer.control.send(&Message::Abort(error.to_string()), self.options.answer_timeout);
+            let _ = control.send(&Message::Abort(error.to_string()), self.options.answer_timeout);
         }
         error
     }
 
-    fn connect(&mut self) -> Result<Peer, SourceError> {
+    fn connect(&mut self) -> Result<(ControlConnection, Sender), SourceError> {
         let timeout = self.options.answer_timeout;
         let mut control = ControlConnection::connect(&self.options.destination, timeout)?;
         let token = random_token()?;
@@ -268,7 +269,7 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Source<'a, V, D> {
         self.report.channels = channels;
         self.report.memory_bytes = self.memory.pages() * PAGE_SIZE as u64;
         self.tracker.backend().clone_into(&mut self.report.backend);
-        Ok(Peer { control, sender })
+        Ok((control, sender))
     }
 
     /// Switches tracking on, and finds the pages that the first round has to send: those that exist. A page
@@ -301,26 +302,28 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Source<'a, V, D> {
 
     /// Sends rounds while the guest runs, until the controller says that it is time. Returns with the guest
     /// standing still, and with what is left to send.
-    fn precopy(&mut self, peer: &mut Peer, populated: PageSet) -> Result<PageSet, SourceError> {
+    fn precopy(&mut self, sender: &mut Sender, populated: PageSet) -> Result<PageSet, SourceError> {
         let verified_pages = if self.options.verify { populated.len() } else { 0 };
         let overhead = switchover_overhead(verified_pages);
         let vcpus = self.tracker.vcpus();
         let mut steering = Steering::new(self.memory.pages(), &self.progress, self.started, overhead, vcpus);
         let mut to_send = populated;
-        let counters = peer.sender.counters();
+        let counters = sender.counters();
         let remaining = loop {
             steering.round_started(self.next_round(), to_send.len(), counters.totals());
-            let mut dirty = self.round(peer, &mut steering, to_send)?;
-            if self.standstill.is_some() {
-                break dirty;
-            }
+            let mut dirty = self.round(sender, &mut steering, to_send)?;
             let observed = self.tracker.observe()?;
-            self.harvest(&mut dirty)?;
+            if self.standstill.is_none() {
+                self.harvest(&mut dirty)?;
+            }
             if let Some(round) = self.report.rounds.last_mut() {
                 round.pages_dirtied = dirty.len();
             }
-            let action = steering.round_ended(&observed, dirty.len(), counters.totals());
             self.publish_round();
+            if self.standstill.is_some() {
+                break dirty;
+            }
+            let action = steering.round_ended(&observed, dirty.len(), counters.totals());
             if self.report.rounds.len() == 1 {
                 self.report.prediction_after_round_1 = steering.prediction();
             }
@@ -347,15 +350,15 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Source<'a, V, D> {
     /// harvested on the way: none, if the guest was not stopped.
     fn round(
         &mut self,
-        peer: &mut Peer,
+        sender: &mut Sender,
         steering: &mut Steering,
         pages: PageSet,
     ) -> Result<PageSet, SourceError> {
         let (pages_to_send, number) = (pages.len(), self.next_round());
         let mut dirty = PageSet::new(self.memory.end());
-        let counters = peer.sender.counters();
+        let counters = sender.counters();
         let before = counters.totals();
-        let sent = send_round(&mut peer.sender, number, pages, || {
+        let sent = send_round(sender, number, pages, || {
             if self.progress.parameters().is_cancelled() {
                 return Err(SourceError::Cancelled);
             }
@@ -447,9 +450,14 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Source<'a, V, D> {
     }
 
     /// The guest stands still: sends what is left and its state, and brings the destination to `Prepared`.
-    fn stop_and_copy(&mut self, peer: &mut Peer, remaining: PageSet) -> Result<(), SourceError> {
+    fn stop_and_copy(
+        &mut self,
+        control: &mut ControlConnection,
+        mut sender: Sender,
+        remaining: PageSet,
+    ) -> Result<(), SourceError> {
         // The final phase uses all there is.
-        peer.sender.set_max_bandwidth(None);
+        sender.set_max_bandwidth(None);
         let Some(Standstill { paused, .. }) = &self.standstill else { return Err(SourceError::Cancelled) };
         let state = self
             .vm
@@ -460,7 +468,7 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Source<'a, V, D> {
         // Nothing writes RAM any more: our digest is computed while the last pages are on their way.
         let (sent, digest) = thread::scope(|scope| {
             let digest = self.options.verify.then(|| scope.spawn(|| ram_digest(memory, paused).digest.0));
-            let sent = send_round(&mut peer.sender, number, remaining, || {
+            let sent = send_round(&mut sender, number, remaining, || {
                 if parameters.is_cancelled() { Err(SourceError::Cancelled) } else { Ok(()) }
             });
             let digest = digest.map_or(Ok(0), thread::ScopedJoinHandle::join);
@@ -468,11 +476,13 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Source<'a, V, D> {
         });
         self.count_round(&sent?, pages_to_send);
         self.publish_round();
+        // Nothing is on its way any more: the connections end here, before the destination ends them.
+        drop(sender);
         let timeout = self.options.answer_timeout;
-        peer.control.send(&Message::State(state), timeout)?;
+        control.send(&Message::State(state), timeout)?;
         let verifying = Instant::now();
-        peer.control.send(&Message::Prepare { ram_digest: digest }, timeout)?;
-        match self.answer(&mut peer.control, "Prepared")? {
+        control.send(&Message::Prepare { ram_digest: digest }, timeout)?;
+        match self.answer(control, "Prepared")? {
             Message::Prepared { ram_digest: theirs } if theirs == digest => {}
             Message::Prepared { ram_digest: theirs } => {
                 return Err(SourceError::DigestMismatch { ours: digest, theirs });
@@ -488,17 +498,17 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Source<'a, V, D> {
 
     /// A `Commit` that could not be written whole cannot be read by the destination either: that failure still
     /// leaves the VM here. Once it is written, the VM is not ours any more.
-    fn commit(&mut self, peer: &mut Peer) -> Result<(), SourceError> {
+    fn commit(&self, control: &mut ControlConnection) -> Result<(), SourceError> {
         if self.progress.parameters().is_cancelled() {
             return Err(SourceError::Cancelled);
         }
-        Ok(peer.control.send(&Message::Commit, self.options.answer_timeout)?)
+        Ok(control.send(&Message::Commit, self.options.answer_timeout)?)
     }
 
     /// Nobody can cancel any more: only the destination's word or its silence counts.
-    fn handed_over(&mut self, peer: &mut Peer) -> Result<(), SourceError> {
+    fn handed_over(&mut self, control: &mut ControlConnection) -> Result<(), SourceError> {
         let timeout = self.options.answer_timeout;
-        let answer = peer.control.receive("Running", timeout, &AtomicBool::new(false));
+        let answer = control.receive("Running", timeout, &AtomicBool::new(false));
         let Some(Standstill { paused, since }) = self.standstill.take() else { return Ok(()) };
         let cause = match answer {
             Ok(Message::Running) => {

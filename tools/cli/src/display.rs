@@ -34,6 +34,8 @@ pub fn follow(progress: &Progress, mut show: impl FnMut(&Update)) {
 pub struct Display {
     output: Output,
     bars: Option<Bars>,
+    /// The last prediction, and whether its verdict has been told in words.
+    expected: Option<(Prediction, bool)>,
 }
 
 struct Bars {
@@ -55,11 +57,11 @@ impl Display {
     /// A display that is live on a terminal.
     pub fn new(output: Output) -> Self {
         let bars = output.live().then(Bars::new);
-        Self { output, bars }
+        Self { output, bars, expected: None }
     }
 
     /// Shows one update.
-    pub fn show(&self, update: &Update) {
+    pub fn show(&mut self, update: &Update) {
         match update {
             Update::Status { status, .. } => {
                 if let Some(bars) = &self.bars {
@@ -70,11 +72,11 @@ impl Display {
         }
     }
 
-    fn event(&self, sequence: u64, event: &Event) {
+    fn event(&mut self, sequence: u64, event: &Event) {
         let shown = if self.output.json() {
             self.output.object(&EventObject { kind: "migration_event", sequence, event })
         } else {
-            let Some(text) = sentence(event) else { return };
+            let Some(text) = self.sentence(event) else { return };
             match &self.bars {
                 Some(bars) => bars.all.println(text),
                 None => self.output.line(text),
@@ -86,6 +88,24 @@ impl Display {
         if let (Some(bars), Event::Ended { .. }) = (&self.bars, event) {
             // Nobody is left to be told if the terminal is gone.
             let _ = bars.all.clear();
+        }
+    }
+}
+
+impl Display {
+    /// An event in words. Predictions move all the time: they are told once a round, or when their verdict changes.
+    fn sentence(&mut self, event: &Event) -> Option<String> {
+        match (event, self.expected) {
+            (Event::PredictionChanged(now), before) => {
+                let turned = before.is_none_or(|(before, _)| before.converges != now.converges);
+                self.expected = Some((*now, turned));
+                turned.then(|| expectation(now))
+            }
+            (Event::RoundEnded(round), Some((expected, false))) => {
+                self.expected = Some((expected, true));
+                Some(format!("{}; {}", round_line(round), expectation(&expected)))
+            }
+            _ => sentence(event),
         }
     }
 }
@@ -139,7 +159,25 @@ fn sentence(event: &Event) -> Option<String> {
         ),
         Event::RoundStarted { .. } => return None,
         Event::RoundEnded(round) => round_line(round),
-        Event::PredictionChanged(prediction) => expectation(prediction),
+        Event::PredictionChanged(_) => return None,
+        Event::ThrottleChanged { vcpus: 0, .. } => "no vCPU is slowed down any more".to_owned(),
+        Event::ThrottleChanged { vcpus, level_pages, time_share } => {
+            let how = match (level_pages, time_share) {
+                (Some(pages), _) => format!("to {} new pages in this round", HumanCount(*pages)),
+                (None, Some(share)) => format!("by {:.0} % of its time", share * 100.0),
+                (None, None) => "to a fixed rate".to_owned(),
+            };
+            format!("slowing {vcpus} vCPU{} down, each {how}", if *vcpus == 1 { "" } else { "s" })
+        }
+        Event::TermsChanged { policy, downtime_limit_ms } => {
+            format!("policy {policy}, downtime limit {downtime_limit_ms:.0} ms")
+        }
+        Event::DeadlineOutOfReach => "the deadline cannot be kept; going as fast as can be".to_owned(),
+        Event::SwitchoverCalledOff { pages_left, pages_fit } => format!(
+            "the guest runs on: {} pages were left, {} fit the downtime limit",
+            HumanCount(*pages_left),
+            HumanCount(*pages_fit)
+        ),
         Event::Switchover { pages_left } => {
             format!("the guest stands still, {} pages are left", HumanCount(*pages_left))
         }
@@ -162,16 +200,18 @@ fn round_line(round: &RoundReport) -> String {
 
 fn expectation(prediction: &Prediction) -> String {
     match prediction.total_ms {
-        Some(total_ms) if prediction.converges => format!(
-            "ends after {:.1} s, with {:.0} ms of downtime",
-            total_ms / 1e3,
-            prediction.downtime_ms
-        ),
+        Some(total_ms) if prediction.converges => {
+            format!("ends after {:.1} s, with {:.0} ms of downtime", total_ms / 1e3, prediction.downtime_ms)
+        }
         _ => "will not converge: the guest dirties pages faster than the wire takes them".to_owned(),
     }
 }
 
 fn binary_bytes(bytes: f64) -> BinaryBytes {
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate for display; `as` saturates")]
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "a rate for display; `as` saturates"
+    )]
     BinaryBytes(bytes as u64)
 }

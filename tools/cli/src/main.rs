@@ -11,10 +11,18 @@ use tracing::level_filters::LevelFilter;
 
 mod bench;
 mod completions;
+mod demo;
+mod display;
 mod doctor;
+mod guest;
+mod interrupt;
+mod migrate;
+mod monitor;
 mod output;
-// The first command that takes a rate or a time removes the attribute.
-#[cfg_attr(not(test), allow(dead_code, reason = "no command takes a rate or a time yet"))]
+mod receive;
+mod report;
+mod run;
+mod send;
 mod sizes;
 
 use output::Output;
@@ -37,6 +45,7 @@ struct Cli {
 
 const EXAMPLES: &str = "\
 Examples:
+  ringferry demo                   move a real guest between two processes, and prove it whole
   ringferry doctor                 what this machine can do, and what to do about the rest
   ringferry help doctor            the options of one command, with examples
 
@@ -44,6 +53,10 @@ Exit codes: 0 success, 1 failure, 2 wrong usage.";
 
 #[derive(Subcommand, Debug)]
 enum Command {
+    Demo(demo::Args),
+    Run(run::Args),
+    Send(send::Args),
+    Receive(receive::Args),
     Bench(bench::Args),
     Doctor(doctor::Args),
     Completions(completions::Args),
@@ -54,6 +67,10 @@ fn main() -> ExitCode {
     let output = Output::new(cli.json);
     log_to_stderr(cli.verbose);
     let result = match cli.command {
+        Command::Demo(args) => demo::run(args, output),
+        Command::Run(args) => run::run(args, output),
+        Command::Send(args) => send::run(args, output),
+        Command::Receive(args) => receive::run(args, output),
         Command::Bench(args) => bench::run(args, output),
         Command::Doctor(args) => doctor::run(args, output),
         Command::Completions(args) => completions::run(args, output),

@@ -1,34 +1,165 @@
-//! A migration as the command line asks for it: its options, and one run of it with what the guest felt.
+//! One migration as the command line asks for it: its options, its run, and what the guest felt of it.
 
+use std::num::NonZeroU64;
+use std::thread;
 use std::time::Duration;
 
-use ringferry::progress::{Parameters, Progress};
-use ringferry::source::SourceOptions;
-use ringferry::transport::SendOptions;
+use anyhow::{Context, Result};
+use ringferry::converge::{ConvergenceTimeout, Limits, Policy};
+use ringferry::progress::{Parameters, Progress, Terms, Update};
+use ringferry::source::{Source, SourceOptions, SourceReport};
+use ringferry::track::VcpuFigures;
+use ringferry::transport::MaxBandwidth;
 use serde::{Deserialize, Serialize};
 
+use crate::display::follow;
+use crate::guest::{Host, Marks};
+use crate::report::{MigrationReport, VcpuReport};
 use crate::sizes::{Rate, Time};
 
 /// Options of a migration.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
 pub struct MigrateArgs {
     /// Data connections, each with its own thread and io_uring
-    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=128))]
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub channels: u32,
 
-    /// Longest time that the guest may stand still, such as 300ms
+    /// Longest time that the guest may stand still
     #[arg(long, value_name = "TIME", default_value = "300ms")]
     pub downtime_limit: Time,
 
-    /// Bandwidth over all data connections while the guest runs, such as 100MB/s [default: all there is]
+    /// Who is slowed down so that the migration ends: fair-share, none, auto-converge or dirty-limit
+    #[arg(long, value_name = "NAME", default_value = "fair-share")]
+    pub policy: PolicyName,
+
+    /// The whole migration ends by then, if braking the guest can do it
+    #[arg(long, value_name = "TIME")]
+    pub deadline: Option<Time>,
+
+    /// Bandwidth over all data connections while the guest runs [default: all there is]
     #[arg(long, value_name = "RATE")]
     pub max_bandwidth: Option<Rate>,
 
+    /// Bandwidth to count on while the guest stands still [default: as measured]
+    #[arg(long, value_name = "RATE")]
+    pub switchover_bandwidth: Option<Rate>,
+
     /// Rounds after which the guest is stopped whatever is left
-    #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_rounds: u32,
+
+    /// Time after which the downtime limit doubles, and again each time that it passes, up to 10 s
+    #[arg(long, value_name = "TIME")]
+    pub convergence_timeout: Option<Time>,
+
+    /// Time after which the migration is cancelled
+    #[arg(long, value_name = "TIME")]
+    pub timeout: Option<Time>,
 
     /// Do not compare the RAM of both sides before the handing over
     #[arg(long)]
     pub no_verify: bool,
+}
+
+/// The downtime limit never doubles beyond this.
+const DOWNTIME_CAP: Duration = Duration::from_secs(10);
+
+/// A policy by its name, so that it can be sent to another process.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PolicyName(String);
+
+impl std::str::FromStr for PolicyName {
+    type Err = ringferry::converge::UnknownPolicy;
+
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        Policy::from_str(name).map(|policy| Self(policy.to_string()))
+    }
+}
+
+impl MigrateArgs {
+    /// The progress object of a migration with these options.
+    pub fn progress(&self) -> Result<Progress> {
+        let limits = Limits {
+            downtime: self.downtime_limit.0,
+            deadline: self.deadline.map(|deadline| deadline.0),
+            max_rounds: Some(self.max_rounds),
+            convergence_timeout: self.convergence_timeout.map(|timeout| ConvergenceTimeout {
+                after: timeout.0,
+                every: timeout.0,
+                cap: DOWNTIME_CAP,
+            }),
+            timeout: self.timeout.map(|timeout| (timeout.0, ringferry::converge::AtTimeout::Cancel)),
+            ..Limits::default()
+        };
+        let terms = Terms {
+            policy: self.policy.0.parse()?,
+            limits,
+            switchover_bandwidth: self.switchover_bandwidth.map(|rate| rate.bytes_per_s as f64),
+        };
+        let limit = self.max_bandwidth.and_then(|rate| NonZeroU64::new(rate.bytes_per_s));
+        Ok(Progress::new(Parameters::new(terms, MaxBandwidth::new(limit))))
+    }
+
+    /// Migrates the VM of `host` to `destination`; every update goes to `show`. `before` is how fast the guest was.
+    pub fn migrate(
+        &self,
+        host: &mut Host,
+        destination: &str,
+        progress: &Progress,
+        before_per_s: &[f64],
+        show: impl FnMut(&Update) + Send,
+    ) -> Result<MigrationReport> {
+        let mut tracker = host.vm.tracker().context("the VM has no dirty tracking")?.clone();
+        let memory = host.vm.memory().clone();
+        let options = SourceOptions {
+            destination: destination.to_owned(),
+            channels: self.channels,
+            verify: !self.no_verify,
+            vcpus: u32::try_from(host.vm.vcpus())?,
+            ..SourceOptions::default()
+        };
+        let figures_before = tracker.snapshot().vcpus;
+        if let Some(guest) = &mut host.guest {
+            guest.restart_longest_gap()?;
+        }
+        let begin = host.marks()?;
+        let migrated = thread::scope(|scope| {
+            scope.spawn(|| follow(progress, show));
+            Source::new(&mut host.vm, &mut tracker, &memory, options, progress.clone()).run()
+        })?;
+        let end = host.marks()?;
+        let marks = begin.as_ref().zip(end.as_ref());
+        let figures = tracker.snapshot().vcpus;
+        let vcpus = figures.iter().zip(&figures_before);
+        let vcpus = vcpus.map(|(now, then)| vcpu_report(host, now, then, &migrated, marks, before_per_s));
+        Ok(MigrationReport::new("kvm", migrated.clone(), vcpus.collect()))
+    }
+}
+
+fn vcpu_report(
+    host: &Host,
+    now: &VcpuFigures,
+    then: &VcpuFigures,
+    migrated: &SourceReport,
+    marks: Option<(&Marks, &Marks)>,
+    before_per_s: &[f64],
+) -> VcpuReport {
+    let index = now.index;
+    let steps = marks.map_or(0, |(begin, end)| end.steps_since(begin).get(index).copied().unwrap_or(0));
+    let before = before_per_s.get(index).copied().unwrap_or(0.0);
+    let stats = host.guest.as_ref().and_then(|guest| guest.stats(index).ok());
+    let stall = stats.map_or(Duration::ZERO, |stats| stats.longest_gap);
+    let live_ms = (migrated.total_ms - migrated.downtime_ms).max(1e-3);
+    VcpuReport {
+        index,
+        pages_dirtied: now.pages - then.pages,
+        ring_full_exits: now.ring_full_exits - then.ring_full_exits,
+        throttled_ms: (now.throttled_ns - then.throttled_ns) as f64 / 1e6,
+        longest_stall_ms: stall.as_secs_f64() * 1e3,
+        progress_before_per_s: before,
+        progress_during_per_s: steps as f64 / live_ms * 1e3,
+        progress_after_per_s: None,
+        // A vCPU that made no progress before had none to lose.
+        lost_guest_ms: if before > 0.0 { migrated.total_ms - steps as f64 / before * 1e3 } else { 0.0 },
+    }
 }

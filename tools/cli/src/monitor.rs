@@ -32,7 +32,12 @@ const MAX_LINE_BYTES: u64 = 1 << 20;
 #[serde(rename_all = "snake_case")]
 pub enum Request {
     /// Migrate the VM.
-    Migrate(MigrateArgs),
+    Migrate {
+        /// `HOST:PORT` of the destination.
+        to: String,
+        /// How.
+        args: MigrateArgs,
+    },
     /// End the migration under way; the VM goes on where it is.
     Cancel,
 }
@@ -60,10 +65,15 @@ impl Monitor {
     /// Listens at `path`. A socket file that nobody answers at is replaced.
     pub fn bind(path: &Path) -> Result<Self> {
         if UnixStream::connect(path).is_ok() {
-            bail!("another `ringferry run` answers at {}: end it, or choose another --monitor", path.display());
+            bail!(
+                "another `ringferry run` answers at {}: end it, or choose another --monitor",
+                path.display()
+            );
         }
         match fs::symlink_metadata(path) {
-            Ok(found) if std::os::unix::fs::FileTypeExt::is_socket(&found.file_type()) => fs::remove_file(path)?,
+            Ok(found) if std::os::unix::fs::FileTypeExt::is_socket(&found.file_type()) => {
+                fs::remove_file(path)?
+            }
             Ok(_) => bail!("{} exists and is not a socket: choose another --monitor", path.display()),
             Err(_) => {}
         }
@@ -117,6 +127,12 @@ impl Line {
     /// A second handle, for the thread that writes while this one reads.
     pub fn try_clone(&self) -> io::Result<Self> {
         Self::new(self.writer.try_clone()?)
+    }
+
+    /// Ends the connection, for every handle of it.
+    pub fn close(&self) {
+        // Closed by the other side already: as good.
+        let _ = self.writer.shutdown(std::net::Shutdown::Both);
     }
 
     /// Sends one value.

@@ -5,7 +5,7 @@
 //! fail because nobody watches it.
 
 use std::fmt::Display;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 
 use serde::Serialize;
 
@@ -32,6 +32,11 @@ impl Output {
     /// Whether the user asked for JSON: then standard output carries nothing but [`object`](Self::object)s.
     pub fn json(self) -> bool {
         self.json
+    }
+
+    /// Whether somebody watches a terminal, so that a live display makes sense.
+    pub fn live(self) -> bool {
+        !self.json && io::stdout().is_terminal() && io::stderr().is_terminal()
     }
 
     /// Prints one line of text.

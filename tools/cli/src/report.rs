@@ -135,7 +135,7 @@ impl MigrationReport {
 }
 
 /// A rate in steps per second, short.
-fn rate(per_s: f64) -> String {
+pub fn rate(per_s: f64) -> String {
     match per_s {
         r if r >= 1e6 => format!("{:.2} M", r / 1e6),
         r if r >= 1e3 => format!("{:.1} k", r / 1e3),

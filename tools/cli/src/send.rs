@@ -26,6 +26,10 @@ Ctrl-C cancels the migration; the guest goes on at the source.";
 #[derive(clap::Args, Debug)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
+    /// Where `ringferry receive` waits
+    #[arg(long, value_name = "HOST:PORT")]
+    to: String,
+
     #[command(flatten)]
     migrate: MigrateArgs,
 
@@ -38,11 +42,11 @@ pub struct Args {
 pub fn run(args: Args, output: Output) -> Result<ExitCode> {
     let interrupted = interrupt::flag()?;
     let mut line = Line::connect(&args.monitor.unwrap_or_else(default_path))?;
-    line.send(&Request::Migrate(args.migrate))?;
+    line.send(&Request::Migrate { to: args.to, args: args.migrate })?;
     let ended = AtomicBool::new(false);
     thread::scope(|scope| {
-        let mut canceller = line.try_clone()?;
-        scope.spawn(|| cancel_on(interrupted, &ended, &mut canceller));
+        let (mut canceller, ended) = (line.try_clone()?, &ended);
+        scope.spawn(move || cancel_on(interrupted, ended, &mut canceller));
         let result = show_until_the_end(&mut line, output);
         ended.store(true, Ordering::Relaxed);
         result
@@ -50,7 +54,7 @@ pub fn run(args: Args, output: Output) -> Result<ExitCode> {
 }
 
 fn show_until_the_end(line: &mut Line, output: Output) -> Result<ExitCode> {
-    let display = Display::new(output);
+    let mut display = Display::new(output);
     loop {
         match line.receive()? {
             Some(Answer::Update(update)) => display.show(&update),

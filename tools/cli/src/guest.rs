@@ -1,0 +1,222 @@
+//! The guest that the commands run: its options, its start, and what is seen of its progress.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
+use ringferry_testvm::{
+    Backing, Boot, Config, Guest, GuestError, HugePages, Image, TestVm, Tracking, VcpuStatus, guest_image,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::sizes::Size;
+
+/// How long a guest may take to boot and to write its fill: first touches cost 10 µs a page here.
+const BOOT_LIMIT: Duration = Duration::from_secs(120);
+
+/// How often a booting guest's vCPUs are looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+/// What the VM is like. Source and destination of one migration are given the same.
+#[derive(clap::Args, Clone, Debug)]
+pub struct VmArgs {
+    /// RAM of the guest
+    #[arg(long, value_name = "SIZE", default_value = "1GiB")]
+    pub memory: Size,
+
+    /// vCPUs, 1 to 16
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub vcpus: u32,
+
+    /// Memory slots that RAM is cut into
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub regions: u32,
+
+    /// What is behind RAM
+    #[arg(long, value_enum, default_value_t = BackingArg::Anonymous)]
+    pub backing: BackingArg,
+
+    /// Whether RAM lies in huge pages
+    #[arg(long, value_enum, default_value_t = HugePagesArg::None)]
+    pub huge_pages: HugePagesArg,
+}
+
+/// What the guest does and how its writes are tracked.
+#[derive(clap::Args, Clone, Debug)]
+pub struct GuestArgs {
+    #[command(flatten)]
+    pub vm: VmArgs,
+
+    /// Non-zero RAM that the guest writes once, outside its working sets
+    #[arg(long, value_name = "SIZE", default_value = "256MiB")]
+    pub fill: Size,
+
+    /// What a vCPU does, several times: each=WORK or vcpuN=WORK, where WORK is
+    /// pattern:sequential|random|zipf|hot-cold|read-only|compute-only|idle,ws:SIZE,bytes:N,pace:N,content:counter|random|text|zero
+    #[arg(long, value_name = "WORK")]
+    pub work: Vec<String>,
+
+    /// Boot this multiboot image instead of the built-in guest (then nothing is known of its progress)
+    #[arg(long, value_name = "FILE")]
+    pub image: Option<PathBuf>,
+
+    /// Command line of the image, instead of --fill and --work
+    #[arg(long, value_name = "TEXT")]
+    pub append: Option<String>,
+
+    /// Where dirty pages come from
+    #[arg(long, value_enum, default_value_t = BackendArg::Ring)]
+    pub backend: BackendArg,
+
+    /// Entries of each vCPU's dirty ring
+    #[arg(long, value_name = "N", default_value_t = 65_536)]
+    pub ring_entries: u32,
+}
+
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+pub enum BackingArg {
+    Anonymous,
+    Memfd,
+}
+
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+pub enum HugePagesArg {
+    None,
+    Transparent,
+    Reserved,
+}
+
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+pub enum BackendArg {
+    Ring,
+    Bitmap,
+}
+
+impl VmArgs {
+    /// The VM without anything to boot.
+    pub fn destination(&self) -> Config {
+        Config {
+            vcpus: self.vcpus as usize,
+            memory_bytes: self.memory.bytes,
+            regions: self.regions as usize,
+            backing: match self.backing {
+                BackingArg::Anonymous => Backing::Anonymous,
+                BackingArg::Memfd => Backing::Memfd,
+            },
+            huge_pages: match self.huge_pages {
+                HugePagesArg::None => HugePages::None,
+                HugePagesArg::Transparent => HugePages::Transparent,
+                HugePagesArg::Reserved => HugePages::Reserved,
+            },
+            ..Config::default()
+        }
+    }
+}
+
+impl GuestArgs {
+    /// Boots the guest. Returns when it is at work, its fill written.
+    pub fn boot(&self) -> Result<Host> {
+        let image = match &self.image {
+            Some(file) => Image::File(file.clone()),
+            None => guest_image(),
+        };
+        let append = self.append.clone().unwrap_or_else(|| {
+            let words = self.work.iter().map(|work| format!(" {work}"));
+            format!("vcpus={} fill={}{}", self.vm.vcpus, self.fill.bytes, words.collect::<String>())
+        });
+        let tracking = match self.backend {
+            BackendArg::Ring => Tracking::Ring { entries: self.ring_entries },
+            BackendArg::Bitmap => Tracking::Bitmap,
+        };
+        let config = Config { boot: Boot::Image { image, append }, tracking, ..self.vm.destination() };
+        let mut vm = TestVm::new(config)?;
+        vm.start()?;
+        let mut host = Host { guest: None, vm };
+        if self.image.is_none() {
+            let guest = Guest::new(host.vm.memory(), host.vm.tracker())?;
+            host.wait_until_working(&guest)?;
+            host.guest = Some(guest);
+        }
+        Ok(host)
+    }
+}
+
+/// A running VM, and what is known of its guest if that is ours.
+#[derive(Debug)]
+pub struct Host {
+    pub vm: TestVm,
+    pub guest: Option<Guest>,
+}
+
+/// How far each vCPU's workload is, at one moment.
+#[derive(Clone, Debug)]
+pub struct Marks {
+    at: Instant,
+    steps: Vec<u64>,
+}
+
+impl Host {
+    fn wait_until_working(&self, guest: &Guest) -> Result<()> {
+        let deadline = Instant::now() + BOOT_LIMIT;
+        loop {
+            match guest.wait_until_working(LOOK_EVERY) {
+                Ok(()) => return Ok(()),
+                Err(GuestError::Timeout { .. }) if Instant::now() < deadline => self.check_vcpus()?,
+                Err(error) => {
+                    return Err(error).with_context(|| format!("the guest said:\n{}", self.vm.console()));
+                }
+            }
+        }
+    }
+
+    /// An error if a vCPU has ended.
+    pub fn check_vcpus(&self) -> Result<()> {
+        for (index, status) in self.vm.status().into_iter().enumerate() {
+            match status {
+                VcpuStatus::Failed(error) => {
+                    return Err(error).with_context(|| format!("vCPU {index} failed"));
+                }
+                VcpuStatus::Exited { code } => {
+                    bail!("the guest ended itself with code {code}; it said:\n{}", self.vm.console())
+                }
+                VcpuStatus::Running | VcpuStatus::Paused => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// How far each vCPU is; `None` for a guest that is not ours.
+    pub fn marks(&self) -> Result<Option<Marks>> {
+        let Some(guest) = &self.guest else { return Ok(None) };
+        let steps: Result<Vec<u64>, GuestError> =
+            (0..self.vm.vcpus()).map(|vcpu| Ok(guest.stats(vcpu)?.steps())).collect();
+        Ok(Some(Marks { at: Instant::now(), steps: steps? }))
+    }
+}
+
+impl Marks {
+    /// Steps of each vCPU since `earlier`.
+    pub fn steps_since(&self, earlier: &Self) -> Vec<u64> {
+        self.steps.iter().zip(&earlier.steps).map(|(now, then)| now.saturating_sub(*then)).collect()
+    }
+
+    /// Steps per second of each vCPU since `earlier`.
+    pub fn per_s_since(&self, earlier: &Self) -> Vec<f64> {
+        let seconds = (self.at - earlier.at).as_secs_f64().max(1e-9);
+        self.steps_since(earlier).into_iter().map(|steps| steps as f64 / seconds).collect()
+    }
+}
+
+/// What the guest at the destination looked like after the migration.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+pub struct AfterMigration {
+    /// Whether every write of the guest's is where its own counters say.
+    pub guest_consistent: Option<bool>,
+    /// What is wrong, if not.
+    pub inconsistency: Option<String>,
+    /// Steps per second of each vCPU.
+    pub progress_after_per_s: Vec<f64>,
+    /// The pause as each vCPU felt it by its own clock.
+    pub pause_felt_ms: Vec<Option<f64>>,
+}
