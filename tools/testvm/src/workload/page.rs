@@ -83,9 +83,9 @@ impl Tag {
             Content::Counter => stamp.wrapping_add(index),
             Content::Random => mix(seed.wrapping_add(index.wrapping_mul(0xd1b5_4a32_d192_ed03))),
             Content::Text => {
-                let line = mix(seed.wrapping_add(index / 10));
-                // Six bits of it per word; ten words per line.
-                TEXT[(line >> (index % 10 * 6) & 63) as u8 as usize]
+                let line = mix(seed.wrapping_add(index / 8));
+                // Six bits of it per word.
+                TEXT[(line >> (index % 8 * 6) & 63) as u8 as usize]
             }
             Content::Zero => 0,
         })
@@ -101,7 +101,7 @@ fn mix(mut x: u64) -> u64 {
 
 /// Eight letters each: what text is made of.
 const TEXT: [u64; 64] = {
-    let syllables = b"the page migratewhile a guest isrunning,and the kernel tracks every write in a ring. \
+    let letters = b"the page migratewhile a guest isrunning,and the kernel tracks every write in a ring. \
         Entries are read, pages protected again, sent over the wire, and received into memory at once. \
         No byte is lost when the source pauses; the destination resumes where it stopped: same registers, \
         same clock, same memory. A throttled vCPU writes less, but never stalls long. Rounds shrink until \
@@ -113,7 +113,7 @@ const TEXT: [u64; 64] = {
         let mut word = [0; 8];
         let mut at = 0;
         while at < 8 {
-            word[at] = syllables[index * 8 + at];
+            word[at] = letters[index * 8 + at];
             at += 1;
         }
         words[index] = u64::from_le_bytes(word);
