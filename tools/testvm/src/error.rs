@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use ringferry::layout::LayoutError;
 use ringferry::track::TrackError;
 
+use crate::guest::GuestError;
 use crate::multiboot::ImageError;
 use crate::state::StateError;
 
@@ -130,6 +131,12 @@ pub enum TestVmError {
         /// Why.
         error: VcpuError,
     },
+    /// The workload of a VM of threads cannot start.
+    #[error("starting the workload: {0}")]
+    Workload(String),
+    /// RAM does not hold the guest that it should.
+    #[error(transparent)]
+    Guest(#[from] GuestError),
     /// Saved state could not be read or set.
     #[error(transparent)]
     State(#[from] StateError),

@@ -3,6 +3,8 @@
 //! [`TestVm`] is built from a [`Config`]: `memory` maps RAM, `boot` loads a `multiboot` image into it, `cpuid`
 //! says what its CPUs are. Each vCPU has a thread (`vcpu`) that runs until somebody wants something else (`gate`)
 //! and kicks it (`kick`).
+//!
+//! [`ThreadVm`] does the same work in host threads, where there is no KVM.
 
 mod boot;
 pub mod check;
@@ -20,6 +22,7 @@ mod multiboot;
 mod skip;
 mod state;
 mod stats;
+mod thread_vm;
 mod vcpu;
 mod vm;
 pub mod workload;
@@ -35,6 +38,7 @@ pub use memory::{HOLE_END, HOLE_START, pc_layout};
 pub use multiboot::ImageError;
 pub use skip::skip;
 pub use state::{STATE_VERSION, SkippedMsr, StateError};
+pub use thread_vm::ThreadVm;
 pub use vcpu::VcpuCounters;
 pub use vm::TestVm;
 pub use workload::mailbox::{EXIT_PORT, IDLE_PORT, MAX_VCPUS};

@@ -17,7 +17,9 @@ pub struct HostMachine {
     memory: GuestMemory,
     /// Index of the region that was used last.
     region: Cell<usize>,
-    started: Instant,
+    /// The clock: what it showed, and when.
+    ticks: u64,
+    since: Instant,
 }
 
 impl HostMachine {
@@ -27,7 +29,12 @@ impl HostMachine {
     /// A machine on `memory`, whose clock starts now. The mappings must live as long as the machine, as
     /// [`GuestMemory::new`] demands.
     pub fn new(memory: &GuestMemory) -> Self {
-        Self { memory: memory.clone(), region: Cell::new(0), started: Instant::now() }
+        Self { memory: memory.clone(), region: Cell::new(0), ticks: 0, since: Instant::now() }
+    }
+
+    /// Sets the clock.
+    pub fn set_ticks(&mut self, ticks: u64) {
+        (self.ticks, self.since) = (ticks, Instant::now());
     }
 
     /// The RAM.
@@ -72,7 +79,7 @@ impl Machine for HostMachine {
     }
 
     fn ticks(&self) -> u64 {
-        u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX)
+        self.ticks.saturating_add(u64::try_from(self.since.elapsed().as_nanos()).unwrap_or(u64::MAX))
     }
 
     fn wait(&mut self, microseconds: u32) {
