@@ -48,7 +48,7 @@ fn migrate(backing: Backing) {
     let (report, received) = thread::scope(|scope| {
         let receiving = scope.spawn(|| {
             let memory = arrived.memory().clone();
-            destination.accept(&never)?.receive(&mut arrived, 2, &memory, Timeouts::default(), &never)
+            destination.accept(None, &never)?.receive(&mut arrived, 2, &memory, Timeouts::default(), &never)
         });
         let progress = Progress::new(Parameters::default());
         let report = Source::new(&mut vm, &mut tracker, &memory, options, progress).run();
