@@ -154,9 +154,10 @@ pub struct Summary {
 #[derive(Debug)]
 struct Track {
     summary: Summary,
-    /// Counts at the last look: of the ring, or of the thread.
+    /// Counts of the ring at the last look.
     ring_before: Option<VcpuCounts>,
-    pages_before: Option<u64>,
+    /// Pages counted for the thread at the last look, if it was watched.
+    thread_before: Option<u64>,
 }
 
 /// A profiler, and what it said before.
@@ -175,7 +176,7 @@ pub struct Session {
 }
 
 impl Session {
-    /// Attaches the profiler and takes the first look, which later rates are relative to.
+    /// Attaches the profiler: from here on everything counts.
     ///
     /// # Errors
     ///
@@ -196,8 +197,23 @@ impl Session {
             ended_left_out: 0,
             has_pml: has_pml(),
         };
-        session.look()?;
+        session.prepare()?;
         Ok(session)
+    }
+
+    /// Watches what the first look is to tell about: threads of bitmap VMs, pages of those that log nothing.
+    fn prepare(&mut self) -> Result<(), Error> {
+        let inventory = self.profiler.inventory()?;
+        let mut threads = BTreeSet::new();
+        for vm in &inventory.vms {
+            let source = self.source_of(vm, &HashMap::new());
+            if matches!(source, Source::SpteFastFault | Source::PmlFull) {
+                threads.extend(vm.vcpus.iter().filter_map(|vcpu| vcpu.tid));
+            }
+            // What goes wrong here goes wrong again at the first look, and is told then.
+            self.estimate(vm, source);
+        }
+        self.profiler.watch_threads(&threads)
     }
 
     /// The profiler, for what a look does not tell.
@@ -318,16 +334,13 @@ impl Session {
         counts: Option<&VcpuCounts>,
         interval: Duration,
     ) -> Result<Row, Error> {
-        // The pages counted so far; `None` where that says nothing yet.
-        let pages = match source {
-            Source::DirtyRingPush => Some(counts.map_or(0, |counts| counts.pushes)),
-            Source::SpteFastFault | Source::PmlFull => match vcpu.tid {
-                Some(tid) => self.profiler.thread_counts(tid)?.map(|counts| {
+        let thread_pages = match (source, vcpu.tid) {
+            (Source::SpteFastFault | Source::PmlFull, Some(tid)) => {
+                self.profiler.thread_counts(tid)?.map(|counts| {
                     counts.spte_writable + counts.fast_fault_writable + counts.pml_full * PML_ENTRIES
-                }),
-                None => None,
-            },
-            Source::PageSampling | Source::Unobservable => None,
+                })
+            }
+            _ => None,
         };
         let ring = (vcpu.ring_entries > 0).then(|| Ring {
             used: vcpu.ring_used,
@@ -358,7 +371,7 @@ impl Session {
         if track.summary.row.vm_id != vm.id || track.summary.row.vcpu != vcpu.vcpu {
             *track = Track::new(row.clone(), vm.creator_tid);
         }
-        Ok(track.advance(row, pages, counts, interval))
+        Ok(track.advance(row, counts, thread_pages, interval))
     }
 
     fn estimate(&mut self, vm: &Vm, source: Source) -> Option<Result<Estimate, String>> {
@@ -405,8 +418,7 @@ impl Session {
     ) {
         let mut row = track.summary.row.clone();
         (row.tid, row.ended) = (None, true);
-        let pages = counts.map(|counts| counts.pushes);
-        rows.push(track.advance(row, pages, counts, interval));
+        rows.push(track.advance(row, counts, None, interval));
         if self.ended.len() < ENDED_MAX {
             self.ended.push(track.summary);
         } else {
@@ -452,34 +464,36 @@ impl Track {
     fn new(row: Row, creator_tid: u32) -> Self {
         let summary = Summary { row, creator_tid, observed: Duration::ZERO, most_pages_per_s: 0.0 };
         // A ring counts from the attach on: what it counted before its first look belongs to that look.
-        Self { summary, ring_before: None, pages_before: None }
+        Self { summary, ring_before: None, thread_before: None }
     }
 
     /// Fills in what the counts say about the interval, and adds it to the summary.
     fn advance(
         &mut self,
         mut row: Row,
-        pages: Option<u64>,
         counts: Option<&VcpuCounts>,
+        thread_pages: Option<u64>,
         interval: Duration,
     ) -> Row {
+        let mut pushed = 0;
         if let Some(counts) = counts {
             let before = |field: fn(&VcpuCounts) -> u64| self.ring_before.as_ref().map_or(0, field);
+            pushed = counts.pushes.saturating_sub(before(|c| c.pushes));
             row.ring_full_exits = counts.ring_full_exits.saturating_sub(before(|c| c.ring_full_exits));
             row.resets = counts.resets.saturating_sub(before(|c| c.resets));
             row.overflows = counts.overflows.saturating_sub(before(|c| c.overflows));
             row.overwritten = counts.overwritten.saturating_sub(before(|c| c.overwritten));
             self.ring_before = Some(*counts);
         }
-        let total = &mut self.summary.row;
-        // Of another source than last time: its counts have another origin.
-        let before = if row.source == total.source { self.pages_before } else { None };
-        let before = match row.source {
-            Source::DirtyRingPush => Some(before.unwrap_or(0)),
-            _ => before,
+        // A thread is watched from the end of a look on, and counts from 0.
+        let of_thread = thread_pages.map(|pages| pages.saturating_sub(self.thread_before.unwrap_or(0)));
+        self.thread_before = thread_pages;
+        row.dirty_pages = match row.source {
+            Source::DirtyRingPush => Some(pushed),
+            Source::SpteFastFault | Source::PmlFull => of_thread,
+            Source::PageSampling | Source::Unobservable => None,
         };
-        self.pages_before = pages;
-        row.dirty_pages = pages.zip(before).map(|(pages, before)| pages.saturating_sub(before));
+        let total = &mut self.summary.row;
         if let Some(pages) = row.dirty_pages {
             let rate = per_second(pages, interval);
             row.dirty_pages_per_s = Some(rate);

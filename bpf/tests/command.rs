@@ -48,7 +48,7 @@ fn a_vmm_for_the_tests_of_the_command() {
             let vcpu = vm.create_vcpu(index, Privilege::User);
             let handle = tracker.attach_vcpu(usize::try_from(index).unwrap(), &vcpu.fd).unwrap();
             let first = PageIndex(DATA.0 + index * 4096);
-            Writer::start(vcpu, handle, Work::Loop { first, pages: 1000 * (index + 1), stride: 1, passes: 1 })
+            Writer::start(vcpu, handle, Work::Loop { first, pages: 20 + 1980 * index, stride: 1, passes: 1 })
         })
         .collect();
     tracker.start().unwrap();
@@ -61,7 +61,7 @@ fn a_vmm_for_the_tests_of_the_command() {
     tracker.stop().unwrap();
 }
 
-/// A process with a VM of two vCPUs that write, the second twice as much.
+/// A process with a VM of two vCPUs that write, the second a hundred times as much.
 struct Vmm(Child);
 
 impl Vmm {
@@ -103,7 +103,7 @@ fn json_rows_are_as_documented_and_the_summary_is_their_sum() {
         return;
     }
     let vmm = Vmm::start();
-    let output = profile(&["200ms", "3", "--json", "--regions", "-p", &vmm.pid()]);
+    let output = profile(&["400ms", "3", "--json", "--regions", "-p", &vmm.pid()]);
     assert!(output.status.success(), "{}", text(&output.stderr));
     let lines = json(&output.stdout);
     assert_eq!(lines[0]["kind"], "profiler_attached");
@@ -132,7 +132,7 @@ fn json_rows_are_as_documented_and_the_summary_is_their_sum() {
     for row in &rows {
         assert_eq!(row["source"], "dirty_ring_push");
         assert_eq!(row["pid"].to_string(), vmm.pid());
-        assert!(row["dirty_pages"].as_u64().unwrap() > 0 && row["tid"].as_u64().unwrap() > 0, "{row}");
+        assert!(row["tid"].as_u64().unwrap() > 0, "{row}");
         let (pages, bytes) =
             (row["dirty_pages_per_s"].as_f64().unwrap(), row["dirty_bytes_per_s"].as_f64().unwrap());
         assert!((bytes - pages * 4096.0).abs() <= 4096.0, "{row}");
@@ -140,13 +140,14 @@ fn json_rows_are_as_documented_and_the_summary_is_their_sum() {
     for summary in of_kind(&lines, "vcpu_dirty_summary") {
         let of_vcpu = rows.iter().filter(|row| row["vcpu"] == summary["vcpu"]);
         let sum: u64 = of_vcpu.map(|row| row["dirty_pages"].as_u64().unwrap()).sum();
+        assert!(sum > 0);
         assert_eq!(summary["dirty_pages"].as_u64(), Some(sum));
     }
     assert_eq!(of_kind(&lines, "vcpu_dirty_summary").len(), 2);
     let regions = of_kind(&lines, "vm_regions");
-    assert_eq!(regions.len(), 3);
-    // 1000 pages of one vCPU, 2000 of the other.
-    assert!(regions[1]["unique_pages"].as_u64().unwrap() <= 3000, "{}", regions[1]);
+    assert_eq!(regions.len(), 3, "{lines:?}");
+    // 20 pages of one vCPU, 2000 of the other.
+    assert!(regions[1]["unique_pages"].as_u64().unwrap() <= 2020, "{}", regions[1]);
     assert_eq!(regions[1]["hottest"][0]["address"].as_u64().unwrap() % (2 << 20), 0);
     assert_eq!(of_kind(&lines, "profiler_summary")[0]["dropped_pushes"], 0);
     vmm.stop();
@@ -167,7 +168,7 @@ fn plain_lines_have_a_header_and_csv_has_one_table() {
     // Header, two lines, a blank one, and the summary of one vCPU.
     assert_eq!(lines.len(), 6, "{plain}");
 
-    let output = profile(&["100ms", "2", "-p", &vmm.pid(), "--csv", "--top", "1"]);
+    let output = profile(&["500ms", "2", "-p", &vmm.pid(), "--csv", "--top", "1"]);
     let csv = text(&output.stdout);
     let lines: Vec<&str> = csv.lines().collect();
     assert_eq!(lines.len(), 3, "{csv}");

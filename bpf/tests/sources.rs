@@ -126,6 +126,11 @@ fn a_ring_vm_is_unobservable_until_it_logs_and_exact_from_then_on() {
     guest.tracker.stop().unwrap();
     my_row(&mut session);
     assert_eq!(my_row(&mut session).source, Source::Unobservable);
+
+    // Logging again: what was counted before does not count twice.
+    guest.tracker.start().unwrap();
+    guest.write(0, 200, 1);
+    assert_eq!(my_row(&mut session).dirty_pages, Some(200));
 }
 
 #[test]
