@@ -1,5 +1,7 @@
 //! Tracking on real KVM: what a guest wrote is what is harvested, on good days and on bad ones.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot set up its guest fails")]
+
 mod mini_vm;
 
 use std::collections::BTreeSet;

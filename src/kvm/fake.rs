@@ -392,3 +392,59 @@ impl Kernel for FakeKernel {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicBool;
+    use std::thread;
+
+    use super::*;
+
+    /// KVM on one thread, we on another, with nothing between them but the entries. Each entry names a slot that
+    /// follows from its offset: an entry read before it was written, or after it was reused, does not match.
+    #[test]
+    fn entries_cross_between_two_threads_once_in_order_and_whole() {
+        const SIZE: u32 = 256;
+        let entries = if cfg!(miri) { 2_000 } else { 50_000 };
+        let slot_of = |offset: u64| SlotId(u32::try_from(offset % 65_521).unwrap() ^ 0x5555);
+        let kernel = FakeKernel::new();
+        let position = 100_u32.wrapping_neg();
+        let mut ring = kernel.create_vcpu(RingSize::from_entries(SIZE).unwrap(), position, 0);
+        let mut kvm = kernel.lock().rings.remove(0);
+        let failed = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let failed = &failed;
+            scope.spawn(move || {
+                let mut pushed = 0;
+                let end = position.wrapping_add(u32::try_from(entries).unwrap());
+                while kvm.reset_index != end && !failed.load(Ordering::Relaxed) {
+                    if pushed < entries && kvm.used() < SIZE {
+                        kvm.push(slot_of(pushed), pushed);
+                        pushed += 1;
+                    }
+                    let entry = kvm.entry(kvm.reset_index);
+                    if entry.flags.load(Ordering::Acquire) & RESET != 0 {
+                        entry.flags.store(EMPTY, Ordering::Release);
+                        kvm.reset_index = kvm.reset_index.wrapping_add(1);
+                    }
+                }
+            });
+            let mut next = 0;
+            while next < entries && !failed.load(Ordering::Relaxed) {
+                let seen = ring.look();
+                let taken = ring.take(|slot, offset| {
+                    failed.fetch_or((slot, offset) != (slot_of(next), next), Ordering::Relaxed);
+                    next += 1;
+                });
+                // What was seen can be taken.
+                failed.fetch_or(taken < seen, Ordering::Relaxed);
+                let reset = ring.unflagged_prefix();
+                if reset.entries > 0 {
+                    ring.confirm_prefix(reset.entries);
+                }
+                thread::yield_now();
+            }
+        });
+        assert!(!failed.into_inner());
+    }
+}

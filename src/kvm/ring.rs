@@ -194,7 +194,8 @@ impl DirtyRing {
     /// ordered machine too: the `smp_wmb()` of each push stands between all earlier flags and its own, and
     /// the load here acquires.
     pub(crate) fn look(&mut self) -> u32 {
-        let mut left = self.size().entries() - self.seen.wrapping_sub(self.fetch);
+        // As far as `take` would go.
+        let mut left = self.reset.wrapping_add(self.size().entries()).wrapping_sub(self.seen);
         let is_dirty = |position: u32| self.memory.entry(position).flags.load(Ordering::Acquire) == DIRTY;
         // Double the stride while it lands on dirty entries, then halve it.
         let mut stride = 1;

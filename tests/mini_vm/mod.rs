@@ -6,6 +6,7 @@
 
 use std::fs::OpenOptions;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::time::Duration;
 
 use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, KVM_EXIT_IO, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
@@ -354,12 +355,61 @@ impl Kickable {
         self.0.store(0, Ordering::Release);
     }
 
-    /// Sends the signal, if the thread is there.
-    pub fn kick(&self) {
+    /// Sends the signal, if the thread is there: whether it is.
+    pub fn kick(&self) -> bool {
         let tid = self.0.load(Ordering::Acquire);
         if tid != 0 {
             // SAFETY: numbers only; a thread that is gone is an error that we ignore.
             unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), tid, libc::SIGUSR1) };
         }
+        tid != 0
+    }
+}
+
+/// A process that stops and continues this one, a few hundred times a second.
+pub struct Stopper {
+    pid: libc::pid_t,
+    ended: bool,
+}
+
+impl Stopper {
+    pub fn stop_this_process_for(duration: Duration) -> Self {
+        let stopped = libc::timespec { tv_sec: 0, tv_nsec: 200_000 };
+        let running = libc::timespec { tv_sec: 0, tv_nsec: 1_000_000 };
+        let times = duration.as_micros() / 1200;
+        // SAFETY: the child only makes async-signal-safe calls, and ends with a continue and without unwinding.
+        unsafe {
+            let pid = libc::fork();
+            assert!(pid >= 0);
+            if pid == 0 {
+                let parent = libc::getppid();
+                for _ in 0..times {
+                    libc::kill(parent, libc::SIGSTOP);
+                    libc::nanosleep(&raw const stopped, std::ptr::null_mut());
+                    libc::kill(parent, libc::SIGCONT);
+                    libc::nanosleep(&raw const running, std::ptr::null_mut());
+                }
+                libc::_exit(0);
+            }
+            Self { pid, ended: false }
+        }
+    }
+
+    fn wait(&mut self, flags: libc::c_int) -> bool {
+        // SAFETY: our own child, waited for once.
+        self.ended =
+            self.ended || unsafe { libc::waitpid(self.pid, std::ptr::null_mut(), flags) } == self.pid;
+        self.ended
+    }
+
+    pub fn has_ended(&mut self) -> bool {
+        self.wait(libc::WNOHANG)
+    }
+}
+
+impl Drop for Stopper {
+    fn drop(&mut self) {
+        // Not killed: it might have stopped us a moment ago.
+        self.wait(0);
     }
 }

@@ -1,0 +1,87 @@
+//! Nothing allocates on a vCPU's path, whoever else wants the lock.
+#![expect(unsafe_code, reason = "an allocator that counts")]
+#![allow(clippy::unwrap_used, reason = "a test that cannot set up its guest fails")]
+
+mod mini_vm;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use mini_vm::{DATA, Exit, MiniVm, Privilege, Work, kvm};
+use ringferry::kvm::RingSize;
+use ringferry::track::{BeforeRun, DirtyTracker};
+use ringferry::{DirtySource, PageSet};
+
+struct Counting;
+
+thread_local! {
+    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
+}
+
+// SAFETY: everything is left to the system's allocator; counting touches a thread-local without destructor.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.set(ALLOCATIONS.get() + 1);
+        // SAFETY: as our caller promises.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: as our caller promises.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
+
+#[test]
+fn nothing_allocates_on_the_vcpu_path() {
+    let Some(kvm) = kvm() else { return };
+    let vm = MiniVm::new(&kvm, &[8192]);
+    let mut tracker = DirtyTracker::enable(&vm.fd, RingSize::from_entries(1024).unwrap()).unwrap();
+    tracker.add_memory(&vm.memory).unwrap();
+    let mut vcpu = vm.create_vcpu(0, Privilege::User);
+    let handle = tracker.attach_vcpu(0, &vcpu.fd).unwrap();
+    tracker.start().unwrap();
+    let done = AtomicBool::new(false);
+    let ring_fulls = thread::scope(|scope| {
+        let (done, handle) = (&done, &handle);
+        let vcpu_thread = scope.spawn(move || {
+            let mut ring_fulls = 0;
+            vcpu.set_work(&Work::Loop { first: DATA, pages: 8192, stride: 1, passes: 20 }, 1);
+            loop {
+                let before = ALLOCATIONS.get();
+                while handle.before_run() == BeforeRun::Interrupted {}
+                assert_eq!(ALLOCATIONS.get(), before, "before_run");
+                match vcpu.run() {
+                    Exit::Done => break,
+                    Exit::Kicked => {}
+                    Exit::RingFull => {
+                        let before = ALLOCATIONS.get();
+                        handle.ring_full().unwrap();
+                        assert_eq!(ALLOCATIONS.get(), before, "ring_full");
+                        ring_fulls += 1;
+                    }
+                }
+            }
+            done.store(true, Ordering::Release);
+            ring_fulls
+        });
+        let mut dirty = PageSet::new(vm.memory.end());
+        while !done.load(Ordering::Acquire) {
+            handle.gate().close_for(Duration::from_micros(50));
+            tracker.observe().unwrap();
+            dirty.clear();
+            tracker.harvest(&mut dirty).unwrap();
+        }
+        vcpu_thread.join().unwrap()
+    });
+    let before = ALLOCATIONS.get();
+    drop(Box::new(1));
+    assert_eq!(ALLOCATIONS.get(), before + 1, "the allocator counts");
+    eprintln!("{ring_fulls} full rings");
+}
