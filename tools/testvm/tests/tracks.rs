@@ -2,11 +2,14 @@
 
 mod common;
 
+use std::time::{Duration, Instant};
+
 use common::{
     assert_consistent, assert_same_ram, build, copy_ram, copy_run, counting_config, counts, wait_for_progress,
 };
 use ringferry::{DirtySource, GuestAddress, PageSet, Vm};
-use ringferry_testvm::{Boot, Config, TestVm, Tracking};
+use ringferry_testvm::check::check;
+use ringferry_testvm::{Boot, Config, Guest, TestVm, Tracking, guest_image};
 
 /// Moves a running guest: everything, what changed, what changed at last. True if it could be tried.
 fn moves_whole(vcpus: usize, tracking: Tracking) -> Option<TestVm> {
@@ -61,4 +64,50 @@ fn rings_that_are_full_all_the_time_lose_nothing() {
     let Some(source) = moves_whole(2, Tracking::Ring { entries: 256 }) else { return };
     let full: u64 = (0..2).filter_map(|vcpu| source.counters(vcpu)).map(|c| c.ring_full_exits).sum();
     assert!(full > 0, "the rings were meant to be too small");
+}
+
+#[test]
+fn the_test_guest_proves_that_no_write_was_lost_on_the_way() {
+    let (vcpus, memory_bytes, regions) = (4, 32 << 20, 3);
+    let append = "vcpus=4 each=pattern:random,ws:2MiB,content:random \
+        vcpu1=pattern:zipf vcpu2=pattern:sequential,bytes:64";
+    let boot = Boot::Image { image: guest_image(), append: append.to_owned() };
+    let tracking = Tracking::Ring { entries: 1024 };
+    let config = Config { vcpus, memory_bytes, regions, boot, tracking, ..Config::default() };
+    let Some(mut source) = build(config) else { return };
+    let destination = Config { vcpus, memory_bytes, ..Config::default() };
+    let mut target = build(destination).unwrap();
+    source.start().unwrap();
+    let guest = Guest::new(source.memory(), source.tracker()).unwrap();
+    guest.wait_until_working(Duration::from_secs(60)).unwrap();
+
+    let mut tracker = source.tracker().unwrap().clone();
+    tracker.start().unwrap();
+    copy_ram(&source, &target);
+    let mut dirty = PageSet::new(source.memory().end());
+    for _ in 0..5 {
+        tracker.harvest(&mut dirty).unwrap();
+        dirty.runs().for_each(|run| copy_run(&source, &target, run));
+        dirty.clear();
+    }
+    let paused = source.pause().unwrap();
+    tracker.harvest_final(&paused, &mut dirty).unwrap();
+    dirty.runs().for_each(|run| copy_run(&source, &target, run));
+    tracker.stop().unwrap();
+    check(source.memory()).unwrap();
+    check(target.memory()).unwrap();
+    assert_same_ram(&source, &target);
+
+    let state = source.save_state(&paused).unwrap();
+    let paused = target.restore_state(&state).unwrap();
+    target.resume(paused).unwrap();
+    let guest = Guest::new(target.memory(), None).unwrap();
+    let before: Vec<u64> = (0..vcpus).map(|vcpu| guest.stats(vcpu).unwrap().steps()).collect();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while (0..vcpus).any(|vcpu| guest.stats(vcpu).unwrap().steps() < before[vcpu] + 1000) {
+        assert!(Instant::now() < deadline, "{:?}\n{}", target.status(), target.console());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let _paused = target.pause().unwrap();
+    check(target.memory()).unwrap();
 }
