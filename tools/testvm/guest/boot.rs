@@ -1,12 +1,15 @@
 //! From where a multiboot loader leaves the first processor, and a SIPI the others, to 64-bit user mode.
 //!
 //! Everything here may be emulated, at some 0.4 µs per instruction on hosts whose KVM runs only 64-bit user mode
-//! natively; so it does what must be done here and no more. `guest_main` gets the number of the processor and,
-//! on the first one, the address of the boot information.
+//! natively; so it does what must be done here and no more. `guest_main` gets the number of the processor, on
+//! the first one the address of the boot information, how many processors there are, and how fast the clock is.
 
 use core::arch::global_asm;
 
 use crate::workload::mailbox::MAX_VCPUS;
+
+/// Where VMware put the frequency of the time stamp counter, and our test VMM and QEMU (vmware-cpuid-freq) too.
+const TIMING_LEAF: u32 = 0x4000_0010;
 
 /// Bytes of each processor's stack.
 const STACK_BYTES: usize = 16 << 10;
@@ -121,7 +124,21 @@ common:
     ljmpl $0x08, $5f
 
     .code64
-5:  leal 1(%rdi), %eax
+5:  # What the processor says of itself is asked here: where user mode is native, the bare CPU would answer there.
+    movl $1, %eax
+    cpuid
+    shrl $16, %ebx
+    movzbl %bl, %r10d               # how many processors
+    xorl %r11d, %r11d               # TSC frequency in kHz, 0 if it does not say
+    movl $0x40000000, %eax
+    cpuid
+    subl ${timing_leaf}, %eax
+    cmpl $0xfff0, %eax
+    jae 7f
+    movl ${timing_leaf}, %eax
+    cpuid
+    movl %eax, %r11d
+7:  leal 1(%rdi), %eax
     imull ${stack_bytes}, %eax, %eax
     leaq stacks(%rax), %rsp
     movq %rsp, %rcx
@@ -134,6 +151,8 @@ common:
 6:  movl $0x2b, %eax
     movl %eax, %ds
     movl %eax, %es
+    movl %r10d, %edx
+    movl %r11d, %ecx
     call guest_main
     ud2
 
@@ -151,6 +170,7 @@ stacks:
     .text
     "#,
     trampoline_at = const 0x8000,
+    timing_leaf = const TIMING_LEAF,
     max_vcpus = const MAX_VCPUS,
     stack_bytes = const STACK_BYTES,
     options(att_syntax)

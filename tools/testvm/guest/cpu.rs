@@ -1,11 +1,10 @@
 //! The bare processor as the machine that the workload runs on, and what else takes an instruction.
 
 use core::arch::asm;
-use core::arch::x86_64::__cpuid;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use crate::workload::Machine;
-use crate::workload::mailbox::{IDLE_PORT, MAX_VCPUS};
+use crate::workload::mailbox::IDLE_PORT;
 
 /// All of guest RAM, mapped where it lies, and the time stamp counter.
 #[derive(Clone, Copy)]
@@ -69,12 +68,6 @@ impl Machine for Bare {
     fn relax(&self) {
         core::hint::spin_loop();
     }
-}
-
-/// How many processors there are, as the first one is told.
-pub fn count() -> usize {
-    let logical = __cpuid(1).ebx >> 16 & 0xff;
-    (logical as usize).clamp(1, MAX_VCPUS)
 }
 
 /// The guest takes no interrupts, and the timer that the firmware left running needs not try.

@@ -37,12 +37,13 @@ static PUBLISHED: AtomicBool = AtomicBool::new(false);
 /// How long the first processor waits for the others.
 const START_LIMIT_MS: u64 = 2_000;
 
-/// Where every processor arrives; `information` is zero on all but the first.
+/// Where every processor arrives; `information` is zero on all but the first. `processors` and `tsc_khz` are what CPUID
+/// says in ring 0; the second is zero if it does not say.
 #[unsafe(no_mangle)]
-extern "C" fn guest_main(processor: u64, information: u64) -> ! {
+extern "C" fn guest_main(processor: u64, information: u64, processors: u32, tsc_khz: u32) -> ! {
     let index = usize::try_from(processor).unwrap_or(0);
     PRESENT[index].store(true, Ordering::Release);
-    let config = if index == 0 { start(information) } else { wait_for_plan() };
+    let config = if index == 0 { start(information, processors, tsc_khz) } else { wait_for_plan() };
     let Some(mut vcpu) = Vcpu::attach(Bare, index) else { park() };
     if config.is_some_and(|config| config.stats) {
         serial::work_and_report(vcpu);
@@ -53,12 +54,12 @@ extern "C" fn guest_main(processor: u64, information: u64) -> ! {
 }
 
 /// Sets everything up.
-fn start(information: u64) -> Option<Config> {
+fn start(information: u64, processors: u32, tsc_khz: u32) -> Option<Config> {
     cpu::mask_interrupt_controllers();
     setup::clear(&mut Bare);
     let information = multiboot::Information::at(information);
     let line = information.command_line();
-    match prepare(&information, line) {
+    match prepare(&information, line, processors, tsc_khz) {
         Ok(config) => Some(config),
         Err(error) => fail(&error),
     }
@@ -67,6 +68,8 @@ fn start(information: u64) -> Option<Config> {
 fn prepare<'a>(
     information: &multiboot::Information,
     line: Result<&'a str, SetupError<'a>>,
+    processors: u32,
+    tsc_khz: u32,
 ) -> Result<Config, SetupError<'a>> {
     let config = Config::parse(line?).map_err(SetupError::Config)?;
     let pool = information.usable();
@@ -74,8 +77,9 @@ fn prepare<'a>(
         return Err(SetupError::Range(RangeError::TooLarge { wanted: 1, pool: 0 }));
     }
     memory::map(&pool);
-    let tsc_khz = config.tsc_khz.unwrap_or_else(clock::tsc_khz);
-    let wanted = config.vcpus.unwrap_or_else(cpu::count);
+    let known = config.tsc_khz.or((tsc_khz > 0).then_some(tsc_khz.into()));
+    let tsc_khz = known.unwrap_or_else(clock::measure_tsc_khz);
+    let wanted = config.vcpus.unwrap_or((processors as usize).clamp(1, MAX_VCPUS));
     let vcpus = wait_for_processors(wanted, tsc_khz);
     if vcpus < wanted {
         println!("guest: only {vcpus} of {wanted} vCPUs started within {START_LIMIT_MS} ms");

@@ -69,7 +69,7 @@ fn rings_that_are_full_all_the_time_lose_nothing() {
 #[test]
 fn the_test_guest_proves_that_no_write_was_lost_on_the_way() {
     let (vcpus, memory_bytes, regions) = (4, 32 << 20, 3);
-    let append = "vcpus=4 each=pattern:random,ws:2MiB,content:random \
+    let append = "each=pattern:random,ws:2MiB,content:random \
         vcpu1=pattern:zipf vcpu2=pattern:sequential,bytes:64";
     let boot = Boot::Image { image: guest_image(), append: append.to_owned() };
     let tracking = Tracking::Ring { entries: 1024 };
@@ -80,6 +80,8 @@ fn the_test_guest_proves_that_no_write_was_lost_on_the_way() {
     source.start().unwrap();
     let guest = Guest::new(source.memory(), source.tracker()).unwrap();
     guest.wait_until_working(Duration::from_secs(60)).unwrap();
+    let told = format!("vcpus=4 tsc_khz={} ", source.tsc_khz());
+    assert!(source.console().contains(&told), "CPUID says {told}: {}", source.console());
 
     let mut tracker = source.tracker().unwrap().clone();
     tracker.start().unwrap();
