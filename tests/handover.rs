@@ -1,5 +1,6 @@
 //! The handing over under faults: whatever message is cut, and wherever, never do both sides run, and never is
 //! the VM lost.
+#![cfg(feature = "migrate")]
 #![expect(clippy::unwrap_used, reason = "a test that fails says where")]
 #![expect(unsafe_code, reason = "a test's guest RAM is a mapping of its own")]
 

@@ -1,4 +1,5 @@
 //! A whole migration of the VM of host threads, tracked by `pagemap`: what the demo does where there is no /dev/kvm.
+#![cfg(feature = "migrate")]
 #![expect(clippy::unwrap_used, reason = "a test that fails says where")]
 
 use std::net::SocketAddr;

@@ -9,7 +9,8 @@
 //!
 //! What it does not see: writes through another mapping of a shared file, in this process or another, and pages
 //! that `madvise` threw away; who does that marks them, see [`external`](super::external). It knows no vCPUs, so what
-//! it observes is a total. A scan walks the page tables: it costs what is populated, not what is dirty.
+//! it observes is a total, and not of this very moment. A scan walks the page tables: it costs what is populated, not
+//! what is dirty (`cargo bench --bench pagemap`).
 #![expect(unsafe_code, reason = "userfaultfd is used by bare ioctls on address ranges")]
 
 use std::fmt;
@@ -17,6 +18,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use super::{DirtySource, Observed, TrackError};
 use crate::layout::{GuestMemory, PAGE_SIZE, SlotId};
@@ -36,7 +38,20 @@ pub struct PagemapTracker {
     /// A scan failed half-way: pages may be protected that nobody was told of.
     lost_count: bool,
     given_back: PageSet,
+    looked: Option<Look>,
 }
+
+/// An observation that may be asked for again.
+#[derive(Clone, Copy, Debug)]
+struct Look {
+    at: Instant,
+    took: Duration,
+    pages: u64,
+}
+
+/// An observation is repeated until it is so many times older than it took to make: two milliseconds per populated
+/// GiB would be a core of its own for who asks every millisecond.
+const LOOK_REST: u32 = 20;
 
 /// Why memory cannot be tracked by `pagemap`.
 #[derive(Debug)]
@@ -111,7 +126,7 @@ impl PagemapTracker {
         Userfault::open()?;
         let empty = || PageSet::new(memory.end());
         let (found, given_back) = (empty(), empty());
-        Ok(Self { memory, pagemap, userfault: None, found, lost_count: false, given_back })
+        Ok(Self { memory, pagemap, userfault: None, found, lost_count: false, given_back, looked: None })
     }
 
     /// Protects what is written and puts it into `found`.
@@ -158,11 +173,15 @@ impl DirtySource for PagemapTracker {
         if self.userfault.is_none() {
             return Err(TrackError::NotTracking);
         }
-        let mut pages = 0;
+        if let Some(look) = self.looked.filter(|look| look.at.elapsed() < look.took * LOOK_REST) {
+            return Ok(Observed::Total(look.pages));
+        }
+        let (at, mut pages) = (Instant::now(), 0);
         for region in self.memory.regions() {
             let count = |part: Range<usize>| pages += (part.len() / PAGE_SIZE) as u64;
             self.pagemap.scan(region.host_range(), WRITTEN, count).map_err(PagemapError::Scan)?;
         }
+        self.looked = Some(Look { at, took: at.elapsed(), pages });
         Ok(Observed::Total(pages))
     }
 
@@ -174,6 +193,7 @@ impl DirtySource for PagemapTracker {
         if capacity < needed {
             return Err(TrackError::SetTooSmall { capacity, needed });
         }
+        self.looked = None;
         self.scan()?;
         if std::mem::take(&mut self.lost_count) {
             self.memory.regions().iter().for_each(|region| dirty.insert_run(region.pages));
@@ -196,6 +216,7 @@ impl DirtySource for PagemapTracker {
 
     fn stop(&mut self) -> Result<(), TrackError> {
         self.userfault = None;
+        self.looked = None;
         self.found.clear();
         Ok(())
     }
