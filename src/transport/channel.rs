@@ -20,10 +20,11 @@ use super::deal::{Unacknowledged, Work};
 use super::frame::Pages;
 use super::policy::{self, Policy};
 use super::send::Shared;
+use super::socket::{self, Buffer};
 use super::uring::{
     Completion, LOOK_UP, RegisteredBuffers, Registration, SLOTS, SendMethod, SendOutcome, SendRing,
 };
-use super::{TransportError, ZeroCopy, socket};
+use super::{TransportError, ZeroCopy};
 use crate::layout::{HostRun, PAGE_SIZE, PageRun};
 use crate::page;
 use crate::wire::FRAME_DATA_PAGES_MAX;
@@ -44,6 +45,9 @@ const WINDOW_BYTES_MAX: u64 = 128 << 20;
 /// Beyond twice the round trip, what covers the destination's own delays.
 const WINDOW_SLACK: Duration = Duration::from_millis(30);
 
+/// Beyond twice the round trip, what covers the time until this thread fills the socket's buffer again.
+const BUFFER_SLACK: Duration = Duration::from_millis(1);
+
 /// A send that the kernel has no memory for is tried again this often, a millisecond apart.
 const RETRIES_MAX: u32 = 2000;
 const RETRY_DELAY: Duration = Duration::from_millis(1);
@@ -54,6 +58,12 @@ const EXTENT_GAP_PAGES: u64 = 64;
 /// Pauses between attempts to reconnect.
 const RECONNECT_FIRST: Duration = Duration::from_millis(250);
 const RECONNECT_MAX: Duration = Duration::from_secs(5);
+/// An attempt may take this long; nothing waits for it, but the end of the sender might.
+const RECONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// When a round waits for nothing but one channel, and that one has had a frame under way for this long, the
+/// others take over what it has.
+const STRAGGLER: Duration = Duration::from_secs(1);
 
 /// How long an idle channel sleeps before it looks whether its connection still stands.
 const IDLE: Duration = Duration::from_millis(50);
@@ -68,10 +78,9 @@ pub(super) struct Connected {
 }
 
 /// Connects channel `index` and shakes hands.
-pub(super) fn connect(shared: &Shared, index: usize) -> Result<Connected, TransportError> {
+pub(super) fn connect(shared: &Shared, index: usize, timeout: Duration) -> Result<Connected, TransportError> {
     let spec = &shared.counters.channels[index].spec;
     let failed = |source| TransportError::Connect { channel: spec.clone(), source };
-    let timeout = shared.options.connect_timeout;
     let stream = socket::connect(spec, timeout, shared.options.stall_timeout).map_err(failed)?;
     let deadline = Instant::now() + timeout;
     let number = shared.connection_number();
@@ -132,7 +141,7 @@ pub(super) fn run(shared: &Shared, index: usize, first: Connected) {
 fn reconnect(shared: &Shared, index: usize) -> Option<Connected> {
     let mut pause = RECONNECT_FIRST;
     while shared.options.reconnect && !shared.is_cancelled() && shared.dealer.sleep(pause) {
-        match connect(shared, index) {
+        match connect(shared, index, shared.options.connect_timeout.min(RECONNECT_TIMEOUT)) {
             Ok(connected) => return Some(connected),
             // The destination has decided; asking again will not change its mind.
             Err(TransportError::Refused { .. }) => return None,
@@ -146,6 +155,7 @@ fn reconnect(shared: &Shared, index: usize) -> Option<Connected> {
 /// A frame that was sent and not acknowledged.
 struct InFlight {
     sequence: u64,
+    since: Instant,
     bytes: u64,
     content: Content,
 }
@@ -186,9 +196,12 @@ struct Connection<'a> {
     current: Option<Current>,
     in_flight: VecDeque<InFlight>,
     in_flight_bytes: u64,
+    in_flight_pages: u64,
     sequence: u64,
     acknowledgement: Vec<u8>,
     min_rtt: Duration,
+    /// What the link holds under way, the largest seen.
+    link_bytes: u32,
     bytes_acked: u64,
     last_progress: Instant,
 }
@@ -215,9 +228,11 @@ impl<'a> Connection<'a> {
             current: None,
             in_flight: VecDeque::with_capacity(SLOTS),
             in_flight_bytes: 0,
+            in_flight_pages: 0,
             sequence: 0,
             acknowledgement: Vec::with_capacity(Acknowledgement::BYTES),
             min_rtt: Duration::ZERO,
+            link_bytes: 0,
             bytes_acked: 0,
             last_progress: now,
         })
@@ -334,6 +349,7 @@ impl<'a> Connection<'a> {
                 Content::Retirement(_) => self.shared.dealer.retired(),
             }
         }
+        self.in_flight_pages -= pages;
         self.last_progress = Instant::now();
         if self.in_flight.is_empty() {
             self.sample(self.last_progress)?;
@@ -353,6 +369,16 @@ impl<'a> Connection<'a> {
             let what = format!("channel {}, waiting for the destination to take bytes", self.counters.spec);
             return Err(TransportError::TimedOut { what, after: still });
         }
+        if let Some(oldest) = self.in_flight.front()
+            && now.saturating_duration_since(oldest.since) > STRAGGLER
+            && self.shared.dealer.waits_only_for(self.in_flight_pages)
+        {
+            let what = format!("channel {}, for which all others wait: a frame", self.counters.spec);
+            return Err(TransportError::TimedOut {
+                what,
+                after: now.saturating_duration_since(oldest.since),
+            });
+        }
         Ok(())
     }
 
@@ -365,9 +391,28 @@ impl<'a> Connection<'a> {
         self.min_rtt = info.min_rtt;
         self.estimator.look(now, info.bytes_acked, !self.in_flight.is_empty());
         *self.counters.bandwidth.lock() = self.estimator.bandwidth();
+        self.make_room()?;
         let mut sending = self.counters.sending.lock();
         sending.copies = self.policy.copies();
         sending.zero_copy_from_pages = self.policy.threshold_pages();
+        Ok(())
+    }
+
+    /// Sees to it that the send buffer, and by what frames say the receive buffer, holds what the link does.
+    fn make_room(&mut self) -> Result<(), TransportError> {
+        let held = self.carries(self.min_rtt * 2 + BUFFER_SLACK).unwrap_or(0).min(socket::BUFFER_BYTES_MAX);
+        let held = u32::try_from(held).unwrap_or(u32::MAX);
+        // In steps, so that a wavering estimate does not cost a system call each time.
+        if held <= self.link_bytes + self.link_bytes / 4 {
+            return Ok(());
+        }
+        self.link_bytes = held;
+        let room = socket::make_room(&self.stream, Buffer::Send, held.into());
+        if let Some(room) = room.map_err(|error| self.broken(error))? {
+            let reason =
+                format!("the link holds {held} bytes, the send buffer {room}: raise net.core.wmem_max");
+            self.counters.sending.lock().fallback = Some(reason);
+        }
         Ok(())
     }
 
@@ -431,7 +476,11 @@ impl<'a> Connection<'a> {
                     return Ok(None);
                 }
                 let Pages { data_pages, zero_pages, .. } = self.pages;
-                (self.pages.frame(self.sequence + 1, round), Content::Pages { runs, data_pages, zero_pages })
+                self.in_flight_pages += data_pages + zero_pages;
+                (
+                    self.pages.frame(self.sequence + 1, round, self.link_bytes),
+                    Content::Pages { runs, data_pages, zero_pages },
+                )
             }
         };
         self.sequence += 1;
@@ -453,7 +502,12 @@ impl<'a> Connection<'a> {
             self.last_progress = now;
         }
         self.in_flight_bytes += bytes_of(&frame);
-        self.in_flight.push_back(InFlight { sequence: frame.sequence, bytes: bytes_of(&frame), content });
+        self.in_flight.push_back(InFlight {
+            sequence: frame.sequence,
+            since: now,
+            bytes: bytes_of(&frame),
+            content,
+        });
         if self.estimator.is_due(now) {
             self.sample(now)?;
         }
@@ -507,19 +561,22 @@ impl<'a> Connection<'a> {
                 }
                 Ok(())
             }
-            SendOutcome::Short(None) => self.submit(),
-            SendOutcome::Short(Some(error)) => {
+            SendOutcome::Short(error) => {
                 current.retries += 1;
                 if current.retries > RETRIES_MAX {
-                    return Err(self.broken(error));
+                    return Err(self.broken(error.unwrap_or_else(|| io::ErrorKind::WriteZero.into())));
                 }
-                if current.method != SendMethod::Copy {
-                    // Whatever zero-copy lacks here (memory that may be pinned, a socket that can), copying
-                    // does not need it.
-                    current.method = SendMethod::Copy;
-                    self.give_up_zero_copy(&error);
-                } else if error.raw_os_error() != Some(libc::EINTR) {
-                    std::thread::sleep(RETRY_DELAY);
+                match error {
+                    Some(error) if current.method != SendMethod::Copy => {
+                        // Whatever zero-copy lacks here (memory that may be pinned, a socket that can), copying
+                        // does not need it.
+                        current.method = SendMethod::Copy;
+                        self.give_up_zero_copy(&error);
+                    }
+                    Some(error) if error.raw_os_error() != Some(libc::EINTR) => {
+                        std::thread::sleep(RETRY_DELAY)
+                    }
+                    _ => {}
                 }
                 self.submit()
             }

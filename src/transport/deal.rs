@@ -204,6 +204,13 @@ impl Dealer {
         self.state.lock().live_channels
     }
 
+    /// Whether all that is missing are the `pages` that one channel has under way, and others could send them.
+    pub(super) fn waits_only_for(&self, pages: u64) -> bool {
+        let state = self.state.lock();
+        let dealt = state.undealt == 0 && state.returned.is_empty() && state.to_retire.is_empty();
+        dealt && pages > 0 && state.in_flight == pages && state.live_channels > 1
+    }
+
     /// Pages of the round that are not in place at the destination yet.
     pub(super) fn pages_left(&self) -> u64 {
         let state = self.state.lock();

@@ -74,13 +74,13 @@ impl Pages {
         }
     }
 
-    /// Its header.
-    pub(super) fn frame(&self, sequence: u64, round: u32) -> Frame {
+    /// Its header, with `argument` for the bytes that the link holds.
+    pub(super) fn frame(&self, sequence: u64, round: u32, argument: u32) -> Frame {
         Frame {
             kind: FrameKind::Pages,
             sequence,
             round,
-            argument: 0,
+            argument,
             run_count: u32::try_from(self.runs.len()).unwrap_or(u32::MAX),
             payload_bytes: u32::try_from(self.payload_bytes()).unwrap_or(u32::MAX),
         }

@@ -145,7 +145,7 @@ impl Sender {
         });
         let mut sender = Self { shared: Arc::clone(&shared), threads: Vec::new() };
         for index in 0..channels.len() {
-            let connected = channel::connect(&shared, index)?;
+            let connected = channel::connect(&shared, index, shared.options.connect_timeout)?;
             shared.dealer.joined();
             let name = format!("ringferry-send-{index}");
             let of_channel = Arc::clone(&shared);

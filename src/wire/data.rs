@@ -316,7 +316,8 @@ pub struct Frame {
     pub sequence: u64,
     /// The round that its pages belong to.
     pub round: u32,
-    /// For [`FrameKind::Retire`], the connection; 0 otherwise.
+    /// For [`FrameKind::Retire`], the connection. For [`FrameKind::Pages`], the bytes that the link holds under way
+    /// as far as the source knows, so that the destination can make its buffer as large.
     pub argument: u32,
     /// Runs that follow.
     pub run_count: u32,

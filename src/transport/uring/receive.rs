@@ -109,6 +109,7 @@ impl ReceiveRing {
         let (mut piece, mut begun, mut retries) = (0, false, 0);
         while piece < self.pieces.len() {
             match self.read_once(piece, stop) {
+                Ok(Some(0)) if stop() => return Ok(Received::Stopped),
                 Ok(Some(0)) if begun => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(Some(0)) => return Ok(Received::Closed),
                 Ok(Some(read)) => {

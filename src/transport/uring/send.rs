@@ -116,13 +116,8 @@ impl SendRing {
             _memory: memory.clone(),
             outgoing: Box::new(Outgoing {
                 header: Vec::with_capacity(HEADER_BYTES_MAX),
-                header_sent: 0,
                 pieces: Vec::with_capacity(FRAME_DATA_PAGES_MAX as usize),
-                piece: 0,
-                // SAFETY: a `msghdr` of zeros is one without address, data and control message.
-                message: unsafe { std::mem::zeroed() },
-                pending: 0,
-                outcome: None,
+                ..Outgoing::default()
             }),
             received: Box::new([0; ACKNOWLEDGEMENT_BYTES]),
             receiving: false,
@@ -270,6 +265,21 @@ impl SendRing {
     }
 }
 
+impl Default for Outgoing {
+    fn default() -> Self {
+        Self {
+            header: Vec::new(),
+            header_sent: 0,
+            pieces: Vec::new(),
+            piece: 0,
+            // SAFETY: a `msghdr` of zeros is one without address, data and control message.
+            message: unsafe { std::mem::zeroed() },
+            pending: 0,
+            outcome: None,
+        }
+    }
+}
+
 impl Outgoing {
     /// Books the end of one of the frame's operations.
     fn advance(&mut self, of_header: bool, result: io::Result<usize>) {
@@ -289,7 +299,7 @@ impl Outgoing {
                 }
             }
             // The pages were cancelled because their header did not go in one piece: its own result says why.
-            Err(error) if error.raw_os_error() == Some(libc::ECANCELED) && self.outcome.is_none() => {}
+            Err(error) if error.raw_os_error() == Some(libc::ECANCELED) => {}
             Err(error) => self.outcome = Some(error),
         }
     }
@@ -337,19 +347,7 @@ impl Drop for SendRing {
                 operations = self.ring.in_flight,
                 "io_uring keeps operations of an aborted socket"
             );
-            std::mem::forget(std::mem::replace(
-                &mut self.outgoing,
-                Box::new(Outgoing {
-                    header: Vec::new(),
-                    header_sent: 0,
-                    pieces: Vec::new(),
-                    piece: 0,
-                    // SAFETY: as in `new`.
-                    message: unsafe { std::mem::zeroed() },
-                    pending: 0,
-                    outcome: None,
-                }),
-            ));
+            std::mem::forget(std::mem::take(&mut self.outgoing));
             std::mem::forget(std::mem::replace(&mut self.received, Box::new([0; ACKNOWLEDGEMENT_BYTES])));
         }
     }
@@ -382,7 +380,79 @@ fn with_buffer_index(mut entry: squeue::Entry, index: u16) -> squeue::Entry {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        /// Whatever parts the kernel takes, what is sent next begins exactly where it stopped.
+        #[test]
+        fn short_sends_leave_exactly_the_rest(
+            header in 1..200_usize,
+            pieces in prop::collection::vec(1..10_usize, 0..40),
+            takes in prop::collection::vec(1..30_000_usize, 0..60),
+        ) {
+            const BASE: usize = 1 << 30;
+            let mut next = BASE;
+            let mut outgoing = Outgoing::default();
+            outgoing.header.resize(header, 0);
+            outgoing.pieces.extend(pieces.iter().map(|pages| {
+                let piece = libc::iovec {
+                    iov_base: std::ptr::without_provenance_mut(next),
+                    iov_len: pages * 4096,
+                };
+                next += pages * 4096;
+                piece
+            }));
+            let (total, mut sent) = (header + next - BASE, 0);
+            for take in takes.into_iter().chain([usize::MAX; 2]) {
+                if sent < header {
+                    let take = take.min(header - sent);
+                    outgoing.advance(true, Ok(take));
+                    // The pages were linked to a header that did not go in one piece.
+                    if sent + take < header && !pieces.is_empty() {
+                        outgoing.advance(false, Err(io::Error::from_raw_os_error(libc::ECANCELED)));
+                    }
+                    sent += take;
+                } else {
+                    let take = take.min(total - sent);
+                    outgoing.advance(false, Ok(take));
+                    sent += take;
+                }
+                let outcome = outgoing.outcome();
+                prop_assert_eq!(matches!(outcome, SendOutcome::Complete), sent == total, "{:?}", outcome);
+                prop_assert_eq!(outgoing.header_sent, sent.min(header));
+                let left: usize = outgoing.pieces[outgoing.piece..].iter().map(|piece| piece.iov_len).sum();
+                prop_assert_eq!(left, total - sent.max(header));
+                if let Some(piece) = outgoing.pieces.get(outgoing.piece) {
+                    prop_assert_eq!(piece.iov_base.addr(), BASE + sent.saturating_sub(header));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn errors_that_pass_are_told_from_those_that_do_not() {
+        for (error, passes) in [
+            (libc::EAGAIN, true),
+            (libc::ENOBUFS, true),
+            (libc::ENOMEM, true),
+            (libc::EOPNOTSUPP, true),
+            (libc::EPIPE, false),
+            (libc::ECONNRESET, false),
+            (libc::EFAULT, false),
+        ] {
+            let mut outgoing = Outgoing::default();
+            outgoing.header.resize(10, 0);
+            outgoing.advance(true, Err(io::Error::from_raw_os_error(error)));
+            outgoing.advance(false, Err(io::Error::from_raw_os_error(libc::ECANCELED)));
+            match outgoing.outcome() {
+                SendOutcome::Short(Some(found)) if passes => assert_eq!(found.raw_os_error(), Some(error)),
+                SendOutcome::Failed(found) if !passes => assert_eq!(found.raw_os_error(), Some(error)),
+                other => panic!("{error}: {other:?}"),
+            }
+        }
+    }
 
     #[test]
     fn the_buffer_index_lands_where_the_crate_puts_it_itself() {

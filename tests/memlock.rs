@@ -1,0 +1,72 @@
+//! Zero-copy without the right to lock memory: the fallbacks, and what is said about them.
+//!
+//! A test binary of its own: `RLIMIT_MEMLOCK` is the process's, and is changed here.
+#![cfg(feature = "migrate")]
+#![expect(clippy::unwrap_used, reason = "a test that fails says where")]
+#![expect(unsafe_code, reason = "guest RAM of the test is anonymous memory behind raw pointers")]
+
+use std::sync::Arc;
+use std::thread;
+
+use memmap2::{MmapMut, MmapRaw};
+use ringferry::transport::{
+    ChannelSnapshot, ChannelSpec, DataListener, MigrationToken, RoundSent, SendOptions, Sender, ZeroCopy,
+};
+use ringferry::{GuestMemory, PAGE_SIZE, PageIndex, PageRun, PageSet, Region, SlotId};
+use rustix::process::{Resource, Rlimit, setrlimit};
+use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
+
+const PAGES: u64 = 2000;
+
+fn ram() -> GuestMemory {
+    let mapping = MmapMut::map_anon(usize::try_from(PAGES).unwrap() * PAGE_SIZE).unwrap();
+    let mapping = Arc::new(MmapRaw::from(mapping));
+    let pages = PageRun { first: PageIndex(0), pages: PAGES };
+    let region = Region { slot: SlotId(0), pages, host: mapping.as_mut_ptr() };
+    // SAFETY: kept by the value; no reference to its bytes is ever made.
+    unsafe { GuestMemory::new(vec![region]) }.unwrap().kept_by(mapping)
+}
+
+/// Sends a round by a thread (and channel threads that inherit from it) without `CAP_IPC_LOCK`.
+fn send_unprivileged(zero_copy: ZeroCopy) -> (RoundSent, ChannelSnapshot) {
+    let (source, target) = (ram(), ram());
+    for page in 0..usize::try_from(PAGES).unwrap() {
+        // SAFETY: inside the mapping.
+        unsafe { source.regions()[0].host.add(page * PAGE_SIZE).write_volatile(7) };
+    }
+    let listener = DataListener::bind(&["127.0.0.1:0".parse().unwrap()]).unwrap();
+    let channel = ChannelSpec::to(listener.addresses()[0]);
+    let token = MigrationToken([3; 16]);
+    let receiver = listener.receive(token, target).unwrap();
+    let send = move || {
+        let held = capabilities(None).unwrap();
+        let effective = held.effective - CapabilitySet::IPC_LOCK;
+        set_capabilities(None, CapabilitySets { effective, ..held }).unwrap();
+        let options = SendOptions { zero_copy, ..SendOptions::default() };
+        let mut sender = Sender::connect(&[channel], token, source, options).unwrap();
+        let mut pages = PageSet::new(PageIndex(PAGES));
+        pages.insert_run(PageRun { first: PageIndex(0), pages: PAGES });
+        let sent = sender.send_round(1, Arc::new(pages)).unwrap();
+        (sent, sender.counters().channels().remove(0))
+    };
+    let sent = thread::spawn(send).join().unwrap();
+    assert_eq!(receiver.close().pages, PAGES);
+    sent
+}
+
+#[test]
+fn without_memlock_pages_are_copied_and_the_report_says_what_to_raise() {
+    let limit = Rlimit { current: Some(64 << 10), maximum: Some(64 << 10) };
+    setrlimit(Resource::Memlock, limit).unwrap();
+
+    // 64 KiB are not enough to register 8 MiB, nor to pin a frame.
+    for zero_copy in [ZeroCopy::AlwaysRegistered, ZeroCopy::Always, ZeroCopy::Auto] {
+        let (sent, channel) = send_unprivileged(zero_copy);
+        assert_eq!((sent.totals.pages_sent, sent.totals.zero_copy_sends), (PAGES, 0));
+        assert!(sent.losses.is_empty() && sent.totals.copied_sends > 0, "{sent:?}");
+        assert_eq!(channel.sending.registered_bytes, 0);
+        let fallback = channel.sending.fallback.unwrap_or_default();
+        assert!(fallback.contains("RLIMIT_MEMLOCK"), "{zero_copy:?}: `{fallback}`");
+        assert!(channel.sending.copies, "{zero_copy:?}");
+    }
+}
