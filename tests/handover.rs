@@ -12,7 +12,7 @@ use std::thread;
 use std::time::Duration;
 
 use memmap2::MmapMut;
-use ringferry::destination::{Destination, DestinationError, DestinationReport, Timeouts};
+use ringferry::destination::{Destination, DestinationError, DestinationOptions, DestinationReport};
 use ringferry::layout::{GuestMemory, PAGE_SIZE, PageIndex, PageRun, Region, SlotId};
 use ringferry::progress::{Parameters, Progress};
 use ringferry::source::{Source, SourceError, SourceOptions, SourceReport};
@@ -203,8 +203,9 @@ fn migrate(fault: Fault) -> Sides {
     let (source, destination) = thread::scope(|scope| {
         let (vm, memory) = (&mut destination_vm, &destination_ram.memory);
         let receiving = scope.spawn(|| {
-            let timeouts = Timeouts { silence: SHORT, commit: SHORT };
-            destination.accept(None, &never)?.receive(vm, 1, memory, timeouts, &never)
+            let options =
+                DestinationOptions { silence: SHORT, commit: SHORT, ..DestinationOptions::default() };
+            destination.accept(None, &never)?.receive(vm, 1, memory, &options, &never)
         });
         let source = Source::new(&mut source_vm, &mut tracker, &source_ram.memory, options, progress).run();
         // Nobody may wait for a source that never came.

@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::Duration;
 
-use ringferry::destination::{Destination, Timeouts};
+use ringferry::destination::{Destination, DestinationOptions};
 use ringferry::progress::{Parameters, Progress};
 use ringferry::source::{Source, SourceOptions};
 use ringferry::{DirtySource, Vm};
@@ -49,7 +49,13 @@ fn migrate(backing: Backing) {
     let (report, received) = thread::scope(|scope| {
         let receiving = scope.spawn(|| {
             let memory = arrived.memory().clone();
-            destination.accept(None, &never)?.receive(&mut arrived, 2, &memory, Timeouts::default(), &never)
+            destination.accept(None, &never)?.receive(
+                &mut arrived,
+                2,
+                &memory,
+                &DestinationOptions::default(),
+                &never,
+            )
         });
         let progress = Progress::new(Parameters::default());
         let report = Source::new(&mut vm, &mut tracker, &memory, options, progress).run();

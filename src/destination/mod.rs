@@ -82,18 +82,23 @@ pub enum DestinationError {
     Cancelled,
 }
 
-/// How long a destination waits, and for what.
-#[derive(Clone, Copy, Debug)]
-pub struct Timeouts {
+/// What the user of a destination chooses.
+#[derive(Clone, Debug)]
+pub struct DestinationOptions {
     /// Longest time without a page and without a word.
     pub silence: Duration,
-    /// From `Prepared` to `Commit`.
+    /// Longest time from `Prepared` to `Commit`.
     pub commit: Duration,
+    /// Where data connections are awaited, for dedicated NICs; if empty, on a free port of the address at which
+    /// the source reached the control connection.
+    pub data_addresses: Vec<SocketAddr>,
 }
 
-impl Default for Timeouts {
+impl Default for DestinationOptions {
+    /// A minute for either, data on the control connection's address.
     fn default() -> Self {
-        Self { silence: Duration::from_secs(60), commit: Duration::from_secs(60) }
+        let minute = Duration::from_secs(60);
+        Self { silence: minute, commit: minute, data_addresses: Vec::new() }
     }
 }
 
@@ -248,14 +253,14 @@ impl Incoming {
         vm: &mut dyn Vm,
         vcpus: u32,
         memory: &GuestMemory,
-        timeouts: Timeouts,
+        options: &DestinationOptions,
         cancel: &AtomicBool,
     ) -> Result<DestinationReport, DestinationError> {
         if let Some(mismatch) = self.mismatch(vcpus, memory) {
             return Err(self.refuse(mismatch));
         }
         let started = Instant::now();
-        match self.precommit(vm, memory, timeouts, cancel) {
+        match self.precommit(vm, memory, options, cancel) {
             Ok((paused, report)) => self.take_over(vm, paused, report, started),
             Err(error) => {
                 // The source may be the one who ended it, or be gone: then nobody hears this.
@@ -272,14 +277,14 @@ impl Incoming {
         &mut self,
         vm: &mut dyn Vm,
         memory: &GuestMemory,
-        timeouts: Timeouts,
+        options: &DestinationOptions,
         cancel: &AtomicBool,
     ) -> Result<(Paused, DestinationReport), DestinationError> {
-        let receiver = self.open_channels(memory)?;
+        let receiver = self.open_channels(memory, &options.data_addresses)?;
         let mut state = None;
         let (paused, theirs) = loop {
-            self.wait_for_word(&receiver, timeouts.silence, cancel)?;
-            match self.control.receive("State or Prepare", timeouts.silence, cancel)? {
+            self.wait_for_word(&receiver, options.silence, cancel)?;
+            match self.control.receive("State or Prepare", options.silence, cancel)? {
                 Message::State(bytes) => state = Some(bytes),
                 Message::Prepare { ram_digest } => match state.take() {
                     Some(state) => {
@@ -312,8 +317,8 @@ impl Incoming {
             return Err(DestinationError::DigestMismatch { ours, theirs });
         }
         report.ram_digest_match = self.hello.verify.then_some(true);
-        self.control.send(&Message::Prepared { ram_digest: ours }, timeouts.commit)?;
-        match self.control.receive("Commit", timeouts.commit, cancel)? {
+        self.control.send(&Message::Prepared { ram_digest: ours }, options.commit)?;
+        match self.control.receive("Commit", options.commit, cancel)? {
             Message::Commit => Ok((paused, report)),
             Message::Abort(why) => Err(DestinationError::Aborted(why)),
             other => Err(DestinationError::Unexpected { expected: "Commit", got: other.name() }),
@@ -322,8 +327,14 @@ impl Incoming {
 }
 
 impl Incoming {
-    fn open_channels(&mut self, memory: &GuestMemory) -> Result<Receiver, DestinationError> {
-        let listener = DataListener::bind(&[SocketAddr::new(self.local.ip(), 0)])?;
+    fn open_channels(
+        &mut self,
+        memory: &GuestMemory,
+        addresses: &[SocketAddr],
+    ) -> Result<Receiver, DestinationError> {
+        let beside_control = [SocketAddr::new(self.local.ip(), 0)];
+        let addresses = if addresses.is_empty() { &beside_control } else { addresses };
+        let listener = DataListener::bind(addresses)?;
         let data_port = listener.addresses().first().map_or(0, SocketAddr::port);
         let receiver = listener.receive(MigrationToken(self.hello.token), memory.clone())?;
         self.control.send(&Message::Accept { protocol: PROTOCOL, data_port }, HELLO_TIMEOUT)?;

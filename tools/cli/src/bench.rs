@@ -6,6 +6,7 @@ use clap::Subcommand;
 
 use crate::output::Output;
 
+mod migrate;
 mod send;
 
 /// Measure this machine, and what Ringferry makes of it
@@ -17,6 +18,7 @@ pub struct Args {
 
 #[derive(Subcommand, Debug)]
 enum Bench {
+    Migrate(migrate::Args),
     Send(send::Args),
 }
 
@@ -27,6 +29,7 @@ enum Bench {
 /// That one's.
 pub fn run(args: Args, output: Output) -> anyhow::Result<ExitCode> {
     match args.bench {
+        Bench::Migrate(args) => migrate::run(&args, output),
         Bench::Send(args) => send::run(args, output),
     }
 }

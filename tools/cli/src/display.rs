@@ -85,10 +85,6 @@ impl Display {
         if let Err(error) = shown {
             tracing::warn!(%error, "progress could not be shown");
         }
-        if let (Some(bars), Event::Ended { .. }) = (&self.bars, event) {
-            // Nobody is left to be told if the terminal is gone.
-            let _ = bars.all.clear();
-        }
     }
 }
 
@@ -106,6 +102,15 @@ impl Display {
                 Some(format!("{}; {}", round_line(round), expectation(&expected)))
             }
             _ => sentence(event),
+        }
+    }
+}
+
+impl Drop for Display {
+    fn drop(&mut self) {
+        if let Some(bars) = &self.bars {
+            // Nobody is left to be told if the terminal is gone.
+            let _ = bars.all.clear();
         }
     }
 }

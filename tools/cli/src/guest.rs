@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use clap::ValueEnum;
+use ringferry_testvm::workload::command_line;
 use ringferry_testvm::{
     Backing, Boot, Config, Guest, GuestError, HugePages, Image, TestVm, Tracking, VcpuStatus, guest_image,
 };
@@ -125,6 +126,11 @@ impl GuestArgs {
             let words = self.work.iter().map(|work| format!(" {work}"));
             format!("vcpus={} fill={}{}", self.vm.vcpus, self.fill.bytes, words.collect::<String>())
         });
+        if self.image.is_none() {
+            // The guest says the same, but only after it has booted.
+            let line = format!("guest {append}");
+            command_line::Config::parse(&line).map_err(|error| anyhow!("{error}"))?;
+        }
         let tracking = match self.backend {
             BackendArg::Ring => Tracking::Ring { entries: self.ring_entries },
             BackendArg::Bitmap => Tracking::Bitmap,

@@ -18,12 +18,15 @@ mod guest;
 mod interrupt;
 mod migrate;
 mod monitor;
+mod namespace;
 mod output;
 mod receive;
 mod report;
 mod run;
+mod scenario;
 mod send;
 mod sizes;
+mod two_processes;
 
 use output::Output;
 

@@ -5,11 +5,11 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use ringferry::converge::{ConvergenceTimeout, Limits, Policy};
+use ringferry::converge::{ConvergenceTimeout, DirtyLimit, Limits, Policy};
 use ringferry::progress::{Parameters, Progress, Terms, Update};
 use ringferry::source::{Source, SourceOptions, SourceReport};
 use ringferry::track::VcpuFigures;
-use ringferry::transport::MaxBandwidth;
+use ringferry::transport::{ChannelSpec, MaxBandwidth, SpecError};
 use serde::{Deserialize, Serialize};
 
 use crate::display::follow;
@@ -24,6 +24,11 @@ pub struct MigrateArgs {
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub channels: u32,
 
+    /// A data connection over a NIC of its own, [LOCAL][%DEVICE]=REMOTE:PORT; several make several channels,
+    /// and `receive` waits with --data-listen for each
+    #[arg(long, value_name = "CHANNEL", value_parser = parse_channel)]
+    pub channel: Vec<String>,
+
     /// Longest time that the guest may stand still
     #[arg(long, value_name = "TIME", default_value = "300ms")]
     pub downtime_limit: Time,
@@ -31,6 +36,10 @@ pub struct MigrateArgs {
     /// Who is slowed down so that the migration ends: fair-share, none, auto-converge or dirty-limit
     #[arg(long, value_name = "NAME", default_value = "fair-share")]
     pub policy: PolicyName,
+
+    /// What `dirty-limit` allows each vCPU [default: 1MB/s]
+    #[arg(long, value_name = "RATE")]
+    pub dirty_limit: Option<Rate>,
 
     /// The whole migration ends by then, if braking the guest can do it
     #[arg(long, value_name = "TIME")]
@@ -68,11 +77,48 @@ const DOWNTIME_CAP: Duration = Duration::from_secs(10);
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct PolicyName(String);
 
+impl Default for PolicyName {
+    fn default() -> Self {
+        Self(Policy::default().to_string())
+    }
+}
+
+impl std::fmt::Display for PolicyName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
 impl std::str::FromStr for PolicyName {
     type Err = ringferry::converge::UnknownPolicy;
 
     fn from_str(name: &str) -> Result<Self, Self::Err> {
         Policy::from_str(name).map(|policy| Self(policy.to_string()))
+    }
+}
+
+/// Kept as text, because it may be sent to another process.
+fn parse_channel(text: &str) -> Result<String, SpecError> {
+    text.parse::<ChannelSpec>().map(|_| text.to_owned())
+}
+
+impl Default for MigrateArgs {
+    /// As the command line has them.
+    fn default() -> Self {
+        Self {
+            channels: 2,
+            channel: Vec::new(),
+            downtime_limit: Time(Duration::from_millis(300)),
+            policy: PolicyName::default(),
+            dirty_limit: None,
+            deadline: None,
+            max_bandwidth: None,
+            switchover_bandwidth: None,
+            max_rounds: 1000,
+            convergence_timeout: None,
+            timeout: None,
+            no_verify: false,
+        }
     }
 }
 
@@ -92,7 +138,12 @@ impl MigrateArgs {
             ..Limits::default()
         };
         let terms = Terms {
-            policy: self.policy.0.parse()?,
+            policy: match (self.policy.0.parse()?, self.dirty_limit) {
+                (Policy::DirtyLimit(_), Some(limit)) => {
+                    Policy::DirtyLimit(DirtyLimit { bytes_per_s: limit.bytes_per_s })
+                }
+                (policy, _) => policy,
+            },
             limits,
             switchover_bandwidth: self.switchover_bandwidth.map(|rate| rate.bytes_per_s as f64),
         };
@@ -114,6 +165,7 @@ impl MigrateArgs {
         let options = SourceOptions {
             destination: destination.to_owned(),
             channels: self.channels,
+            channel_specs: self.channel.iter().map(|text| text.parse()).collect::<Result<_, SpecError>>()?,
             verify: !self.no_verify,
             vcpus: u32::try_from(host.vm.vcpus())?,
             ..SourceOptions::default()

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
-use ringferry::destination::{Destination, DestinationReport, Timeouts};
+use ringferry::destination::{Destination, DestinationOptions, DestinationReport};
 use ringferry::vm::VmError;
 use ringferry::{Paused, Vm};
 use ringferry_testvm::{Guest, TestVm, check};
@@ -31,6 +31,10 @@ pub struct Args {
     /// Where to wait for the source
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:7000")]
     listen: SocketAddr,
+
+    /// Where to wait for data connections, once per dedicated NIC [default: beside the control connection]
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    data_listen: Vec<SocketAddr>,
 
     /// Listen on an address that other machines can reach, although nothing is encrypted or authenticated
     #[arg(long)]
@@ -70,8 +74,9 @@ pub fn run(args: Args, output: Output) -> Result<ExitCode> {
     let destination = Destination::bind(args.listen, args.insecure)?;
     let address = destination.local_addr()?;
     tell(output, &Told::Listening { address }, || format!("waiting for a VM on {address}"))?;
+    let options = DestinationOptions { data_addresses: args.data_listen, ..DestinationOptions::default() };
     let incoming = destination.accept(args.wait.map(|limit| limit.0), interrupted)?;
-    let report = incoming.receive(&mut landing, args.vm.vcpus, &memory, Timeouts::default(), interrupted)?;
+    let report = incoming.receive(&mut landing, args.vm.vcpus, &memory, &options, interrupted)?;
     tell(output, &Told::Received(report.clone()), || {
         let digest = if report.ram_digest_match == Some(true) { ", RAM digests equal" } else { "" };
         format!("the VM runs here: {} pages received{digest}", report.pages_received)

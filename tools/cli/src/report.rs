@@ -1,7 +1,7 @@
 //! The object that a migration ends with. Its field names are a contract with those who read it.
 
 use indicatif::{BinaryBytes, HumanCount};
-use ringferry::progress::RoundReport;
+use ringferry::progress::{Prediction, RoundReport};
 use ringferry::source::SourceReport;
 use serde::{Deserialize, Serialize};
 
@@ -27,6 +27,12 @@ pub struct MigrationReport {
     pub ram_digest_match: Option<bool>,
     pub guest_consistent: Option<bool>,
     pub vcpus: Vec<VcpuReport>,
+    /// What was expected when the first round had ended; not part of the object.
+    #[serde(skip)]
+    pub prediction_after_round_1: Option<Prediction>,
+    /// The downtime expected just before the guest was stopped; not part of the object.
+    #[serde(skip)]
+    pub predicted_downtime_ms: Option<f64>,
 }
 
 /// One vCPU's part. Progress is in steps of its workload: page writes, page reads or computations.
@@ -66,6 +72,8 @@ impl MigrationReport {
             ram_digest_match: source.ram_digest_match,
             guest_consistent: None,
             vcpus,
+            prediction_after_round_1: source.prediction_after_round_1,
+            predicted_downtime_ms: source.predicted_downtime_ms,
         }
     }
 
@@ -114,16 +122,17 @@ impl MigrationReport {
             ),
         );
         text.push_str(
-            "  vCPU      dirtied  ring full  longest stall   before        during        after      lost\n",
+            "  vCPU      dirtied  ring full  longest stall   throttled       before       during        after       lost\n",
         );
         for vcpu in &self.vcpus {
             let after = vcpu.progress_after_per_s.map_or_else(|| "-".to_owned(), rate);
             text.push_str(&format!(
-                "  {:4} {:>12} {:>10} {:>11.1} ms {:>10}/s {:>10}/s {:>10}/s {:>6.0} ms\n",
+                "  {:4} {:>12} {:>10} {:>11.1} ms {:>8.0} ms {:>10}/s {:>10}/s {:>10}/s {:>7.0} ms\n",
                 vcpu.index,
                 HumanCount(vcpu.pages_dirtied).to_string(),
                 HumanCount(vcpu.ring_full_exits).to_string(),
                 vcpu.longest_stall_ms,
+                vcpu.throttled_ms,
                 rate(vcpu.progress_before_per_s),
                 rate(vcpu.progress_during_per_s),
                 after,

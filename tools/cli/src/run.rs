@@ -67,7 +67,10 @@ pub fn run(args: Args, output: Output) -> Result<ExitCode> {
         if let Some(client) = monitor.accept()? {
             match serve(client, &mut host, &rates)? {
                 Some(report) => return finish(output, &report),
-                None => last = host.marks()?,
+                None => {
+                    last = host.marks()?;
+                    next_report = started.elapsed() + REPORT_EVERY;
+                }
             }
         }
         if started.elapsed() >= next_report {

@@ -10,7 +10,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 /// Bytes of memory or of a file.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct Size {
     /// How many.
     pub bytes: u64,
@@ -18,6 +19,7 @@ pub struct Size {
 
 /// What a link carries.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct Rate {
     /// Bytes, not bits.
     pub bytes_per_s: u64,
@@ -25,6 +27,7 @@ pub struct Rate {
 
 /// A limit or an interval, with a resolution of a nanosecond.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct Time(pub Duration);
 
 /// A unit's name, and how many of the base unit it is.
@@ -124,6 +127,27 @@ fn print(value: u64, units: &[Unit], f: &mut fmt::Formatter<'_>) -> fmt::Result 
     let (name, unit) = whole.max_by_key(|(_, unit)| *unit).or(units.last()).unwrap_or(&("", 1));
     write!(f, "{}{name}", value / unit)
 }
+
+/// In files and messages they are what a user writes.
+macro_rules! as_text {
+    ($($quantity:ty),*) => {$(
+        impl TryFrom<String> for $quantity {
+            type Error = ParseError;
+
+            fn try_from(text: String) -> Result<Self, ParseError> {
+                text.parse()
+            }
+        }
+
+        impl From<$quantity> for String {
+            fn from(quantity: $quantity) -> Self {
+                quantity.to_string()
+            }
+        }
+    )*};
+}
+
+as_text!(Size, Rate, Time);
 
 impl FromStr for Size {
     type Err = ParseError;

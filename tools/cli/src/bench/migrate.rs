@@ -1,0 +1,219 @@
+//! `ringferry bench migrate`: a scenario, run on a real guest and over a shaped link, under one policy after another.
+
+use std::process::ExitCode;
+use std::sync::Mutex;
+use std::sync::atomic::Ordering;
+
+use anyhow::{Result, bail};
+use ringferry::progress::{Event, Update};
+use serde::Serialize;
+
+use crate::display::Display;
+use crate::guest::BackendArg;
+use crate::interrupt;
+use crate::migrate::{MigrateArgs, PolicyName};
+use crate::namespace::ShapedLink;
+use crate::output::Output;
+use crate::report::MigrationReport;
+use crate::scenario::Scenario;
+use crate::sizes::{Rate, Time};
+use crate::two_processes::{Crossing, Listen};
+
+/// A policy that never ends is given up after this long, unless the user says otherwise.
+const GIVE_UP: &str = "120s";
+
+const EXAMPLES: &str = "\
+Examples:
+  ringferry bench migrate --scenario rhel73-60m
+  ringferry bench migrate --scenario rhel73-60m --policy fair-share,auto-converge,dirty-limit,none --repeat 5
+  ringferry bench migrate --scenario heavy-512m-80 --deadline 21s
+  ringferry bench migrate --scenario mine.toml --json
+
+The link is made of two network namespaces and tbf, and goes when the measurement ends: needs root and iproute2.";
+
+/// Run a scenario on a real guest: how long, at which price for the guest
+#[derive(clap::Args, Debug)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    /// Name of a built-in scenario, or a file
+    #[arg(long, value_name = "NAME|FILE")]
+    scenario: String,
+
+    /// Policies, one after the other in the same run
+    #[arg(long, value_name = "NAME", value_delimiter = ',', default_value = "fair-share")]
+    policy: Vec<PolicyName>,
+
+    /// Migrations under each policy, in turn
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    repeat: u32,
+
+    /// The whole migration ends by then, if braking the guest can do it
+    #[arg(long, value_name = "TIME")]
+    deadline: Option<Time>,
+
+    /// What `dirty-limit` allows each vCPU
+    #[arg(long, value_name = "RATE")]
+    dirty_limit: Option<Rate>,
+
+    /// Data connections
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    channels: u32,
+
+    /// Where dirty pages come from
+    #[arg(long, value_enum, default_value_t = BackendArg::Ring)]
+    backend: BackendArg,
+
+    /// Entries of each vCPU's dirty ring
+    #[arg(long, value_name = "N", default_value_t = 65_536)]
+    ring_entries: u32,
+
+    /// Time after which a migration is given up
+    #[arg(long, value_name = "TIME", default_value = GIVE_UP)]
+    timeout: Time,
+
+    /// Do not compare the RAM of both sides: the comparison is part of the downtime
+    #[arg(long)]
+    no_verify: bool,
+}
+
+/// A `migration_report` and what a scenario adds to it.
+#[derive(Clone, Debug, Serialize)]
+struct ScenarioReport {
+    #[serde(flatten)]
+    report: MigrationReport,
+    scenario: String,
+    policy: String,
+    floor_ms: f64,
+    predicted_total_ms_after_round_1: Option<f64>,
+    predicted_downtime_ms: Option<f64>,
+    policy_events: Vec<Event>,
+}
+
+/// A migration that did not end.
+#[derive(Clone, Debug, Serialize)]
+struct FailedReport {
+    kind: &'static str,
+    result: &'static str,
+    scenario: String,
+    policy: String,
+    error: String,
+    policy_events: Vec<Event>,
+}
+
+/// Runs the command.
+pub fn run(args: &Args, output: Output) -> Result<ExitCode> {
+    let interrupted = interrupt::flag()?;
+    let scenario = Scenario::load(&args.scenario)?;
+    if !output.json() {
+        output.line(format_args!("{}: {}", args.scenario, scenario.description.trim()))?;
+        output.line(format_args!("the least that it can take: {:.1} s", scenario.floor_ms() / 1e3))?;
+    }
+    let link = ShapedLink::new(scenario.link.rate.bytes_per_s)?;
+    link.enter_near()?;
+    let mut all_ended = true;
+    for run in 0..args.repeat {
+        for policy in &args.policy {
+            if interrupted.load(Ordering::Relaxed) {
+                bail!("interrupted");
+            }
+            if !output.json() {
+                output.line(format_args!("\nrun {} of {}, policy {policy}", run + 1, args.repeat))?;
+            }
+            all_ended &= one(args, &scenario, policy, &link, output)?;
+        }
+    }
+    Ok(if all_ended { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// One migration; false if it did not end.
+fn one(
+    args: &Args,
+    scenario: &Scenario,
+    policy: &PolicyName,
+    link: &ShapedLink,
+    output: Output,
+) -> Result<bool> {
+    let guest = scenario.guest_args(args.backend, args.ring_entries)?;
+    let listen = Listen { address: (ShapedLink::FAR, 7000).into(), namespace: Some(link.far().to_owned()) };
+    let mut crossing = Crossing::prepare(&guest, &listen)?;
+    let migrate = MigrateArgs {
+        channels: args.channels,
+        downtime_limit: scenario.limits.downtime,
+        policy: policy.clone(),
+        dirty_limit: args.dirty_limit,
+        deadline: args.deadline,
+        timeout: Some(args.timeout),
+        no_verify: args.no_verify,
+        ..MigrateArgs::default()
+    };
+    let events = Mutex::new(Vec::new());
+    let mut display = Display::new(output);
+    let migrated = crossing.migrate(&migrate, interrupt::flag()?, |update| {
+        if let Update::Event { event, .. } = update
+            && is_of_policy(event)
+        {
+            events.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(event.clone());
+        }
+        display.show(update);
+    });
+    drop(display);
+    let policy_events = events.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let (scenario_name, policy) = (args.scenario.clone(), policy.to_string());
+    match migrated {
+        Ok(report) => {
+            let report = ScenarioReport {
+                scenario: scenario_name,
+                policy,
+                floor_ms: scenario.floor_ms(),
+                predicted_total_ms_after_round_1: report.prediction_after_round_1.and_then(|p| p.total_ms),
+                predicted_downtime_ms: report.predicted_downtime_ms,
+                policy_events,
+                report,
+            };
+            if output.json() {
+                output.object(&report)?;
+            } else {
+                output.write(report.text().as_bytes())?;
+            }
+            Ok(true)
+        }
+        Err(error) => {
+            let error = format!("{error:#}");
+            if output.json() {
+                let (kind, result) = ("migration_report", "failed");
+                output.object(&FailedReport {
+                    kind,
+                    result,
+                    scenario: scenario_name,
+                    policy,
+                    error,
+                    policy_events,
+                })?;
+            } else {
+                output.line(format_args!("did not end: {error}"))?;
+            }
+            Ok(false)
+        }
+    }
+}
+
+fn is_of_policy(event: &Event) -> bool {
+    !matches!(
+        event,
+        Event::Started { .. } | Event::RoundStarted { .. } | Event::RoundEnded(_) | Event::Ended { .. }
+    )
+}
+
+impl ScenarioReport {
+    fn text(&self) -> String {
+        let predicted = self.predicted_total_ms_after_round_1.map_or_else(
+            || "nothing was predicted after the first round".to_owned(),
+            |ms| format!("predicted after the first round: {:.1} s", ms / 1e3),
+        );
+        format!(
+            "{}{:.2} times the least possible; {predicted}\n",
+            self.report.text(),
+            self.report.total_ms / self.floor_ms
+        )
+    }
+}

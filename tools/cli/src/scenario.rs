@@ -1,0 +1,152 @@
+//! Scenarios: published experiments as files, so that everyone repeats the same one.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use ringferry::PAGE_SIZE;
+use ringferry_testvm::workload::command_line::Work;
+use serde::Deserialize;
+
+use crate::guest::{BackendArg, BackingArg, GuestArgs, HugePagesArg, VmArgs};
+use crate::sizes::{Rate, Size, Time};
+
+/// Those that are built in, by name.
+const BUILT_IN: [(&str, &str); 8] = [
+    ("rhel73-30m", include_str!("../../scenarios/rhel73-30m.toml")),
+    ("rhel73-50m", include_str!("../../scenarios/rhel73-50m.toml")),
+    ("rhel73-60m", include_str!("../../scenarios/rhel73-60m.toml")),
+    ("rhel73-100m", include_str!("../../scenarios/rhel73-100m.toml")),
+    ("heavy-512m-50", include_str!("../../scenarios/heavy-512m-50.toml")),
+    ("heavy-512m-80", include_str!("../../scenarios/heavy-512m-80.toml")),
+    ("heavy-512m-150", include_str!("../../scenarios/heavy-512m-150.toml")),
+    ("one-heavy-of-eight", include_str!("../../scenarios/one-heavy-of-eight.toml")),
+];
+
+/// A guest, what its vCPUs do, the link, and the limits.
+#[derive(Clone, PartialEq, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Scenario {
+    /// What it repeats, and whose it is.
+    pub description: String,
+    pub guest: Guest,
+    pub link: Link,
+    pub limits: Limits,
+}
+
+#[derive(Clone, PartialEq, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Guest {
+    pub memory: Size,
+    /// Non-zero RAM outside the working sets.
+    pub fill: Size,
+    /// What each vCPU does, in the words of the guest's command line: as many as there are vCPUs.
+    pub vcpus: Vec<String>,
+}
+
+#[derive(Clone, PartialEq, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Link {
+    pub rate: Rate,
+}
+
+#[derive(Clone, PartialEq, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Limits {
+    pub downtime: Time,
+}
+
+impl Scenario {
+    /// The scenario of this name, or in this file.
+    pub fn load(name: &str) -> Result<Self> {
+        if let Some((_, text)) = BUILT_IN.iter().find(|(known, _)| *known == name) {
+            return Self::parse(name, text);
+        }
+        let known: Vec<&str> = BUILT_IN.iter().map(|(known, _)| *known).collect();
+        let text = std::fs::read_to_string(Path::new(name)).with_context(|| {
+            format!("{name} is no scenario that can be read; built in are {}", known.join(", "))
+        })?;
+        Self::parse(name, &text)
+    }
+
+    fn parse(file: &str, text: &str) -> Result<Self> {
+        // toml names line, column, key and what is allowed.
+        let scenario: Self = toml::from_str(text).with_context(|| format!("scenario {file}"))?;
+        if scenario.guest.vcpus.is_empty() || scenario.guest.vcpus.len() > 16 {
+            bail!(
+                "scenario {file}: key `vcpus` in [guest] has {} entries, 1 to 16 are allowed",
+                scenario.guest.vcpus.len()
+            );
+        }
+        for (vcpu, work) in scenario.guest.vcpus.iter().enumerate() {
+            Work::default().change(work).map_err(|error| {
+                anyhow::anyhow!("scenario {file}: key `vcpus` in [guest], entry {vcpu}: {error}")
+            })?;
+        }
+        Ok(scenario)
+    }
+
+    /// The guest that it describes.
+    pub fn guest_args(&self, backend: BackendArg, ring_entries: u32) -> Result<GuestArgs> {
+        let vcpus = u32::try_from(self.guest.vcpus.len())?;
+        let work = self.guest.vcpus.iter().enumerate();
+        Ok(GuestArgs {
+            vm: VmArgs {
+                memory: self.guest.memory,
+                vcpus,
+                regions: 1,
+                backing: BackingArg::Anonymous,
+                huge_pages: HugePagesArg::None,
+            },
+            fill: self.guest.fill,
+            work: work.map(|(vcpu, work)| format!("vcpu{vcpu}={work}")).collect(),
+            image: None,
+            append: None,
+            backend,
+            ring_entries,
+        })
+    }
+
+    /// The least time that a migration can take: what is populated, and once more what is written, over the link.
+    pub fn floor_ms(&self) -> f64 {
+        let written = self.guest.vcpus.iter().filter_map(|text| {
+            let mut work = Work::default();
+            work.change(text).ok()?;
+            work.pattern.writes().then_some(work.working_set_pages * PAGE_SIZE as u64)
+        });
+        let written: u64 = written.sum();
+        (self.guest.fill.bytes + 2 * written) as f64 / self.link.rate.bytes_per_s as f64 * 1e3
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_built_in_scenario_can_be_read() {
+        for (name, _) in BUILT_IN {
+            assert!(Scenario::load(name).unwrap().floor_ms() > 0.0, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_wrong_scenario_is_answered_with_file_line_key_and_what_is_allowed() {
+        let text = BUILT_IN[0].1.replace("downtime", "down-time");
+        let error = format!("{:#}", Scenario::parse("mine.toml", &text).unwrap_err());
+        for part in ["mine.toml", "line", "down-time", "expected `downtime`"] {
+            assert!(error.contains(part), "{part:?} is missing in: {error}");
+        }
+        let text = BUILT_IN[0].1.replace("sequential", "backwards");
+        let error = format!("{:#}", Scenario::parse("mine.toml", &text).unwrap_err());
+        assert!(error.contains("entry 0") && error.contains("backwards"), "{error}");
+        let text = BUILT_IN[0].1.replace("100MB/s", "fast");
+        let error = format!("{:#}", Scenario::parse("mine.toml", &text).unwrap_err());
+        assert!(error.contains("rate") && error.contains("100MB/s"), "{error}");
+    }
+
+    #[test]
+    fn a_scenario_that_does_not_exist_is_answered_with_those_that_do() {
+        let error = format!("{:#}", Scenario::load("rhel99").unwrap_err());
+        assert!(error.contains("rhel73-60m"), "{error}");
+    }
+}
