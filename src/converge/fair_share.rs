@@ -1,10 +1,13 @@
 //! Fair share: who has to slow down, how far, and when it is worth it.
 //!
-//! **Who and how far.** A round of length `T` may leave at most `A` pages dirty. If the vCPUs would dirty more,
-//! `Σ nᵢ(T) > A`, water is poured: the level λ with `Σ min(nᵢ, λ) = A`. A vCPU with `nᵢ ≤ λ` is never touched;
-//! each other gets λ pages for the round. Since `λ ≥ A ÷ vCPUs`, whoever stays within an equal share of what the
-//! link can take is safe, whatever the others do. Nobody is held below `min_share` of its own `nᵢ`; what that
-//! adds is not taken from the others: the round just leaves more than `A`.
+//! **Who.** A round of `D` pages and length `T` may leave `A = max(P*, ¾D)`: what fits the downtime, or what lets
+//! the next round be a quarter smaller. If the vCPUs would dirty more, `Σ nᵢ(T) > A`, water is poured: the level λ
+//! with `Σ min(nᵢ, λ) = A`. A vCPU with `nᵢ ≤ λ` is never touched. Since `λ ≥ A ÷ vCPUs`, whoever stays within an
+//! equal share of what the link can take is safe, whatever the others do.
+//!
+//! **How far.** Each of the others gets the same number of pages for the round, evenly: λ, or less where that ends
+//! the migration sooner and so costs the guest less. Nobody is held below `min_share` of its own `nᵢ`; what that
+//! adds is not taken from the others: the round just leaves more.
 //!
 //! **What it costs.** In a round of length `T`, a vCPU that may dirty λ pages runs for `nᵢ⁻¹(λ)` and stands for
 //! the rest: it loses `T − nᵢ⁻¹(λ)`; for a steady writer, `T × (1 − λ ÷ nᵢ(T))`.
@@ -15,10 +18,12 @@
 //!
 //! * for `ρ < 1`, every second of further rounds saves the guest `(1 − ρ) ÷ ρ` seconds: let them run until the
 //!   deadline, or until a second of migration is dearer than that (`impatience`), then brake in one go;
-//! * for `ρ ≥ 1`, every further round costs: brake at once, in the first round that can reach `P*`, and as hard
-//!   as that takes. 512 MB written at 150 MB/s over 100 MB/s: one round of 5.1 s that may leave 50 MB costs
-//!   `5.1 − 50 ÷ 150 = 4.8 s`. Halving each round instead (512, 256, 128, 64, 32 MB) costs `D ÷ B − D ÷ 2W` in
-//!   each, together `9.6 − 3.2 = 6.4 s`, and ends later.
+//! * for `ρ ≥ 1`, every further round costs: brake at once, and as hard as may be. The guest is stopped as soon as
+//!   what is unsent and what is dirty again fit together; at a braked rate `r` that is after `(D − P*) ÷ (B − r)`,
+//!   of which the vCPU loses `1 − r ÷ W`. For `W > B` that product grows with `r`, so the hardest brake is the
+//!   cheapest: 512 MB written at 150 MB/s over 100 MB/s, held to its 5 %, loses `462 ÷ 92.5 × 0.95 = 4.7 s`.
+//!   Halving each round instead (512, 256, 128, 64, 32 MB) costs `D ÷ B − D ÷ 2W` in each, together
+//!   `9.6 − 3.2 = 6.4 s`, and ends later.
 //!
 //! The planner does not use these formulas: it walks the rounds on the measured curves, for each moment at which
 //! braking could begin and several depths, and takes the cheapest plan that keeps the deadline. They are why its
@@ -47,10 +52,34 @@ pub fn water_fill(demands: &[f64], budget: f64) -> f64 {
     f64::INFINITY
 }
 
-/// What a vCPU with this demand may dirty at level λ, with a floor of `min_share` of its demand.
-pub fn allowance(demand: f64, level: f64, min_share: f64) -> f64 {
-    let demand = sane(demand);
-    if demand <= level { demand } else { level.max(demand * sane(min_share).min(1.0)) }
+/// The two levels of a braked round.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Levels {
+    /// λ of the fair share: a vCPU that would dirty no more is not held back at all.
+    pub fair: f64,
+    /// What each of the others may dirty; at most as much, unless the round may leave more than its fair share.
+    pub quota: f64,
+}
+
+impl Levels {
+    /// The levels for vCPUs that would dirty `demands`, where writers that cannot be held back dirty `others`, the
+    /// round is to leave `target`, and `share` is what all vCPUs may fairly leave together.
+    pub fn new(demands: &[f64], others: f64, target: f64, share: f64) -> Self {
+        let (target, share) = (sane(target), sane(share));
+        let fair = water_fill(demands, target.max(share) - others);
+        if target >= share {
+            return Self { fair, quota: fair };
+        }
+        let (mut light, mut heavy) = (0.0, 0u32);
+        for demand in demands.iter().map(|demand| sane(*demand)) {
+            if demand <= fair {
+                light += demand;
+            } else {
+                heavy += 1;
+            }
+        }
+        Self { fair, quota: sane((target - others - light) / f64::from(heavy.max(1))).min(fair) }
+    }
 }
 
 #[cfg(test)]
@@ -81,29 +110,30 @@ mod tests {
     proptest! {
         #[test]
         fn the_water_stands_level_and_the_innocent_are_dry(
-            demands in prop::collection::vec(0.0..1e9f64, 0..200), budget in 0.0..1e10f64, min_share in 0.0..0.2f64,
+            demands in prop::collection::vec(0.0..1e9f64, 0..200), share in 0.0..1e10f64, target in 0.0..2e10f64, others in 0.0..1e9f64,
         ) {
+            let budget = (target.max(share) - others).max(0.0);
             let level = water_fill(&demands, budget);
             let poured: f64 = demands.iter().map(|demand| demand.min(level)).sum();
             let total: f64 = demands.iter().sum();
             prop_assert!((poured - total.min(budget)).abs() <= 1e-6 * total.max(1.0));
+            let levels = Levels::new(&demands, others, target, share);
+            prop_assert_eq!(levels.fair, level);
+            prop_assert!(levels.quota <= levels.fair);
             let equal_share = budget / demands.len().max(1) as f64;
-            for demand in &demands {
-                let allowed = allowance(*demand, level, min_share);
-                prop_assert!(allowed <= demand * (1.0 + 1e-12) && allowed >= min_share * demand);
-                if *demand <= equal_share * (1.0 - 1e-9) {
-                    prop_assert_eq!(allowed, *demand, "within an equal share");
-                }
-            }
+            prop_assert!(levels.fair >= equal_share * (1.0 - 1e-9), "whoever stays within an equal share is safe");
+            let held = |demand: &f64| if *demand <= levels.fair { *demand } else { levels.quota };
+            let left = others + demands.iter().map(held).sum::<f64>();
+            let light: f64 = demands.iter().filter(|demand| **demand <= levels.fair).sum();
+            let reachable = target.max(others + light).max(others);
+            prop_assert!(left <= reachable * (1.0 + 1e-6) + 1.0 || left <= others + total, "{} of {}", left, reachable);
         }
 
         #[test]
         fn nonsense_has_no_level_but_an_answer(demands in prop::collection::vec(any::<f64>(), 0..20), budget in any::<f64>()) {
-            let level = water_fill(&demands, budget);
-            prop_assert!(level >= 0.0);
-            for demand in demands {
-                prop_assert!(allowance(demand, level, budget) >= 0.0);
-            }
+            prop_assert!(water_fill(&demands, budget) >= 0.0);
+            let levels = Levels::new(&demands, budget, 1.0, budget);
+            prop_assert!(levels.fair >= 0.0 && levels.quota >= 0.0);
         }
     }
 }

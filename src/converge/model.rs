@@ -7,9 +7,14 @@
 
 use super::bandwidth::Bandwidth;
 use super::curve::Curve;
-use super::fair_share::{allowance, water_fill};
+use super::fair_share::Levels;
 use super::units::sane;
 
+/// A braked round aims at this share of P*: gates close a little late, and a round that misses P* by a page is a
+/// round for nothing.
+pub(crate) const AIM: f64 = 0.9;
+/// A vCPU is within its fair share if rounds would shrink at least by a quarter were all like it.
+const SHRINKS: f64 = 0.75;
 /// Rounds that anyone is ready to predict, or to wait for.
 const MOST_ROUNDS: u32 = 200;
 /// A round that is not smaller than this share of the one before is as good as no progress.
@@ -23,13 +28,23 @@ pub(crate) struct Model {
     /// What nobody was named for: the VMM's own writes, devices, or all of a backend that cannot tell.
     pub others: Curve,
     pub bandwidth: Bandwidth,
+    /// Per vCPU: held back in the current round. What it would have dirtied can no longer be seen then, and that it
+    /// dirties little is no reason to let it go.
+    pub held: Vec<bool>,
 }
+
+/// The demand of a vCPU that is held back: more than any level.
+const UNKNOWN_DEMAND: f64 = 1e18;
 
 /// What a forecast needs besides the curves. All rates in pages per second.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Terms {
-    /// B.
+    /// B, for rounds to come, and for the current one: its pages may be cheaper (zero, never touched).
     pub pages_per_s: f64,
+    pub current_pages_per_s: f64,
+    /// The share of a round's pages that is sent if nobody is held back in it: the others are dirty again, and
+    /// passed over.
+    pub sent_share: f64,
     /// B_switch.
     pub switch_pages_per_s: f64,
     /// P*, in pages.
@@ -38,6 +53,10 @@ pub(crate) struct Terms {
     pub overhead_s: f64,
     /// Of each round, besides sending: the harvest and its system calls.
     pub round_overhead_s: f64,
+    /// From a vCPU's overdraft to its gate being closed on it.
+    pub gate_s: f64,
+    /// Nobody is stopped for longer at a stretch.
+    pub longest_stall_s: f64,
     /// No round is larger.
     pub ram: f64,
 }
@@ -47,8 +66,16 @@ pub(crate) struct Terms {
 pub(crate) struct Round {
     /// Pages to send.
     pub pages: f64,
+    /// Pages that it began with; the same for a coming one.
+    pub of: f64,
     /// It is the current one: counting goes on from what has been observed.
     pub current: bool,
+}
+
+impl Round {
+    pub fn coming(pages: f64) -> Self {
+        Self { pages, of: pages, current: false }
+    }
 }
 
 /// What a round would do.
@@ -106,19 +133,34 @@ impl Curve {
 }
 
 impl Terms {
-    pub fn seconds(&self, pages: f64) -> f64 {
-        sane(pages) / self.pages_per_s.max(1e-9) + self.round_overhead_s
+    /// How long `round` takes.
+    pub fn seconds(&self, round: Round) -> f64 {
+        let pages_per_s = if round.current { self.current_pages_per_s } else { self.pages_per_s };
+        sane(round.pages) / pages_per_s.max(1e-9) + self.round_overhead_s
     }
 
-    /// The end of a migration that has `left` pages when the guest is stopped.
-    pub fn end(&self, so_far: Forecast, left: f64) -> Forecast {
+    /// What a vCPU that is held back may dirty in `round`. However hard the brake, that is its minimum share, and
+    /// what it has dirtied already and dirties between two stalls, since gates are neither closed for longer than
+    /// the longest stall nor at once.
+    fn allowed(&self, curve: &Curve, round: Round, levels: &Levels, min_share: f64) -> f64 {
+        let seconds = self.seconds(round);
+        let demand = curve.by_the_end(round, seconds);
+        let counted = if round.current { curve.last().1 } else { 0.0 };
+        let stalls = seconds / (self.longest_stall_s + self.gate_s);
+        let between_stalls = counted + stalls * curve.at(self.gate_s);
+        levels.quota.max(between_stalls).max(demand * sane(min_share)).min(demand)
+    }
+
+    /// The end of a migration whose guest is stopped `seconds` into a round of `of_s` with `left` pages to go.
+    fn end(&self, so_far: Forecast, round: Round, seconds: f64, outcome: &Outcome, left: f64) -> Forecast {
+        let share = if outcome.seconds > 0.0 { (seconds / outcome.seconds).min(1.0) } else { 0.0 };
         let downtime_s = self.overhead_s + left / self.switch_pages_per_s.max(1e-9);
         Forecast {
-            finish_s: so_far.finish_s + downtime_s,
+            finish_s: so_far.finish_s + seconds + downtime_s,
             downtime_s,
-            lost_s: so_far.lost_s + downtime_s,
-            pages: so_far.pages + left,
-            ..so_far
+            lost_s: so_far.lost_s + outcome.lost_s * share + downtime_s,
+            pages: so_far.pages + round.pages * share + left,
+            rounds: so_far.rounds + u32::from(!round.current),
         }
     }
 }
@@ -137,46 +179,124 @@ impl Forecast {
     }
 }
 
+/// Steps in which the moment of the switchover is searched for.
+const BISECTIONS: u32 = 8;
+
 impl Model {
+    fn counted(&self, round: Round) -> f64 {
+        let all = self.curves.iter().chain([&self.others]);
+        if round.current { all.map(|curve| curve.last().1).sum() } else { 0.0 }
+    }
+
+    /// Pages that are dirty `seconds` into `round` under a brake that treats all vCPUs alike.
+    fn dirtied(&self, round: Round, seconds: f64, brake: Brake) -> f64 {
+        let running = seconds * brake.running();
+        let all = self.curves.iter().map(|curve| brake.dirtied(curve, round, seconds)).sum::<f64>();
+        all + self.others.by_the_end(round, running)
+    }
+
     /// What `round` would do under a brake that treats all vCPUs alike.
     pub fn round(&self, terms: &Terms, round: Round, brake: Brake) -> Outcome {
-        let seconds = terms.seconds(round.pages);
-        let running = match brake {
-            Brake::Time(share) => seconds * (1.0 - share),
-            Brake::Off | Brake::Rate(_) => seconds,
-        };
-        let dirtied = |curve: &Curve| {
-            let free = curve.by_the_end(round, running);
-            let Brake::Rate(rate) = brake else { return free };
-            let counted = if round.current { curve.last().1 } else { 0.0 };
-            free.min(counted + rate * seconds)
-        };
-        let left = self.curves.iter().map(dirtied).sum::<f64>() + self.others.by_the_end(round, running);
-        let lost = |curve: &Curve| (seconds - curve.time_left_to(round, dirtied(curve))).max(0.0);
+        let sent_share = if matches!(brake, Brake::Off) { terms.sent_share } else { 1.0 };
+        let seconds = terms.seconds(Round { pages: round.pages * sent_share, ..round });
+        let left = self.dirtied(round, seconds, brake).min(terms.ram);
+        let lost = |curve: &Curve| seconds - curve.time_left_to(round, brake.dirtied(curve, round, seconds));
         let lost_s = match brake {
             Brake::Off => 0.0,
             Brake::Time(share) => seconds * share,
             Brake::Rate(_) => self.curves.iter().map(lost).fold(0.0, f64::max),
         };
-        Outcome { seconds, left: left.min(terms.ram), lost_s }
+        Outcome { seconds, left, lost_s }
     }
 
-    /// What `round` would do if fair share let it leave `target` pages, and the level λ that this takes.
-    pub fn fair_round(&self, terms: &Terms, round: Round, target: f64, min_share: f64) -> (Outcome, f64) {
-        let seconds = terms.seconds(round.pages);
-        let others = self.others.by_the_end(round, seconds);
-        let demands: Vec<f64> = self.curves.iter().map(|curve| curve.by_the_end(round, seconds)).collect();
-        let level = water_fill(&demands, target - others);
-        let (mut left, mut lost_s) = (others, 0.0f64);
-        for (curve, demand) in self.curves.iter().zip(&demands) {
-            let allowed = allowance(*demand, level, min_share);
-            left += allowed;
-            if *demand > level {
-                let runs = curve.time_left_to(round, allowed);
-                lost_s = lost_s.max(seconds - runs);
+    /// The end, if `round` under a brake that treats all alike is the last one. What is still to be sent and what
+    /// is dirty again add up to a concave curve, which falls below P* once.
+    pub fn end(
+        &self,
+        terms: &Terms,
+        so_far: Forecast,
+        round: Round,
+        outcome: &Outcome,
+        brake: Brake,
+    ) -> Forecast {
+        let left_at = |seconds: f64| {
+            let unsent = round.pages * (1.0 - seconds / outcome.seconds.max(1e-9)).clamp(0.0, 1.0);
+            (unsent + self.dirtied(round, seconds, brake)).min(terms.ram)
+        };
+        if left_at(0.0) <= terms.fits {
+            return terms.end(so_far, round, 0.0, outcome, left_at(0.0));
+        }
+        let (mut too_early, mut late_enough) = (0.0, outcome.seconds);
+        for _ in 0..BISECTIONS {
+            let middle = (too_early + late_enough) / 2.0;
+            if left_at(middle) > terms.fits {
+                too_early = middle;
+            } else {
+                late_enough = middle;
             }
         }
-        (Outcome { seconds, left: left.min(terms.ram), lost_s }, level)
+        terms.end(so_far, round, late_enough, outcome, terms.fits.max(outcome.left))
+    }
+
+    /// What `round` would do, and whether it is the last one, if fair share braked it down to `target` pages.
+    pub fn fair_round(
+        &self,
+        terms: &Terms,
+        so_far: Forecast,
+        round: Round,
+        target: f64,
+        min_share: f64,
+    ) -> (Outcome, Option<Forecast>) {
+        let seconds = terms.seconds(round);
+        let (demands, levels) = self.levels(terms, round, target);
+        let mut left = self.others.by_the_end(round, seconds);
+        let mut lost_s = 0.0f64;
+        for (curve, demand) in self.curves.iter().zip(demands) {
+            if demand <= levels.fair {
+                left += demand;
+                continue;
+            }
+            let allowed = terms.allowed(curve, round, &levels, min_share);
+            left += allowed;
+            lost_s = lost_s.max(seconds - curve.time_left_to(round, allowed));
+        }
+        let outcome = Outcome { seconds, left: left.min(terms.ram), lost_s };
+        let end = (outcome.left <= terms.fits).then(|| {
+            // Quotas are even: what is left falls along a line.
+            let at_first = round.pages + self.counted(round);
+            let above = (at_first - terms.fits).max(0.0);
+            let until = if above > 0.0 { seconds * above / (at_first - outcome.left) } else { 0.0 };
+            terms.end(so_far, round, until, &outcome, at_first.min(terms.fits))
+        });
+        (outcome, end)
+    }
+
+    /// What each vCPU would dirty in a round, and the levels if it is to leave `target` pages.
+    fn levels(&self, terms: &Terms, round: Round, target: f64) -> (Vec<f64>, Levels) {
+        let seconds = terms.seconds(round);
+        let others = self.others.by_the_end(round, seconds);
+        let held = |index: usize| round.current && self.held.get(index).is_some_and(|held| *held);
+        let demand = |(index, curve): (usize, &Curve)| {
+            if held(index) { UNKNOWN_DEMAND } else { curve.by_the_end(round, seconds) }
+        };
+        let demands: Vec<f64> = self.curves.iter().enumerate().map(demand).collect();
+        let levels = Levels::new(&demands, others, target, (terms.fits * AIM).max(round.of * SHRINKS));
+        (demands, levels)
+    }
+
+    /// What each vCPU may dirty in a round that is to leave `target` pages (`None`: it is not held back), and λ.
+    pub fn allowed(
+        &self,
+        terms: &Terms,
+        round: Round,
+        target: f64,
+        min_share: f64,
+    ) -> (Vec<Option<f64>>, f64) {
+        let (demands, levels) = self.levels(terms, round, target);
+        let allowed = |(curve, demand): (&Curve, f64)| {
+            (demand > levels.fair).then(|| terms.allowed(curve, round, &levels, min_share))
+        };
+        (self.curves.iter().zip(demands).map(allowed).collect(), levels.fair)
     }
 
     /// The rounds to come under a brake that `next` sets for each, from the round's outcome; `None` if they stop
@@ -192,18 +312,34 @@ impl Model {
         let mut round = first;
         for _ in 0..MOST_ROUNDS {
             let outcome = self.round(terms, round, brake);
-            so_far = so_far.after(round, &outcome);
             if outcome.left <= terms.fits {
-                return Some(terms.end(so_far, outcome.left));
+                return Some(self.end(terms, so_far, round, &outcome, brake));
             }
+            so_far = so_far.after(round, &outcome);
             let changed = next(&outcome, round.pages);
             brake = changed.unwrap_or(brake);
             if no_progress(round, &outcome) && changed.is_none() && !matches!(brake, Brake::Time(_)) {
                 return None;
             }
-            round = Round { pages: outcome.left, current: false };
+            round = Round::coming(outcome.left);
         }
         None
+    }
+}
+
+impl Brake {
+    fn running(self) -> f64 {
+        match self {
+            Self::Time(share) => 1.0 - share,
+            Self::Off | Self::Rate(_) => 1.0,
+        }
+    }
+
+    fn dirtied(self, curve: &Curve, round: Round, seconds: f64) -> f64 {
+        let free = curve.by_the_end(round, seconds * self.running());
+        let Self::Rate(rate) = self else { return free };
+        let counted = if round.current { curve.last().1 } else { 0.0 };
+        free.min(counted + rate * seconds)
     }
 }
 

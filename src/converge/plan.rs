@@ -2,7 +2,9 @@
 //!
 //! The family of plans, and why it is enough, is derived in `fair_share`.
 
-use super::model::{Forecast, Model, Round, Terms, no_progress};
+use std::cmp::Ordering;
+
+use super::model::{AIM, Brake, Forecast, Model, Round, Terms, no_progress};
 use super::policy::FairShare;
 use super::units::sane;
 
@@ -10,11 +12,14 @@ use super::units::sane;
 const MOST_FREE_ROUNDS: u32 = 64;
 /// Braked rounds that a plan may end with.
 const MOST_BRAKED_ROUNDS: u32 = 32;
-/// A braked round aims at this share of P*: gates close a little late, and a round that misses P* by a page is a
-/// round for nothing.
-pub(crate) const AIM: f64 = 0.9;
-/// Depths of the first braked round: this share of the way from P* up to what it would leave by itself.
-const DEPTHS: [f64; 5] = [0.0, 0.2, 0.4, 0.6, 0.8];
+/// Depths of the first braked round: shares of what it aims at, P*, and of the way from there up to what it
+/// would leave by itself.
+const BELOW: [f64; 3] = [0.0, 0.33, 0.67];
+const ABOVE: [f64; 5] = [0.0, 0.2, 0.4, 0.6, 0.8];
+/// How much dearer guest time is at once than after many rounds, as a share.
+const PREFER_LATER: f64 = 0.05;
+/// A round that is not smaller than this share of the one before is nothing to wait for.
+const SHRINKING: f64 = 0.9;
 
 /// What to do in this round, and what comes of it.
 #[derive(Clone, Copy, Debug)]
@@ -32,6 +37,8 @@ pub(crate) struct Rules {
     pub fair_share: FairShare,
     /// Seconds that remain.
     pub deadline_s: Option<f64>,
+    /// Guest time that an earlier end may cost over the cheapest plan.
+    pub grace_s: f64,
     /// Whether the current round may be braked.
     pub brake_now: bool,
 }
@@ -46,66 +53,104 @@ impl Rules {
             None => (false, forecast.lost_s + sane(self.fair_share.impatience) * forecast.finish_s),
         }
     }
+
+    fn choose(&self, plans: &[Candidate]) -> Option<Plan> {
+        let cheapest = plans.iter().min_by(|a, b| a.cost.partial_cmp(&b.cost).unwrap_or(Ordering::Equal))?;
+        let mut best = cheapest;
+        if self.deadline_s.is_none() {
+            let affordable = cheapest.forecast.lost_s + self.grace_s;
+            for plan in plans.iter().filter(|plan| plan.forecast.lost_s <= affordable) {
+                if plan.forecast.finish_s < best.forecast.finish_s {
+                    best = plan;
+                }
+            }
+        }
+        Some(Plan { target: best.target, forecast: best.forecast, in_time: !best.cost.0 })
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Candidate {
+    cost: (bool, f64),
+    target: Option<f64>,
+    forecast: Forecast,
 }
 
 /// The best plan from here; `None` if no plan ends.
 pub(crate) fn plan(model: &Model, terms: &Terms, now: Round, rules: &Rules) -> Option<Plan> {
-    let mut best: Option<((bool, f64), Plan)> = None;
-    let mut consider = |target: Option<f64>, forecast: Option<Forecast>| {
+    let mut plans = Vec::new();
+    let mut consider = |free: u32, braked: bool, target: Option<f64>, forecast: Option<Forecast>| {
         let Some(forecast) = forecast else { return };
-        let cost = rules.cost(&forecast);
-        if best.is_none_or(|(least, _)| cost < least) {
-            best = Some((cost, Plan { target, forecast, in_time: !cost.0 }));
-        }
+        let (late, cost) = rules.cost(&forecast);
+        // What lies further ahead may turn out not to be needed: of equals, the one that brakes later, if the
+        // rounds until then get it anywhere.
+        let hurry = if braked { PREFER_LATER / f64::from(free + 1) } else { 0.0 };
+        let cost = (late, if late { cost } else { cost + hurry * forecast.lost_s });
+        plans.push(Candidate { cost, target, forecast });
     };
     let min_share = rules.fair_share.min_share;
     let aim = terms.fits * AIM;
     let mut so_far = Forecast::NOTHING;
     let mut round = now;
+    let mut shrinking = 0;
     for free in 0..=MOST_FREE_ROUNDS {
-        let outcome = model.round(terms, round, super::model::Brake::Off);
+        let outcome = model.round(terms, round, Brake::Off);
         if free > 0 || rules.brake_now {
             let above = (outcome.left - aim).max(0.0);
-            for depth in DEPTHS {
-                let target = aim + depth * above;
-                let forecast = brake_down(model, terms, so_far, round, target, min_share);
-                consider((free == 0).then_some(target), forecast);
+            let targets =
+                BELOW.iter().map(|share| share * aim).chain(ABOVE.iter().map(|share| aim + share * above));
+            for target in targets {
+                let forecast = brake_down_after(so_far, model, terms, round, target, min_share);
+                consider(shrinking, true, (free == 0).then_some(target), forecast);
             }
         }
-        so_far = so_far.after(round, &outcome);
         if outcome.left <= terms.fits {
-            consider(None, Some(terms.end(so_far, outcome.left)));
+            consider(shrinking, false, None, Some(model.end(terms, so_far, round, &outcome, Brake::Off)));
             break;
         }
+        so_far = so_far.after(round, &outcome);
+        shrinking += u32::from(outcome.left <= round.of * SHRINKING);
         let late = rules.deadline_s.is_some_and(|deadline| so_far.finish_s > deadline);
         if free > 0 && (late || no_progress(round, &outcome)) {
             break;
         }
-        round = Round { pages: outcome.left, current: false };
+        round = Round::coming(outcome.left);
     }
-    best.map(|(_, plan)| plan)
+    rules.choose(&plans)
 }
 
-/// The end of a plan: `round` is braked to `target`, each further one as hard as may be.
-fn brake_down(
+/// The end, if the current `round` is braked to `target` and each further one at least to what fits; `None` if that
+/// does not end.
+pub(crate) fn brake_down(
     model: &Model,
     terms: &Terms,
+    round: Round,
+    target: f64,
+    min_share: f64,
+) -> Option<Forecast> {
+    brake_down_after(Forecast::NOTHING, model, terms, round, target, min_share)
+}
+
+/// The end of a plan: `round` is braked to `target`, each further one at least to what fits.
+fn brake_down_after(
     mut so_far: Forecast,
+    model: &Model,
+    terms: &Terms,
     mut round: Round,
     mut target: f64,
     min_share: f64,
 ) -> Option<Forecast> {
     for _ in 0..MOST_BRAKED_ROUNDS {
-        let (outcome, _) = model.fair_round(terms, round, target, min_share);
-        so_far = so_far.after(round, &outcome);
-        if outcome.left <= terms.fits {
-            return Some(terms.end(so_far, outcome.left));
+        let (outcome, end) = model.fair_round(terms, so_far, round, target, min_share);
+        if end.is_some() {
+            return end;
         }
+        so_far = so_far.after(round, &outcome);
         if no_progress(round, &outcome) {
             return None;
         }
-        round = Round { pages: outcome.left, current: false };
-        target = terms.fits * AIM;
+        round = Round::coming(outcome.left);
+        target = target.min(terms.fits * AIM);
     }
     None
 }

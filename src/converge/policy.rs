@@ -58,11 +58,15 @@ pub struct FairShare {
     /// braking buys a second of migration for (1 − ρ) ÷ ρ seconds of the writer's time, so 0.1 brakes by itself
     /// from ρ = 0.91 on. With a deadline, only the deadline counts.
     pub impatience: f64,
+    /// Guest time that may be spent on top of that, once, on an earlier end, as a share of the downtime limit:
+    /// whoever accepts a pause of 500 ms will not notice 250 ms in slices of 10, and the last rounds, which are
+    /// short and many, are bought cheaply. With a deadline, none is.
+    pub grace: f64,
 }
 
 impl Default for FairShare {
     fn default() -> Self {
-        Self { min_share: 0.05, impatience: 0.1 }
+        Self { min_share: 0.05, impatience: 0.1, grace: 0.5 }
     }
 }
 

@@ -16,6 +16,9 @@ pub const SLICE: Duration = Duration::from_millis(5);
 /// comes back as a smaller quota.
 pub const LONGEST_STALL: Duration = Duration::from_millis(10);
 
+/// Where a guest cannot be held within such stalls, they may become as long as this (and the controller says so).
+pub const LONGEST_STALL_EVER: Duration = Duration::from_millis(160);
+
 /// After a stall a vCPU runs at least this long before its gate may close again, so that two stalls are two.
 const SHORTEST_RUN: Duration = Duration::from_micros(200);
 
@@ -140,8 +143,9 @@ impl Throttle {
     }
 
     /// Where the gate is to be now, given the pages that the vCPU has dirtied since the last recycle. Call after
-    /// each observation; an answer already given is repeated until it is over.
-    pub fn look(&mut self, now: Duration, dirtied: Pages) -> Gate {
+    /// each observation; an answer already given is repeated until it is over. `longest_stall` is
+    /// [`LONGEST_STALL`], unless that does not do.
+    pub fn look(&mut self, now: Duration, dirtied: Pages, longest_stall: Duration) -> Gate {
         let Some(quota) = self.quota else { return Gate::Open };
         let wanted = match (quota, &mut self.bucket) {
             (Quota::Pages(_), Some(bucket)) => bucket.closed_until(now, dirtied),
@@ -163,7 +167,7 @@ impl Throttle {
         }
         match wanted {
             Some(until) if until > now => {
-                let until = if bounded { until.min(now + LONGEST_STALL) } else { until };
+                let until = if bounded { until.min(now + longest_stall) } else { until };
                 self.stall = Some((now, until));
                 Gate::ClosedUntil(until)
             }
@@ -203,7 +207,7 @@ mod tests {
             } else {
                 pages += rate * step.as_secs_f64();
             }
-            if let Gate::ClosedUntil(until) = throttle.look(now, Pages::floor(pages)) {
+            if let Gate::ClosedUntil(until) = throttle.look(now, Pages::floor(pages), LONGEST_STALL) {
                 if closed_until < now {
                     closed_since = now;
                 }
@@ -246,9 +250,9 @@ mod tests {
     fn a_quota_that_is_lifted_opens_the_gate() {
         let mut throttle = bucket(0.0);
         let now = Duration::from_millis(1);
-        assert_ne!(throttle.look(now, Pages(1000)), Gate::Open);
+        assert_ne!(throttle.look(now, Pages(1000), LONGEST_STALL), Gate::Open);
         throttle.set(None, now, Pages(1000));
-        assert_eq!(throttle.look(now, Pages(2000)), Gate::Open);
+        assert_eq!(throttle.look(now, Pages(2000), LONGEST_STALL), Gate::Open);
     }
 
     proptest! {
@@ -276,7 +280,7 @@ mod tests {
                 for (us, pages) in &looks {
                     let now = Duration::from_micros((*us).into());
                     throttle.set(Some(quota), now, Pages(*pages));
-                    let _ = throttle.look(now, Pages(*pages));
+                    let _ = throttle.look(now, Pages(*pages), LONGEST_STALL);
                 }
             }
         }

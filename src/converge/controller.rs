@@ -1,0 +1,600 @@
+//! The one who decides: takes what is seen, keeps the model, and says who is held back and when it ends.
+//!
+//! Owns the order of things within a round and nothing else: the arithmetic is in its neighbours. Before it comes
+//! `track`, whose counts it is given; after it `source`, which does what it says.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use super::curve::Curve;
+use super::model::{Brake, Forecast, Model, Outcome, Round, Terms};
+use super::throttle::{LONGEST_STALL, LONGEST_STALL_EVER, Throttle};
+use super::units::{duration, sane, whole};
+use super::{
+    Action, AtTimeout, AutoConverge, Change, DirtyLimit, Event, FairShare, Gate, LastCheck, Observation,
+    Pages, PagesPerSlice, Policy, Prediction, Quota, Settings, Share, Why, auto_converge, plan, stop,
+    switchover,
+};
+use crate::PAGE_SIZE;
+
+/// Events kept for a caller that does not take them.
+const MOST_EVENTS: usize = 1024;
+/// Plans are made this often within a round, or less often for guests whose plans take long.
+const REPLAN_S: f64 = 0.05;
+const REPLAN_S_PER_VCPU: f64 = 0.5e-3;
+/// Bytes on the wire for a page that is sent as it is, until it is measured.
+const RAW_PAGE_BYTES: f64 = PAGE_SIZE as f64 + 16.0;
+/// Time between two observations, and while vCPUs are held back by pages.
+const LOOK: Duration = Duration::from_millis(1);
+const LOOK_WHILE_BRAKING: Duration = Duration::from_micros(200);
+/// Pages that say what a page costs.
+const ENOUGH_PAGES: f64 = 16_384.0;
+/// Time between two rounds, until it is measured.
+const ROUND_OVERHEAD_S: f64 = 2e-3;
+/// The first round is the only look at a guest's curves that costs nothing; it is braked only to keep a deadline
+/// that could not be kept otherwise, and not before this share of it has been seen.
+const FIRST_ROUND_SEEN: f64 = 0.5;
+/// A deadline is aimed at with this margin, as a share of it, and of what is still to come.
+const DEADLINE_MARGIN: f64 = 0.01;
+const FORECAST_MARGIN: f64 = 0.05;
+
+/// The current round.
+#[derive(Clone, Debug, Default)]
+struct Current {
+    number: u32,
+    start: f64,
+    pages: f64,
+    done: f64,
+    skipped: f64,
+    bytes_at_start: u64,
+    /// Per vCPU, in seconds, when the round started.
+    throttled_at_start: Vec<f64>,
+}
+
+/// Decides, from what it is told.
+#[derive(Debug)]
+pub struct Controller {
+    settings: Settings,
+    model: Model,
+    round: Current,
+    rule: auto_converge::Rule,
+    throttles: Vec<Throttle>,
+    gates: Vec<Gate>,
+    shares: Vec<Share>,
+    counts: Vec<Pages>,
+    level: Option<Pages>,
+    /// The round is being braked down to this.
+    target: Option<f64>,
+    /// Bytes on the wire for a dirty page, and for a page of the current round.
+    page_bytes: f64,
+    round_page_bytes: f64,
+    /// The share of a round's pages that is sent, where pages that are dirty again are passed over.
+    sent_share: f64,
+    bytes_acked: u64,
+    /// Per vCPU, in seconds, when last seen.
+    throttled_seen: Vec<f64>,
+    next_plan: f64,
+    prediction: Option<Prediction>,
+    told: Option<Prediction>,
+    told_throttling: (usize, u64),
+    told_downtime: Duration,
+    told_late: bool,
+    longest_stall: Duration,
+    called_off: u32,
+    sequence: u64,
+    events: VecDeque<Event>,
+}
+
+impl Controller {
+    /// A controller for a migration that starts now.
+    pub fn new(settings: Settings) -> Self {
+        Self {
+            told_downtime: settings.limits.downtime,
+            settings,
+            model: Model::default(),
+            round: Current::default(),
+            rule: auto_converge::Rule::default(),
+            throttles: Vec::new(),
+            gates: Vec::new(),
+            shares: Vec::new(),
+            counts: Vec::new(),
+            level: None,
+            target: None,
+            page_bytes: RAW_PAGE_BYTES,
+            round_page_bytes: RAW_PAGE_BYTES,
+            sent_share: 1.0,
+            bytes_acked: 0,
+            throttled_seen: Vec::new(),
+            next_plan: 0.0,
+            prediction: None,
+            told: None,
+            told_throttling: (0, 0),
+            told_late: false,
+            longest_stall: LONGEST_STALL,
+            called_off: 0,
+            sequence: 0,
+            events: VecDeque::new(),
+        }
+    }
+
+    /// The settings in force.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// Changes settings while it runs; takes effect at the next observation.
+    pub fn change(&mut self, now: Duration, change: impl FnOnce(&mut Settings)) {
+        let before = self.settings.clone();
+        change(&mut self.settings);
+        if self.settings.policy != before.policy {
+            (self.target, self.level) = (None, None);
+            self.tell(now, Change::Policy(self.settings.policy));
+        }
+        if self.settings.limits != before.limits {
+            self.told_downtime = self.settings.limits.downtime_at(now);
+            self.told_late = false;
+            self.tell(now, Change::Limits(self.settings.limits.clone()));
+        }
+        self.next_plan = 0.0;
+    }
+
+    /// Where each vCPU's gate is to be, as of the last observation. A closed gate opens by itself; a vCPU that
+    /// runs while its gate is closed has to be kicked.
+    pub fn gates(&self) -> &[Gate] {
+        &self.gates
+    }
+
+    /// Each vCPU's part in this round.
+    pub fn shares(&self) -> &[Share] {
+        &self.shares
+    }
+
+    /// Whether pages of this round that are dirty again should be passed over when their turn comes: they have to
+    /// be sent once more in any case. So the hottest pages are left for the end.
+    ///
+    /// How much that saves depends on an order that nobody knows in advance: from 10 to 60 % of a round for the
+    /// same curve. Hence only where the end stays predictable: in the first round, after which the prediction
+    /// counts; in braked rounds, where what may be dirtied, and so left, is known; and on the way to a deadline,
+    /// where each saving means less braking.
+    pub fn leaves_redirtied(&self) -> bool {
+        let settings = &self.settings;
+        let fair_share = matches!(settings.policy, Policy::FairShare(_));
+        let predictable =
+            self.round.number <= 1 || self.target.is_some() || settings.limits.deadline.is_some();
+        fair_share && predictable || settings.always_leave_redirtied
+    }
+
+    /// How long to wait until the next observation. While someone is held back by pages, what it overdraws is what
+    /// it dirties between two looks.
+    pub fn next_look(&self) -> Duration {
+        let by_pages = |share: &Share| matches!(share.quota, Some(Quota::Pages(_)));
+        if self.shares.iter().any(by_pages) { LOOK_WHILE_BRAKING } else { LOOK }
+    }
+
+    /// λ of the current round, if it is braked.
+    pub fn level(&self) -> Option<Pages> {
+        self.level
+    }
+
+    /// What is expected; `None` until the link has been measured.
+    pub fn prediction(&self) -> Option<Prediction> {
+        self.prediction
+    }
+
+    /// The wire's bandwidth in bytes per second, as measured.
+    pub fn bandwidth(&self) -> Option<f64> {
+        self.model.bandwidth.mean()
+    }
+
+    /// P*: what fits the downtime limit at this time.
+    pub fn fits(&self, now: Duration) -> Pages {
+        // A link that varies is counted on for less than its mean.
+        let measured = self.model.bandwidth.mean().unwrap_or(0.0) * (1.0 - self.model.bandwidth.spread());
+        let bandwidth = self.settings.switchover_bandwidth.unwrap_or(measured);
+        let limit = self.settings.limits.downtime_at(now);
+        switchover::fit(limit, self.settings.switchover_overhead, bandwidth, self.page_bytes)
+    }
+
+    /// What has happened since this was last called.
+    pub fn take_events(&mut self) -> impl Iterator<Item = Event> + '_ {
+        self.events.drain(..)
+    }
+
+    /// A round starts with so many pages: everything dirty has been harvested and counts start at 0 again.
+    pub fn round_started(&mut self, now: Duration, pages_to_send: Pages) {
+        let at = now.as_secs_f64();
+        self.model.curves.iter_mut().for_each(Curve::recycled);
+        self.model.others.recycled();
+        self.model.bandwidth.start(at, self.bytes_acked);
+        self.counts.fill(Pages(0));
+        self.round = Current {
+            number: self.round.number.saturating_add(1),
+            start: at,
+            pages: pages_to_send.as_f64(),
+            bytes_at_start: self.bytes_acked,
+            ..Current::default()
+        };
+        self.target = None;
+        self.model.held.clear();
+        self.round_page_bytes = self.page_bytes;
+        self.plan(now);
+    }
+
+    /// Something has been seen in the middle of a round.
+    pub fn observed(&mut self, now: Duration, seen: &Observation<'_>) -> Action {
+        self.learn(now, seen);
+        if let Some(action) = self.must_end(now, false) {
+            return action;
+        }
+        let at = now.as_secs_f64();
+        if at >= self.next_plan {
+            self.plan(now);
+        }
+        for ((throttle, gate), dirtied) in self.throttles.iter_mut().zip(&mut self.gates).zip(&self.counts) {
+            *gate = throttle.look(now, *dirtied, self.longest_stall);
+        }
+        self.downtime_limit_told(now);
+        let left = (self.round.pages - self.round.done).max(0.0) + self.dirty_now();
+        self.switch_if_it_fits(now, left)
+    }
+
+    /// All pages of the round are done, and acknowledged. After [`Action::Continue`], harvest and start the next.
+    pub fn round_ended(&mut self, now: Duration, seen: &Observation<'_>) -> Action {
+        self.learn(now, seen);
+        let at = now.as_secs_f64();
+        self.model.bandwidth.stop(at, seen.bytes_acked);
+        let sent = self.round.done - self.round.skipped;
+        if self.round.number > 1 && sent >= 1.0 {
+            let bytes = self.bytes_acked.saturating_sub(self.round.bytes_at_start) as f64;
+            let weight = (sent / ENOUGH_PAGES).min(1.0);
+            let seen = (bytes / sent).clamp(64.0, 2.0 * RAW_PAGE_BYTES);
+            self.page_bytes += weight * (seen - self.page_bytes);
+            if self.target.is_none() {
+                self.sent_share = (sent / self.round.done).clamp(0.1, 1.0);
+            }
+        }
+        if let Policy::AutoConverge(parameters) = &self.settings.policy {
+            let dirtied_bytes = self.dirty_now() * PAGE_SIZE as f64;
+            self.rule.on_sync(at, dirtied_bytes, seen.bytes_acked as f64, parameters);
+        }
+        match self.switch_if_it_fits(now, self.dirty_now()) {
+            Action::Continue => self.must_end(now, true).unwrap_or(Action::Continue),
+            action => action,
+        }
+    }
+
+    /// The guest stands still and `left` pages, exactly, have to be sent. After [`LastCheck::CallOff`] let it run
+    /// on and start a round with them.
+    pub fn last_check(&mut self, now: Duration, why: Why, left: Pages) -> LastCheck {
+        let fits = self.fits(now);
+        if matches!(why, Why::Limit(_)) {
+            return LastCheck::GoOn;
+        }
+        let check = switchover::last_check(left, fits, self.called_off);
+        if check == LastCheck::CallOff {
+            self.called_off += 1;
+            self.tell(now, Change::CalledOff { left, fits });
+        }
+        check
+    }
+
+    fn tell(&mut self, at: Duration, change: Change) {
+        self.sequence += 1;
+        if self.events.len() == MOST_EVENTS {
+            self.events.pop_front();
+        }
+        self.events.push_back(Event { sequence: self.sequence, at, change });
+    }
+
+    fn learn(&mut self, now: Duration, seen: &Observation<'_>) {
+        let at = now.as_secs_f64();
+        let vcpus = seen.vcpus.len().max(self.gates.len());
+        self.throttles.resize(vcpus, Throttle::default());
+        self.gates.resize(vcpus, Gate::Open);
+        self.shares.resize(vcpus, Share::default());
+        self.counts.resize(vcpus, Pages(0));
+        if self.settings.per_vcpu {
+            self.model.curves.resize(vcpus, Curve::default());
+        }
+        let elapsed = (at - self.round.start).max(0.0);
+        // Of the time that a vCPU has been throttled before it is first seen in a round, this much can be of it.
+        for (new, vcpu) in seen.vcpus.iter().enumerate().skip(self.round.throttled_at_start.len()) {
+            let before = self.throttled_seen.get(new).copied().unwrap_or(0.0);
+            let throttled = vcpu.throttled.as_secs_f64();
+            self.round.throttled_at_start.push((throttled - elapsed).max(before.min(throttled)));
+        }
+        self.throttled_seen.clear();
+        self.throttled_seen.extend(seen.vcpus.iter().map(|vcpu| vcpu.throttled.as_secs_f64()));
+        let mut running_of_all = 0.0;
+        for (index, vcpu) in seen.vcpus.iter().enumerate() {
+            let throttled = vcpu.throttled.as_secs_f64();
+            let throttled = throttled - self.round.throttled_at_start[index];
+            let running = (elapsed - throttled.max(0.0)).max(0.0);
+            running_of_all += running;
+            if self.settings.per_vcpu {
+                self.counts[index] = vcpu.dirtied;
+                self.model.curves[index].observe(running, vcpu.dirtied.as_f64());
+            }
+        }
+        // Writers that nobody can name are slowed down with the vCPUs only if they are the vCPUs.
+        let by_vcpus = !self.settings.per_vcpu && !seen.vcpus.is_empty();
+        let running = if by_vcpus { running_of_all / seen.vcpus.len() as f64 } else { elapsed };
+        self.model.others.observe(running, seen.others.as_f64());
+        self.model.bandwidth.observe(at, seen.bytes_acked);
+        self.bytes_acked = self.bytes_acked.max(seen.bytes_acked);
+        self.round.done = seen.pages_done.as_f64();
+        self.round.skipped = seen.pages_skipped.as_f64().min(self.round.done);
+        let sent = self.round.done - self.round.skipped;
+        let bytes = self.bytes_acked.saturating_sub(self.round.bytes_at_start) as f64;
+        // Bytes lag behind pages by what is on the way: only a long stretch of pages says what a page costs.
+        if sent >= ENOUGH_PAGES {
+            self.round_page_bytes = (bytes / sent).clamp(1.0, 2.0 * RAW_PAGE_BYTES);
+        }
+    }
+
+    fn dirty_now(&self) -> f64 {
+        let unseen = self.settings.unseen_per_vcpu.as_f64() * self.model.curves.len() as f64;
+        let counted: f64 = self.model.curves.iter().map(|curve| curve.last().1).sum();
+        (counted + self.model.others.last().1 + unseen).min(self.settings.ram.as_f64())
+    }
+
+    fn terms(&self, now: Duration) -> Option<Terms> {
+        let bandwidth = self.model.bandwidth.mean().filter(|mean| *mean > 0.0)?;
+        let switch = self.settings.switchover_bandwidth.map_or(bandwidth, sane);
+        Some(Terms {
+            pages_per_s: bandwidth / self.page_bytes,
+            current_pages_per_s: bandwidth / self.round_page_bytes,
+            sent_share: if self.leaves_redirtied() { self.sent_share } else { 1.0 },
+            switch_pages_per_s: switch / self.page_bytes,
+            fits: self.fits(now).as_f64(),
+            overhead_s: self.settings.switchover_overhead.as_secs_f64(),
+            round_overhead_s: ROUND_OVERHEAD_S,
+            longest_stall_s: self.longest_stall.as_secs_f64(),
+            gate_s: self.settings.gate_latency.as_secs_f64(),
+            ram: self.settings.ram.as_f64(),
+        })
+    }
+
+    fn must_end(&mut self, now: Duration, at_round_end: bool) -> Option<Action> {
+        let rounds = self.round.number.saturating_sub(u32::from(!at_round_end));
+        let ram_bytes = self.settings.ram.0.saturating_mul(PAGE_SIZE as u64);
+        let reached = self.settings.limits.reached(now, rounds, self.bytes_acked, ram_bytes)?;
+        if reached == stop::Reached::Timeout(AtTimeout::Cancel) {
+            self.tell(now, Change::GaveUp(reached));
+            return Some(Action::GiveUp(reached));
+        }
+        self.tell(now, Change::SwitchOver(Why::Limit(reached)));
+        Some(Action::SwitchOver(Why::Limit(reached)))
+    }
+
+    fn switch_if_it_fits(&mut self, now: Duration, left: f64) -> Action {
+        if left > 0.0 && left > self.fits(now).as_f64() {
+            return Action::Continue;
+        }
+        self.tell(now, Change::SwitchOver(Why::Fits));
+        Action::SwitchOver(Why::Fits)
+    }
+
+    fn downtime_limit_told(&mut self, now: Duration) {
+        let limit = self.settings.limits.downtime_at(now);
+        if limit != self.told_downtime {
+            self.told_downtime = limit;
+            self.tell(now, Change::DowntimeLimit(limit));
+        }
+    }
+
+    /// Predicts, and sets the quotas that follow.
+    fn plan(&mut self, now: Duration) {
+        let at = now.as_secs_f64();
+        let interval = REPLAN_S.max(REPLAN_S_PER_VCPU * self.model.curves.len() as f64);
+        self.next_plan = at + interval;
+        let round = Round {
+            pages: (self.round.pages - self.round.done).max(0.0),
+            of: self.round.pages,
+            current: true,
+        };
+        // The simple brakes need not wait until the link is known.
+        match self.settings.policy {
+            Policy::None => self.hold_back(now, None),
+            Policy::AutoConverge(_) => {
+                let share = self.rule.share();
+                self.hold_back(now, (share > 0.0).then_some(Quota::QemuTime(share)));
+            }
+            Policy::DirtyLimit(limit) => {
+                self.hold_back(now, Some(Quota::Pages(PagesPerSlice::over(pages_per_s(limit), 1.0))));
+            }
+            Policy::FairShare(_) => {}
+        }
+        let Some(terms) = self.terms(now) else { return };
+        let free = self.model.forecast(&terms, round, Brake::Off, |_, _| None);
+        let forecast = match self.settings.policy {
+            Policy::None => free,
+            Policy::AutoConverge(parameters) => self.auto_converge_forecast(&terms, round, &parameters),
+            Policy::DirtyLimit(limit) => {
+                self.model.forecast(&terms, round, Brake::Rate(pages_per_s(limit)), |_, _| None)
+            }
+            Policy::FairShare(fair_share) => self.fair_share(now, &terms, round, fair_share),
+        };
+        let spread = self.model.bandwidth.spread();
+        let prediction = Prediction {
+            converges: forecast.is_some(),
+            converges_unthrottled: free.is_some(),
+            total: forecast.map(|f| duration(at + f.finish_s)),
+            downtime: forecast.map_or(self.settings.limits.downtime_at(now), |f| duration(f.downtime_s)),
+            lost: forecast.map(|f| duration(f.lost_s)),
+            bytes: forecast.map(|f| self.bytes_acked.saturating_add(whole(f.pages * self.page_bytes))),
+            rounds: forecast.map(|f| self.round.number.saturating_add(f.rounds)),
+            spread,
+        };
+        self.prediction = Some(prediction);
+        if self.told.is_none_or(|told| differs(&told, &prediction)) {
+            self.told = Some(prediction);
+            self.tell(now, Change::Prediction(prediction));
+        }
+        self.throttling_told(now);
+    }
+
+    /// The same quota for every vCPU.
+    fn hold_back(&mut self, now: Duration, quota: Option<Quota>) {
+        for (throttle, dirtied) in self.throttles.iter_mut().zip(&self.counts) {
+            throttle.set(quota, now, *dirtied);
+        }
+        self.shares.iter_mut().for_each(|share| share.quota = quota);
+        self.level = None;
+    }
+
+    fn auto_converge_forecast(
+        &self,
+        terms: &Terms,
+        round: Round,
+        parameters: &AutoConverge,
+    ) -> Option<Forecast> {
+        let mut rule = self.rule.clone();
+        let mut at = self.round.start;
+        let mut bytes = self.round.bytes_at_start as f64;
+        let mut pages_before = self.round.done;
+        let next = |outcome: &Outcome, pages: f64| {
+            at += outcome.seconds;
+            bytes += (pages + pages_before) * self.page_bytes;
+            pages_before = 0.0;
+            let changed = rule.on_sync(at, outcome.left * PAGE_SIZE as f64, bytes, parameters);
+            changed.then(|| Brake::Time(rule.share()))
+        };
+        self.model.forecast(terms, round, Brake::Time(self.rule.share()), next)
+    }
+
+    fn fair_share(
+        &mut self,
+        now: Duration,
+        terms: &Terms,
+        round: Round,
+        fair_share: FairShare,
+    ) -> Option<Forecast> {
+        let remaining = self.settings.limits.deadline.map(|deadline| {
+            let left = deadline.as_secs_f64() * (1.0 - DEADLINE_MARGIN) - now.as_secs_f64();
+            left / (1.0 + FORECAST_MARGIN)
+        });
+        let seen = self.round.done >= self.round.pages * FIRST_ROUND_SEEN;
+        let later_round = self.round.number > 1;
+        // The grace is given once per migration: what the worst-off vCPU has lost so far is taken from it.
+        let grace = sane(fair_share.grace) * self.settings.limits.downtime.as_secs_f64();
+        let spent = self.throttled_seen.iter().fold(0.0f64, |most, throttled| most.max(*throttled));
+        let grace_s = (grace - spent).max(0.0);
+        let mut rules = plan::Rules { fair_share, deadline_s: remaining, grace_s, brake_now: later_round };
+        let timed;
+        let model = if self.settings.per_vcpu {
+            &self.model
+        } else {
+            // All writers as one, which is what can be slowed down then.
+            let curves = vec![self.model.others.clone()];
+            let held = vec![self.target.is_some()];
+            timed = Model { curves, held, ..Model::default() };
+            &timed
+        };
+        // Longer stalls, if nothing else ends: a guest that cannot be held within short ones would never arrive.
+        let mut terms = *terms;
+        let mut plan = plan::plan(model, &terms, round, &rules);
+        while plan.is_none() && terms.longest_stall_s < LONGEST_STALL_EVER.as_secs_f64() {
+            terms.longest_stall_s *= 2.0;
+            plan = plan::plan(model, &terms, round, &rules);
+        }
+        let late = remaining.is_some() && plan.is_none_or(|plan| !plan.in_time);
+        if late && seen && !later_round {
+            rules.brake_now = true;
+            plan = plan::plan(model, &terms, round, &rules);
+        }
+        // A round once braked stays braked, to the depth first chosen, while that keeps what was to be kept.
+        if let Some(target) = self.target {
+            let forecast = plan::brake_down(model, &terms, round, target, fair_share.min_share);
+            let in_time =
+                |forecast: &Forecast| remaining.is_none_or(|remaining| forecast.finish_s <= remaining);
+            if let Some(forecast) = forecast.filter(in_time) {
+                plan = Some(plan::Plan { target: Some(target), forecast, in_time: true });
+            }
+        }
+        let target = plan.and_then(|plan| plan.target).or(self.target);
+        self.target = target;
+        let (allowed, level) = match target {
+            Some(target) => model.allowed(&terms, round, target, fair_share.min_share),
+            None => (Vec::new(), f64::INFINITY),
+        };
+        self.level = level.is_finite().then(|| Pages::floor(level));
+        self.set_shares(now, &terms, round, &allowed, fair_share.min_share);
+        if plan.is_some() && (seen || later_round) {
+            let longest = duration(terms.longest_stall_s);
+            if longest > self.longest_stall {
+                self.longest_stall = longest;
+                self.tell(now, Change::LongestStall(longest));
+            }
+        }
+        let late = remaining.is_some() && plan.is_some_and(|plan| !plan.in_time) && (seen || later_round);
+        if late && !self.told_late {
+            self.told_late = true;
+            self.tell(now, Change::DeadlineOutOfReach);
+        }
+        plan.map(|plan| plan.forecast)
+    }
+
+    /// Turns what each vCPU may dirty (all together, if they cannot be told apart) into quotas.
+    fn set_shares(
+        &mut self,
+        now: Duration,
+        terms: &Terms,
+        round: Round,
+        allowed: &[Option<f64>],
+        min_share: f64,
+    ) {
+        let seconds = terms.seconds(round);
+        for index in 0..self.throttles.len() {
+            let named = self.model.curves.get(index);
+            let curve = named.unwrap_or(&self.model.others);
+            let allowed = allowed.get(if named.is_some() { index } else { 0 }).copied().flatten();
+            let quota = allowed.map(|allowed| {
+                if named.is_some() {
+                    Quota::Pages(PagesPerSlice::over(allowed - curve.last().1, seconds))
+                } else {
+                    let runs = curve.time_left_to(round, allowed).min(seconds) / seconds.max(1e-9);
+                    Quota::Time(1.0 - runs.max(sane(min_share)))
+                }
+            });
+            self.throttles[index].set(quota, now, self.counts[index]);
+            self.shares[index] = Share { predicted: Pages::floor(curve.by_the_end(round, seconds)), quota };
+        }
+        self.model.held.clear();
+        self.model.held.extend(self.shares.iter().map(|share| share.quota.is_some()));
+    }
+
+    fn throttling_told(&mut self, now: Duration) {
+        let throttled = self.shares.iter().filter_map(|share| share.quota);
+        let vcpus = throttled.clone().count();
+        let time_share = throttled.clone().find_map(|quota| match quota {
+            Quota::Time(share) | Quota::QemuTime(share) => Some(share),
+            Quota::Pages(_) => None,
+        });
+        // Told again when it moves by more than a twentieth of the scale, or of a doubling.
+        let step = time_share
+            .map_or(self.level.map_or(0, |level| u64::from(level.0.max(1).ilog2())), |share| {
+                whole(share * 20.0)
+            });
+        if (vcpus, step) != self.told_throttling {
+            self.told_throttling = (vcpus, step);
+            self.tell(now, Change::Throttling { vcpus, level: self.level, time_share });
+        }
+    }
+}
+
+fn pages_per_s(limit: DirtyLimit) -> f64 {
+    limit.bytes_per_s as f64 / PAGE_SIZE as f64
+}
+
+/// Whether two predictions are different news.
+fn differs(told: &Prediction, now: &Prediction) -> bool {
+    if (told.converges, told.converges_unthrottled) != (now.converges, now.converges_unthrottled) {
+        return true;
+    }
+    let far = |a: Duration, b: Duration| a.abs_diff(b).as_secs_f64() > 0.05 * a.as_secs_f64();
+    match (told.total, now.total) {
+        (Some(told), Some(now)) => far(told, now),
+        (told, now) => told.is_some() != now.is_some(),
+    }
+}
