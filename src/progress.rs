@@ -134,6 +134,11 @@ pub enum Event {
         /// The downtime limit now in force.
         downtime_limit_ms: f64,
     },
+    /// Short stalls cannot hold the guest: vCPUs that are held back may now be stopped for this long at a stretch.
+    StallsLengthened {
+        /// The longest stall.
+        longest_stall_ms: f64,
+    },
     /// No plan keeps the deadline; the fastest one is followed.
     DeadlineOutOfReach,
     /// More was dirty than expected when the guest stood still: it runs on.

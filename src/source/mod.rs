@@ -28,9 +28,9 @@ use crate::transport::{ChannelSpec, MigrationToken, RoundSent, SendOptions, Send
 use crate::vm::{Paused, Vm, VmError};
 use crate::wire::control::{Hello, Message, PROTOCOL, Token};
 
-/// How often the dirty source is observed while a round is sent. Observation costs the guest nothing, and us
-/// about a nanosecond per new page; a vCPU that overdraws its share is stopped this late at the most.
-const OBSERVE_EVERY: Duration = Duration::from_millis(1);
+/// The dirty source is observed after this time for the first time in a round; then as often as the controller
+/// wants.
+const FIRST_LOOK: Duration = Duration::from_millis(1);
 
 /// Why a migration did not complete.
 #[derive(Debug, thiserror::Error)]
@@ -363,17 +363,17 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Source<'a, V, D> {
                 return Err(SourceError::Cancelled);
             }
             if self.standstill.is_some() {
-                return Ok(());
+                return Ok(FIRST_LOOK);
             }
             match steering.look(self.tracker, self.vm, counters.totals())? {
-                Action::Continue => Ok(()),
+                Action::Continue => Ok(steering.next_look()),
                 Action::GiveUp(_) => Err(SourceError::GaveUp),
                 Action::SwitchOver(why) => {
                     self.stop_guest(steering, &mut dirty)?;
                     let done = counters.totals().since(before);
                     let unsent = pages_to_send.saturating_sub(done.pages_sent + done.zero_pages);
                     self.stays_stopped(steering, why, unsent + dirty.len())?;
-                    Ok(())
+                    Ok(FIRST_LOOK)
                 }
             }
         })?;
@@ -469,7 +469,7 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Source<'a, V, D> {
         let (sent, digest) = thread::scope(|scope| {
             let digest = self.options.verify.then(|| scope.spawn(|| ram_digest(memory, paused).digest.0));
             let sent = send_round(&mut sender, number, remaining, || {
-                if parameters.is_cancelled() { Err(SourceError::Cancelled) } else { Ok(()) }
+                if parameters.is_cancelled() { Err(SourceError::Cancelled) } else { Ok(FIRST_LOOK) }
             });
             let digest = digest.map_or(Ok(0), thread::ScopedJoinHandle::join);
             (sent, digest.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
@@ -538,29 +538,33 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Source<'a, V, D> {
     }
 }
 
-/// Sends a round on the channels' threads; meanwhile `look` is called every millisecond. If it fails, the sending
-/// is cancelled.
+/// Sends a round on the channels' threads; meanwhile `look` is called, which says when to call it again. If it fails,
+/// the sending is cancelled.
 fn send_round(
     sender: &mut Sender,
     round: u32,
     pages: PageSet,
-    mut look: impl FnMut() -> Result<(), SourceError>,
+    mut look: impl FnMut() -> Result<Duration, SourceError>,
 ) -> Result<RoundSent, SourceError> {
     let cancel = sender.cancel_handle();
     let pages = Arc::new(pages);
     thread::scope(|scope| {
         let (done, outcome) = mpsc::sync_channel(1);
         scope.spawn(move || done.send(sender.send_round(round, pages)));
+        let mut next_look = FIRST_LOOK;
         loop {
-            match outcome.recv_timeout(OBSERVE_EVERY) {
+            match outcome.recv_timeout(next_look) {
                 Ok(result) => return Ok(result?),
                 // Its thread panicked; the scope passes that on.
                 Err(mpsc::RecvTimeoutError::Disconnected) => return Err(SourceError::Cancelled),
                 Err(mpsc::RecvTimeoutError::Timeout) => {}
             }
-            if let Err(error) = look() {
-                cancel.cancel();
-                return Err(error);
+            match look() {
+                Ok(next) => next_look = next,
+                Err(error) => {
+                    cancel.cancel();
+                    return Err(error);
+                }
             }
         }
     })

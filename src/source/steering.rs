@@ -115,6 +115,11 @@ impl Steering {
         check
     }
 
+    /// When to look again.
+    pub fn next_look(&self) -> Duration {
+        self.controller.next_look()
+    }
+
     /// What was expected at the last look.
     pub fn prediction(&self) -> Option<progress::Prediction> {
         self.controller.prediction().as_ref().map(shown)
@@ -168,7 +173,11 @@ impl Steering {
         let now = self.started.elapsed();
         for (index, (vcpu, wanted)) in self.vcpus.iter_mut().zip(self.controller.gates()).enumerate() {
             match *wanted {
-                wanted if wanted == vcpu.gate => continue,
+                // A gate opens by itself after a while; a longer stall is renewed at each look.
+                Gate::ClosedUntil(until) if *wanted == vcpu.gate && until > now => {
+                    vcpu.handle.gate().close_for(until.saturating_sub(now));
+                }
+                wanted if wanted == vcpu.gate => {}
                 Gate::Open => vcpu.handle.gate().open(),
                 Gate::ClosedUntil(until) => {
                     vcpu.handle.gate().close_for(until.saturating_sub(now));
@@ -215,6 +224,9 @@ impl Steering {
                     Event::ThrottleChanged { vcpus, level_pages: level.map(|level| level.0), time_share }
                 }
                 Change::Prediction(prediction) => Event::PredictionChanged(shown(&prediction)),
+                Change::LongestStall(longest) => {
+                    Event::StallsLengthened { longest_stall_ms: longest.as_secs_f64() * 1e3 }
+                }
                 Change::DeadlineOutOfReach => Event::DeadlineOutOfReach,
                 Change::CalledOff { left, fits } => {
                     Event::SwitchoverCalledOff { pages_left: left.0, pages_fit: fits.0 }

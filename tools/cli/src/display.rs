@@ -177,6 +177,9 @@ fn sentence(event: &Event) -> Option<String> {
         Event::TermsChanged { policy, downtime_limit_ms } => {
             format!("policy {policy}, downtime limit {downtime_limit_ms:.0} ms")
         }
+        Event::StallsLengthened { longest_stall_ms } => {
+            format!("short stalls cannot hold the guest: now up to {longest_stall_ms:.0} ms each")
+        }
         Event::DeadlineOutOfReach => "the deadline cannot be kept; going as fast as can be".to_owned(),
         Event::SwitchoverCalledOff { pages_left, pages_fit } => format!(
             "the guest runs on: {} pages were left, {} fit the downtime limit",
