@@ -11,6 +11,10 @@ mod send;
 
 /// Measure this machine, and what Ringferry makes of it
 #[derive(clap::Args, Debug)]
+#[command(after_help = "\
+Examples:
+  ringferry bench send             what the transport moves here, beside plain send and receive
+  ringferry bench send --help      its options")]
 pub struct Args {
     #[command(subcommand)]
     bench: Bench,

@@ -2,19 +2,18 @@
 
 use crate::support::{ringferry, ringferry_writing_to};
 
-/// Every command there is, from the program's own completions.
-fn commands() -> Vec<String> {
-    let script = ringferry(&["completions", "fish"]).stdout;
-    let mut commands: Vec<String> = script
-        .lines()
-        .filter(|line| line.contains("__fish_ringferry_needs_command"))
-        .filter_map(|line| Some(line.split_once(" -a \"")?.1.split_once('"')?.0.to_owned()))
-        .filter(|command| command != "help")
-        .collect();
-    commands.sort();
-    commands.dedup();
-    assert!(commands.contains(&"doctor".to_owned()), "{script}");
-    commands
+/// Every command below `path`, groups of commands included, as the program's own help lists them.
+fn commands(path: &[&str]) -> Vec<Vec<String>> {
+    let help = ringferry(&[path, &["--help"]].concat()).stdout;
+    let list =
+        help.lines().skip_while(|line| *line != "Commands:").skip(1).take_while(|line| !line.is_empty());
+    let mut found = Vec::new();
+    for name in list.filter_map(|line| line.split_whitespace().next()).filter(|name| *name != "help") {
+        let command = [path, &[name]].concat();
+        found.push(command.iter().map(ToString::to_string).collect());
+        found.extend(commands(&command));
+    }
+    found
 }
 
 #[test]
@@ -39,12 +38,15 @@ fn no_arguments_show_the_help_and_exit_with_2() {
 }
 
 #[test]
-fn the_help_of_every_command_shows_examples() {
-    for command in commands() {
-        let run = ringferry(&[&command, "--help"]);
-        assert_eq!(run.code, Some(0), "{command}");
-        let example = format!("Examples:\n  ringferry {command}");
-        assert!(run.stdout.contains(&example), "{command}: {}", run.stdout);
+fn the_help_of_every_command_shows_examples_that_name_it() {
+    let commands = commands(&[]);
+    assert!(commands.contains(&vec!["doctor".to_owned()]), "{commands:?}");
+    for command in commands {
+        let command = command.join(" ");
+        let help = ringferry(&command.split(' ').chain(["--help"]).collect::<Vec<_>>()).stdout;
+        let (_, examples) =
+            help.split_once("\nExamples").unwrap_or_else(|| panic!("{command} has no examples"));
+        assert!(examples.contains(&format!("\n  ringferry {command}")), "{command}: {examples}");
     }
 }
 
