@@ -59,7 +59,7 @@ pub enum TrackError {
     },
     /// A source of dirty pages outside KVM cannot log.
     External {
-        /// Which: [`ExternalSource::name`](external::ExternalSource::name).
+        /// Which: [`ExternalSource::name`].
         name: &'static str,
         /// Why.
         source: VmError,
