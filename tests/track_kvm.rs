@@ -1,5 +1,4 @@
 //! Tracking on real KVM: what a guest wrote is what is harvested, on good days and on bad ones.
-#![expect(clippy::unwrap_used, reason = "what a test arranges must be there")]
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot set up its guest fails")]
 
