@@ -7,6 +7,7 @@ use anyhow::Result;
 use crate::display::Display;
 use crate::guest::GuestArgs;
 use crate::interrupt;
+use crate::machine::GuestKind;
 use crate::migrate::MigrateArgs;
 use crate::output::Output;
 use crate::report::rate;
@@ -32,11 +33,19 @@ pub struct Args {
 }
 
 /// Runs the command.
-pub fn run(args: Args, output: Output) -> Result<ExitCode> {
+pub fn run(mut args: Args, output: Output) -> Result<ExitCode> {
     let interrupted = interrupt::flag()?;
     let say = |text: String| if output.json() { Ok(()) } else { output.line(text) };
-    let vm = &args.guest.vm;
-    say(format!("booting a KVM guest: {} vCPUs, {} of RAM", vm.vcpus, vm.memory))?;
+    let vm = &mut args.guest.vm;
+    let kind = *vm.guest.get_or_insert_with(GuestKind::of_this_machine);
+    say(match kind {
+        GuestKind::Kvm => format!("booting a KVM guest: {} vCPUs, {} of RAM", vm.vcpus, vm.memory),
+        GuestKind::Threads => format!(
+            "a simulated guest: {} host threads that write {} of RAM, tracked by pagemap, because there is no \
+             /dev/kvm or because --guest threads asks for it",
+            vm.vcpus, vm.memory
+        ),
+    })?;
     let mut crossing = Crossing::prepare(&args.guest, &Listen::default())?;
     let (steps, pid) = (rates(crossing.before_per_s()), crossing.receiver_pid());
     say(format!("it runs, at {steps} steps/s; migrating to process {pid}"))?;

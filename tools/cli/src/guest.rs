@@ -7,10 +7,11 @@ use anyhow::{Context, Result, anyhow, bail};
 use clap::ValueEnum;
 use ringferry_testvm::workload::command_line;
 use ringferry_testvm::{
-    Backing, Boot, Config, Guest, GuestError, HugePages, Image, TestVm, Tracking, VcpuStatus, guest_image,
+    Backing, Boot, Config, Guest, GuestError, HugePages, Image, Tracking, VcpuStatus, guest_image,
 };
 use serde::{Deserialize, Serialize};
 
+use crate::machine::{GuestKind, Machine};
 use crate::sizes::Size;
 
 /// How long a guest may take to boot and to write its fill: first touches cost 10 µs a page here.
@@ -22,6 +23,10 @@ const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// What the VM is like. Source and destination of one migration are given the same.
 #[derive(clap::Args, Clone, Debug)]
 pub struct VmArgs {
+    /// What the guest runs on [default: kvm; for the demo, threads where there is no /dev/kvm]
+    #[arg(long, value_enum, value_name = "KIND")]
+    pub guest: Option<GuestKind>,
+
     /// RAM of the guest
     #[arg(long, value_name = "SIZE", default_value = "1GiB")]
     pub memory: Size,
@@ -95,6 +100,11 @@ pub enum BackendArg {
 }
 
 impl VmArgs {
+    /// What the guest runs on.
+    pub fn kind(&self) -> GuestKind {
+        self.guest.unwrap_or(GuestKind::Kvm)
+    }
+
     /// The VM without anything to boot.
     pub fn destination(&self) -> Config {
         Config {
@@ -136,11 +146,11 @@ impl GuestArgs {
             BackendArg::Bitmap => Tracking::Bitmap,
         };
         let config = Config { boot: Boot::Image { image, append }, tracking, ..self.vm.destination() };
-        let mut vm = TestVm::new(config)?;
+        let mut vm = Machine::new(self.vm.kind(), config)?;
         vm.start()?;
         let mut host = Host { guest: None, vm };
         if self.image.is_none() {
-            let guest = Guest::new(host.vm.memory(), host.vm.tracker())?;
+            let guest = Guest::new(host.vm.memory(), host.vm.kvm_tracker())?;
             host.wait_until_working(&guest)?;
             host.guest = Some(guest);
         }
@@ -151,7 +161,7 @@ impl GuestArgs {
 /// A running VM, and what is known of its guest if that is ours.
 #[derive(Debug)]
 pub struct Host {
-    pub vm: TestVm,
+    pub vm: Machine,
     pub guest: Option<Guest>,
 }
 

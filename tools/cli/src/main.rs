@@ -16,6 +16,7 @@ mod display;
 mod doctor;
 mod guest;
 mod interrupt;
+mod machine;
 mod migrate;
 mod monitor;
 mod namespace;

@@ -4,7 +4,7 @@ use std::num::NonZeroU64;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use ringferry::converge::{ConvergenceTimeout, DirtyLimit, Limits, Policy};
 use ringferry::progress::{Parameters, Progress, Terms, Update};
 use ringferry::source::{Source, SourceOptions, SourceReport};
@@ -160,7 +160,7 @@ impl MigrateArgs {
         before_per_s: &[f64],
         show: impl FnMut(&Update) + Send,
     ) -> Result<MigrationReport> {
-        let mut tracker = host.vm.tracker().context("the VM has no dirty tracking")?.clone();
+        let mut tracker = host.vm.dirty_source()?;
         let memory = host.vm.memory().clone();
         let options = SourceOptions {
             destination: destination.to_owned(),
@@ -170,21 +170,21 @@ impl MigrateArgs {
             vcpus: u32::try_from(host.vm.vcpus())?,
             ..SourceOptions::default()
         };
-        let figures_before = tracker.snapshot().vcpus;
+        let figures_before = host.vm.figures();
         if let Some(guest) = &mut host.guest {
             guest.restart_longest_gap()?;
         }
         let begin = host.marks()?;
         let migrated = thread::scope(|scope| {
             scope.spawn(|| follow(progress, show));
-            Source::new(&mut host.vm, &mut tracker, &memory, options, progress.clone()).run()
+            Source::new(&mut host.vm, tracker.as_mut(), &memory, options, progress.clone()).run()
         })?;
         let end = host.marks()?;
         let marks = begin.as_ref().zip(end.as_ref());
-        let figures = tracker.snapshot().vcpus;
+        let figures = host.vm.figures();
         let vcpus = figures.iter().zip(&figures_before);
         let vcpus = vcpus.map(|(now, then)| vcpu_report(host, now, then, &migrated, marks, before_per_s));
-        Ok(MigrationReport::new("kvm", migrated.clone(), vcpus.collect()))
+        Ok(MigrationReport::new(host.vm.kind().name(), migrated.clone(), vcpus.collect()))
     }
 }
 

@@ -9,11 +9,12 @@ use anyhow::{Result, bail};
 use ringferry::destination::{Destination, DestinationOptions, DestinationReport};
 use ringferry::vm::VmError;
 use ringferry::{Paused, Vm};
-use ringferry_testvm::{Guest, TestVm, check};
+use ringferry_testvm::{Guest, check};
 use serde::{Deserialize, Serialize};
 
 use crate::guest::{AfterMigration, Host, Marks, VmArgs};
 use crate::interrupt;
+use crate::machine::Machine;
 use crate::output::Output;
 use crate::sizes::Time;
 
@@ -68,7 +69,7 @@ pub enum Told {
 pub fn run(args: Args, output: Output) -> Result<ExitCode> {
     let interrupted = interrupt::flag()?;
     // Built first: if this machine cannot hold the VM, nobody needs to connect.
-    let vm = TestVm::new(args.vm.destination())?;
+    let vm = Machine::new(args.vm.kind(), args.vm.destination())?;
     let memory = vm.memory().clone();
     let mut landing = Landing(Host { guest: None, vm });
     let destination = Destination::bind(args.listen, args.insecure)?;
@@ -130,7 +131,7 @@ impl Vm for Landing {
     fn resume(&mut self, paused: Paused) -> Result<(), VmError> {
         // A foreign guest has no mailbox, and nothing that could be told.
         self.0.guest =
-            Guest::new(self.0.vm.memory(), self.0.vm.tracker()).ok().filter(|guest| guest.plan().is_ok());
+            Guest::new(self.0.vm.memory(), self.0.vm.kvm_tracker()).ok().filter(|guest| guest.plan().is_ok());
         if let Some(guest) = &mut self.0.guest {
             guest.count_pause_apart()?;
         }

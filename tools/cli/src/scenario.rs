@@ -91,6 +91,7 @@ impl Scenario {
         let work = self.guest.vcpus.iter().enumerate();
         Ok(GuestArgs {
             vm: VmArgs {
+                guest: None,
                 memory: self.guest.memory,
                 vcpus,
                 regions: 1,

@@ -140,6 +140,7 @@ impl ReceivingProcess {
         command
             .args(["receive", "--json", "--wait", "60s", "--listen", &listen.address.to_string()])
             .args(["--memory", &vm.memory.to_string(), "--vcpus", &vm.vcpus.to_string()])
+            .args(["--guest", vm.kind().name()])
             .args(["--regions", &vm.regions.to_string()])
             .args(["--backing", &value_name(&vm.backing), "--huge-pages", &value_name(&vm.huge_pages)])
             .args(["--run-for", &format!("{}ms", MEASURE.as_millis())]);
