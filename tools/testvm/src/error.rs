@@ -22,9 +22,9 @@ pub enum TestVmError {
         /// What is possible.
         limit: String,
     },
-    /// There is no `/dev/kvm`.
+    /// There is no `/dev/kvm`, or nothing behind it.
     #[error(
-        "opening /dev/kvm: it does not exist; load the module of this CPU (modprobe kvm_intel, kvm_amd), enable \
+        "opening /dev/kvm: there is no such device; load the module of this CPU (modprobe kvm_intel, kvm_amd), enable \
          virtualization in the firmware, or nested virtualization if this is a VM"
     )]
     NoKvm,

@@ -302,6 +302,16 @@ mod tests {
     }
 
     #[test]
+    fn more_memory_than_the_host_has_is_refused_with_advice() {
+        let config = Config { memory_bytes: 1 << 44, ..small(Backing::Anonymous, 1) };
+        // Where overcommit is unlimited, the mapping succeeds: nothing of it is touched.
+        if let Err(error) = Ram::new(&config, None) {
+            assert!(matches!(error, TestVmError::Memory { .. }), "{error}");
+            assert!(error.to_string().contains("give the guest less RAM"), "{error}");
+        }
+    }
+
+    #[test]
     fn transparent_huge_pages_are_asked_for() {
         let config = Config { huge_pages: HugePages::Transparent, ..small(Backing::Anonymous, 1) };
         if let Err(error) = Ram::new(&config, None) {

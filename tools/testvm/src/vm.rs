@@ -12,7 +12,7 @@ use kvm_bindings::{
     KVM_API_VERSION, KVM_CAP_BINARY_STATS_FD, KVM_CAP_SREGS2, KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY,
     kvm_pit_config, kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Cap, Kvm, VmFd};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use parking_lot::Mutex;
 use ringferry::kvm::RingSize;
 use ringferry::track::{DirtyTracker, TrackError};
@@ -98,15 +98,7 @@ impl TestVm {
         })?;
         check_capabilities(&kvm, &vm, &config)?;
         let shape = Shape::new(&kvm, &vm)?;
-        // Before any vCPU: they get their rings when they are created.
-        let tracker = match config.tracking {
-            Tracking::None => None,
-            Tracking::Ring { entries } => {
-                let size = RingSize::from_entries(entries).map_err(TrackError::from)?;
-                Some(DirtyTracker::enable(&vm, size)?)
-            }
-            Tracking::Bitmap => Some(DirtyTracker::enable_bitmap(&vm)?),
-        };
+        let tracker = enable_tracking(&vm, config.tracking)?;
         let ram = Ram::new(&config, tracker.clone())?;
         let boots = match &config.boot {
             Boot::Image { image, append } => Some(boot::load(&ram, image, append)?),
@@ -116,25 +108,15 @@ impl TestVm {
         if let Some(tracker) = &tracker {
             tracker.add_memory(ram.memory())?;
         }
-        vm.set_tss_address(TSS_ADDRESS)
-            .map_err(|e| kvm_error("KVM_SET_TSS_ADDR", e, "its pages collide with RAM"))?;
-        let no_chip = "this KVM emulates no interrupt controllers";
-        vm.create_irq_chip().map_err(|e| kvm_error("KVM_CREATE_IRQCHIP", e, no_chip))?;
-        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..kvm_pit_config::default() };
-        vm.create_pit2(pit).map_err(|e| kvm_error("KVM_CREATE_PIT2", e, no_chip))?;
+        create_chips(&vm)?;
 
         let serial = Arc::new(Mutex::new(Serial::new(config.console)));
         let gate = Arc::new(Gate::new(config.vcpus));
         let mut vcpus = Vec::with_capacity(config.vcpus);
         let mut tsc_khz = 0;
         for index in 0..config.vcpus {
-            let fd = vm
-                .create_vcpu(index as u64)
-                .map_err(|e| kvm_error("KVM_CREATE_VCPU", e, "the host may be short of memory"))?;
+            let fd = create_vcpu(&kvm, &vm, index, config.vcpus)?;
             tsc_khz = fd.get_tsc_khz().unwrap_or(0);
-            let cpuid = cpuid::for_vcpu(&kvm, index, config.vcpus, tsc_khz)?;
-            let refused = "this CPU cannot be shown to the guest";
-            fd.set_cpuid2(&cpuid).map_err(|e| kvm_error("KVM_SET_CPUID2", e, refused))?;
             if let (0, Some(entry)) = (index, boots) {
                 boot::enter(&fd, entry)?;
             }
@@ -400,7 +382,8 @@ pub(crate) fn kvm_error(call: &'static str, error: kvm_ioctls::Error, hint: &'st
 
 fn open_kvm() -> Result<Kvm, TestVmError> {
     Kvm::new().map_err(|error| match error.errno() {
-        libc::ENOENT => TestVmError::NoKvm,
+        // ENXIO and ENODEV: there is a device node, and no module behind it.
+        libc::ENOENT | libc::ENXIO | libc::ENODEV => TestVmError::NoKvm,
         libc::EACCES | libc::EPERM => TestVmError::KvmPermission,
         _ => kvm_error("opening /dev/kvm", error, "see whether the kernel's log says more"),
     })
@@ -439,6 +422,37 @@ fn check_capabilities(kvm: &Kvm, vm: &VmFd, config: &Config) -> Result<(), TestV
         );
     }
     Ok(())
+}
+
+/// Before any vCPU is created: each gets its ring then.
+fn enable_tracking(vm: &VmFd, tracking: Tracking) -> Result<Option<DirtyTracker>, TestVmError> {
+    Ok(match tracking {
+        Tracking::None => None,
+        Tracking::Ring { entries } => {
+            let size = RingSize::from_entries(entries).map_err(TrackError::from)?;
+            Some(DirtyTracker::enable(vm, size)?)
+        }
+        Tracking::Bitmap => Some(DirtyTracker::enable_bitmap(vm)?),
+    })
+}
+
+/// The interrupt controllers and the timer of a PC; before any vCPU too, so that each gets its local APIC.
+fn create_chips(vm: &VmFd) -> Result<(), TestVmError> {
+    vm.set_tss_address(TSS_ADDRESS)
+        .map_err(|e| kvm_error("KVM_SET_TSS_ADDR", e, "its pages collide with RAM"))?;
+    let hint = "this KVM emulates no interrupt controllers";
+    vm.create_irq_chip().map_err(|e| kvm_error("KVM_CREATE_IRQCHIP", e, hint))?;
+    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..kvm_pit_config::default() };
+    vm.create_pit2(pit).map_err(|e| kvm_error("KVM_CREATE_PIT2", e, hint))
+}
+
+fn create_vcpu(kvm: &Kvm, vm: &VmFd, index: usize, vcpus: usize) -> Result<VcpuFd, TestVmError> {
+    let fd = vm.create_vcpu(index as u64);
+    let fd = fd.map_err(|e| kvm_error("KVM_CREATE_VCPU", e, "the host may be short of memory"))?;
+    let cpuid = cpuid::for_vcpu(kvm, index, vcpus, fd.get_tsc_khz().unwrap_or(0))?;
+    let hint = "this CPU cannot be shown to the guest";
+    fd.set_cpuid2(&cpuid).map_err(|e| kvm_error("KVM_SET_CPUID2", e, hint))?;
+    Ok(fd)
 }
 
 /// Registers every region as a memory slot, with or without dirty logging.
