@@ -198,3 +198,6 @@ fn compare_body(machine: &HostMachine, tag: Tag, stamp: u64) -> Result<(), PageF
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

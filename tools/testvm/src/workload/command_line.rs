@@ -300,3 +300,97 @@ impl fmt::Display for Config {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::format;
+    use std::string::{String, ToString};
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn works() -> impl Strategy<Value = Work> {
+        let pattern = prop::sample::select(&Pattern::ALL[..]).prop_map(|(pattern, _)| pattern);
+        let content = prop::sample::select(&Content::ALL[..]).prop_map(|(content, _)| content);
+        (pattern, content, 0..1u64 << 40, 0..=PAGE_BYTES, any::<u64>()).prop_map(
+            |(pattern, content, working_set_pages, bytes_per_page, pace_per_s)| Work {
+                pattern,
+                content,
+                working_set_pages,
+                bytes_per_page,
+                pace_per_s,
+            },
+        )
+    }
+
+    fn configs() -> impl Strategy<Value = Config> {
+        let numbers =
+            (prop::option::of(1..=MAX_VCPUS), prop::option::of(1_000..100_000_000u64), 0..1u64 << 40);
+        let work = prop::collection::vec(works(), MAX_VCPUS);
+        (numbers, any::<bool>(), work).prop_map(|((vcpus, tsc_khz, fill_pages), stats, work)| Config {
+            vcpus,
+            tsc_khz,
+            fill_pages,
+            stats,
+            work: work.try_into().unwrap(),
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn a_configuration_is_read_back_from_the_line_that_it_prints(config in configs()) {
+            let line = format!("guest {config}");
+            prop_assert_eq!(Config::parse(&line), Ok(config));
+        }
+
+        #[test]
+        fn no_line_makes_the_parser_panic(line in "( ?[a-z0-9]{0,6}[=:,]?){0,12}.{0,20}") {
+            let _ = Config::parse(&line);
+        }
+    }
+
+    #[test]
+    fn a_line_says_what_each_vcpu_does() {
+        let line = "/boot/image tsc_khz=3000000 vcpus=2 fill=600MiB stats=on each=content:text,bytes:8 \
+                    vcpu1=pattern:hot-cold,ws:60MiB,pace:20480";
+        let config = Config::parse(line).unwrap();
+        assert_eq!((config.vcpus, config.tsc_khz, config.fill_pages), (Some(2), Some(3_000_000), 600 << 8));
+        assert!(config.stats);
+        let each = Work { content: Content::Text, bytes_per_page: 8, ..Work::default() };
+        assert_eq!(config.work[0], each);
+        let hot_cold =
+            Work { pattern: Pattern::HotCold, working_set_pages: 60 << 8, pace_per_s: 20_480, ..each };
+        assert_eq!(config.work[1], hot_cold);
+        assert_eq!(Config::parse(""), Ok(Config::default()));
+        assert_eq!(Config::parse("image"), Ok(Config::default()));
+    }
+
+    #[test]
+    fn what_means_nothing_is_named_with_what_could_be_there() {
+        for (word, found, expected) in [
+            ("quiet", "quiet", "vcpus=N"),
+            ("vcpus=0", "vcpus=0", "1 to 16 vCPUs"),
+            ("vcpus=17", "vcpus=17", "1 to 16 vCPUs"),
+            ("vcpu16=ws:4KiB", "vcpu16=ws:4KiB", "N from 0 to 15"),
+            ("tsc_khz=0", "tsc_khz=0", "1000 to"),
+            ("fill=3KiB", "3KiB", "multiple of 4 KiB"),
+            ("fill=1MB", "1MB", "MiB"),
+            ("fill=99999999999GiB", "99999999999GiB", "a size"),
+            ("stats=yes", "stats=yes", "stats=on"),
+            ("each=pattern:fast", "pattern:fast", "hot-cold"),
+            ("each=content:", "content:", "counter"),
+            ("each=bytes:4097", "bytes:4097", "at most 4096"),
+            ("each=pace:-1", "-1", "whole number"),
+            ("each=ws", "ws", "ws:SIZE"),
+            ("each=speed:1", "speed:1", "pace:N"),
+            ("each=", "", "ws:SIZE"),
+        ] {
+            let line = String::from("image ") + word;
+            let error = Config::parse(&line).unwrap_err();
+            assert_eq!(error.found, found, "{word}");
+            assert!(error.expected.contains(expected), "{word}: {}", error.expected);
+            assert!(error.to_string().contains(found));
+        }
+    }
+}

@@ -121,3 +121,65 @@ const TEXT: [u64; 64] = {
     }
     words
 };
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::vec::Vec;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn tags() -> impl Strategy<Value = Tag> {
+        let content = prop::sample::select(&Content::ALL[..]).prop_map(|(content, _)| content);
+        (0..1u64 << PAGE_BITS, 0..MAX_VCPUS, content, 0..=PAGE_BYTES)
+            .prop_map(|(page, vcpu, content, bytes)| Tag::new(page, vcpu, content, bytes))
+    }
+
+    proptest! {
+        #[test]
+        fn a_tag_is_read_back_from_its_word(tag in tags()) {
+            prop_assert_eq!(Tag::from_word(tag.word()), Some(tag));
+            prop_assert_eq!(tag.word(), Tag { page: 0, ..tag }.word() | tag.page);
+            prop_assert!(tag.body(3).count() as u64 == tag.body_words);
+        }
+
+        #[test]
+        fn a_word_that_is_read_as_a_tag_is_that_tags_word(word in any::<u64>(), magic in any::<bool>()) {
+            let word = if magic { word >> 13 | TAG_MAGIC << MAGIC_SHIFT } else { word };
+            if let Some(tag) = Tag::from_word(word) {
+                prop_assert_eq!(tag.word(), word);
+            }
+        }
+
+        #[test]
+        fn another_generation_or_page_has_another_body(tag in tags(), stamp in any::<u64>(), later in 1..1_000_000u64) {
+            prop_assume!(tag.body_words >= 16);
+            let body: Vec<u64> = tag.body(stamp).collect();
+            prop_assert!(body != tag.body(stamp.wrapping_add(later)).collect::<Vec<_>>());
+            if tag.content != Content::Counter {
+                let other = Tag { page: tag.page ^ 1, ..tag };
+                prop_assert!(body != other.body(stamp).collect::<Vec<_>>());
+            }
+        }
+    }
+
+    #[test]
+    fn random_bodies_hold_no_word_twice_and_text_is_made_of_letters() {
+        let tag = |content| Tag::new(7, 1, content, PAGE_BYTES);
+        let random: BTreeSet<u64> =
+            (1..100).flat_map(|stamp| tag(Content::Random).body(stamp).collect::<Vec<_>>()).collect();
+        assert_eq!(random.len() as u64, 99 * MAX_BODY_WORDS);
+        let text: Vec<u8> = tag(Content::Text).body(5).flat_map(u64::to_le_bytes).collect();
+        assert!(text.iter().all(|byte| byte.is_ascii_graphic() || byte.is_ascii_whitespace()));
+    }
+
+    #[test]
+    fn zero_content_and_few_bytes_write_the_header_only() {
+        assert_eq!(Tag::new(1, 0, Content::Zero, 4096).body_words, 0);
+        assert_eq!(Tag::new(1, 0, Content::Random, 8).body_words, 0);
+        assert_eq!(Tag::new(1, 0, Content::Random, 31).body_words, 1);
+        assert_eq!(Tag::new(1, 0, Content::Random, u64::MAX).body_words, MAX_BODY_WORDS);
+    }
+}

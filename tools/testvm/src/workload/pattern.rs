@@ -156,3 +156,90 @@ fn exp2(x: u64) -> u64 {
 fn wide_shift(x: u64, by: u64) -> u64 {
     (u128::from(x) << by >> 32) as u64
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::vec;
+    use std::vec::Vec;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn counts(pattern: Pattern, pages: usize, taken: usize) -> Vec<u64> {
+        let mut counts = vec![0; pages];
+        let mut positions = Positions::new(pattern, pages as u64, 1);
+        for _ in 0..taken {
+            counts[usize::try_from(positions.take()).unwrap()] += 1;
+        }
+        counts
+    }
+
+    proptest! {
+        #[test]
+        fn positions_stay_inside_the_working_set(pages in 1..1u64 << 34, seed in any::<u64>()) {
+            for (pattern, _) in Pattern::ALL {
+                let mut positions = Positions::new(pattern, pages, seed);
+                for _ in 0..200 {
+                    let position = positions.take();
+                    prop_assert!(position < pages, "{:?}: {} of {}", pattern, position, pages);
+                }
+            }
+        }
+
+        #[test]
+        fn ranks_and_pages_are_one_to_one(pages in 1..3_000u64) {
+            let zipf = Zipf::new(pages);
+            let seen: BTreeSet<u64> = (0..pages).map(|rank| rank * zipf.stride % pages).collect();
+            prop_assert_eq!(seen.len() as u64, pages);
+        }
+
+        #[test]
+        fn powers_and_logarithms_are_those_of_real_numbers(x in 1..1u64 << 40) {
+            let scale = f64::from(1u32 << 16).powi(2);
+            prop_assert!((log2(x) as f64 / scale - (x as f64).log2()).abs() < 1e-8);
+            let back = exp2(log2(x)) as f64;
+            prop_assert!((back / x as f64 - 1.0).abs() < 2e-4 || (back - x as f64).abs() <= 1.0, "{} {}", x, back);
+        }
+    }
+
+    #[test]
+    fn sequential_takes_every_page_once_per_pass() {
+        assert_eq!(counts(Pattern::Sequential, 7, 21), [3; 7]);
+        assert_eq!(counts(Pattern::ReadOnly, 7, 21), [3; 7]);
+    }
+
+    #[test]
+    fn random_takes_every_page_equally_often() {
+        let counts = counts(Pattern::Random, 100, 100_000);
+        // Ten standard deviations.
+        assert!(
+            counts.iter().all(|count| (1000i64 - i64::try_from(*count).unwrap()).abs() < 320),
+            "{counts:?}"
+        );
+    }
+
+    #[test]
+    fn nine_in_ten_go_to_the_hot_tenth() {
+        let counts = counts(Pattern::HotCold, 1000, 100_000);
+        let hot: u64 = counts[..100].iter().sum();
+        assert!((89_000..91_000).contains(&hot), "{hot}");
+        assert!(counts.iter().all(|count| *count > 0));
+    }
+
+    #[test]
+    fn zipf_takes_the_page_of_rank_r_in_proportion_to_one_over_r() {
+        const PAGES: usize = 1000;
+        const TAKEN: usize = 1_000_000;
+        let counts = counts(Pattern::Zipf, PAGES, TAKEN);
+        let stride = usize::try_from(Zipf::new(PAGES as u64).stride).unwrap();
+        for rank in [1, 2, 3, 5, 10, 30, 100, 300, 1000usize] {
+            let count = counts[(rank - 1) * stride % PAGES] as f64;
+            let expected = TAKEN as f64 * (1.0 + 1.0 / rank as f64).ln() / ((PAGES + 1) as f64).ln();
+            // One percent for the cubic, and five standard deviations.
+            let slack = expected * 0.01 + 5.0 * expected.sqrt();
+            assert!((count - expected).abs() < slack, "rank {rank}: {count} of {expected}");
+        }
+    }
+}

@@ -153,3 +153,99 @@ pub fn deal(pool: u64, vcpus: usize, config: &Config) -> Result<[Share; MAX_VCPU
     }
     Ok(shares)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::vec::Vec;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::workload::command_line::Work;
+
+    fn pools() -> impl Strategy<Value = Extents> {
+        prop::collection::vec((0..5u64, 1..30u64), 1..6).prop_map(|parts| {
+            let mut next = RESERVED_END / PAGE_BYTES;
+            parts
+                .into_iter()
+                .map(|(hole, pages)| {
+                    let first = next + hole;
+                    next = first + pages;
+                    Extent { first, pages }
+                })
+                .collect()
+        })
+    }
+
+    fn naive(extents: &Extents) -> Vec<u64> {
+        extents.as_slice().iter().flat_map(|extent| extent.first..extent.first + extent.pages).collect()
+    }
+
+    fn config(working_sets: &[u64], fill_pages: u64) -> Config {
+        let mut config = Config { fill_pages, ..Config::default() };
+        for (work, pages) in config.work.iter_mut().zip(working_sets) {
+            *work = Work { working_set_pages: *pages, ..Work::default() };
+        }
+        config
+    }
+
+    proptest! {
+        #[test]
+        fn positions_and_parts_are_those_of_the_list_of_all_pages(pool in pools(), first in 0..150u64, pages in 0..150u64) {
+            let all = naive(&pool);
+            for (position, page) in (0..).zip(&all) {
+                prop_assert_eq!(pool.page(position), *page);
+            }
+            let (skip, take) = (usize::try_from(first).unwrap(), usize::try_from(pages).unwrap());
+            let part: Vec<u64> = all.into_iter().skip(skip).take(take).collect();
+            prop_assert_eq!(naive(&pool.part(first, pages)), part);
+        }
+
+        #[test]
+        fn every_page_is_dealt_to_one_vcpu_and_all_get_what_they_asked_for(
+            pool in pools(), working_sets in prop::collection::vec(1..12u64, 1..=MAX_VCPUS), fill in 0..100u64,
+        ) {
+            let vcpus = working_sets.len();
+            let wanted = working_sets.iter().sum::<u64>() + fill;
+            let shares = match deal(pool.pages(), vcpus, &config(&working_sets, fill)) {
+                Ok(shares) => shares,
+                Err(error) => {
+                    prop_assert_eq!(error, RangeError::TooLarge { wanted, pool: pool.pages() });
+                    prop_assert!(wanted > pool.pages());
+                    return Ok(());
+                }
+            };
+            let mut seen = BTreeSet::new();
+            for (share, working_set) in shares[..vcpus].iter().zip(&working_sets) {
+                prop_assert!(share.pages >= *working_set);
+                prop_assert_eq!(share.fill_first, *working_set);
+                prop_assert!(share.fill_first + share.fill_pages <= share.pages);
+                for page in naive(&pool.part(share.first, share.pages)) {
+                    prop_assert!(seen.insert(page), "page {:#x} is dealt twice", page);
+                }
+            }
+            prop_assert_eq!(seen.len() as u64, pool.pages());
+            prop_assert_eq!(shares.iter().map(|share| share.fill_pages).sum::<u64>(), fill);
+        }
+    }
+
+    #[test]
+    fn what_is_reserved_is_never_dealt() {
+        let mut pool = Extents::default();
+        pool.add_bytes(0, 0x9_fc00);
+        pool.add_bytes(1 << 20, (8 << 20) + 5);
+        pool.add_bytes((9 << 20) + 1, 9 << 20);
+        pool.add_bytes(4 << 30, u64::MAX);
+        assert_eq!(pool.as_slice()[0], Extent { first: 0x400, pages: 0x400 });
+        assert_eq!(pool.as_slice().len(), 2);
+        assert_eq!(pool.as_slice()[1].first, 1 << 20);
+    }
+
+    #[test]
+    fn an_empty_working_set_is_refused() {
+        assert_eq!(deal(100, 2, &config(&[1, 0], 0)), Err(RangeError::Empty { vcpu: 1 }));
+        let huge = config(&[u64::MAX, u64::MAX], u64::MAX);
+        assert_eq!(deal(100, 2, &huge), Err(RangeError::TooLarge { wanted: u64::MAX, pool: 100 }));
+    }
+}

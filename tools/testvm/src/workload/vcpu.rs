@@ -384,3 +384,6 @@ fn scale(value: u64, numerator: u64, denominator: u64) -> u64 {
     let product = u128::from(value) * u128::from(numerator);
     product.checked_div(u128::from(denominator)).map_or(0, |q| u64::try_from(q).unwrap_or(u64::MAX))
 }
+
+#[cfg(test)]
+mod tests;
