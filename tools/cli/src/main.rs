@@ -15,6 +15,7 @@ mod demo;
 mod display;
 mod doctor;
 mod guest;
+mod guest_image;
 mod interrupt;
 mod machine;
 mod migrate;
@@ -63,6 +64,7 @@ enum Command {
     Receive(receive::Args),
     Bench(bench::Args),
     Doctor(doctor::Args),
+    GuestImage(guest_image::Args),
     Completions(completions::Args),
 }
 
@@ -77,6 +79,7 @@ fn main() -> ExitCode {
         Command::Receive(args) => receive::run(args, output),
         Command::Bench(args) => bench::run(args, output),
         Command::Doctor(args) => doctor::run(args, output),
+        Command::GuestImage(args) => guest_image::run(args, output),
         Command::Completions(args) => completions::run(args, output),
     };
     result.unwrap_or_else(|error| {

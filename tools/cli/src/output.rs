@@ -59,17 +59,22 @@ impl Output {
         self.write(&line)
     }
 
-    /// Writes bytes to standard output, in one piece.
+    /// Writes text to standard output, in one piece.
     ///
     /// # Errors
     ///
     /// Standard output cannot be written, for another reason than that its reader is gone.
-    pub fn write(self, bytes: &[u8]) -> io::Result<()> {
-        let mut stdout = anstream::stdout().lock();
-        match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-            written => written,
-        }
+    pub fn write(self, text: &[u8]) -> io::Result<()> {
+        write_to_reader(anstream::stdout().lock(), text)
+    }
+
+    /// Writes bytes that are no text: whatever they are, they are not taken for colours.
+    ///
+    /// # Errors
+    ///
+    /// As [`write`](Self::write).
+    pub fn binary(self, bytes: &[u8]) -> io::Result<()> {
+        write_to_reader(io::stdout().lock(), bytes)
     }
 
     /// Tells why the command failed: the error and below it its causes, one a line; with JSON, also as an
@@ -86,5 +91,12 @@ impl Output {
         if self.json {
             let _ = self.object(&ErrorObject { kind: "error", message: error.to_string(), causes });
         }
+    }
+}
+
+fn write_to_reader(mut stdout: impl Write, bytes: &[u8]) -> io::Result<()> {
+    match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        written => written,
     }
 }

@@ -3,7 +3,6 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use rustix::process::geteuid;
@@ -42,8 +41,15 @@ pub fn ringferry_without_devices(args: &[&str]) -> Option<Outcome> {
 /// Runs it as the user nobody; `None` if this user may not become that one.
 pub fn ringferry_as_nobody(args: &[&str]) -> Option<Outcome> {
     const NOBODY: u32 = 65_534;
-    let program = ProgramForAll::copy();
-    let mut command = Command::new(&program.path);
+    // A copy that any user can reach: the build directory may be below a private home.
+    let for_all = fs::Permissions::from_mode(0o755);
+    let directory = tempfile::Builder::new().permissions(for_all).tempdir().unwrap();
+    let program = directory.path().join("ringferry");
+    // Not copied by this process: a child that another test forks meanwhile would hold the copy open for writing,
+    // and a program that is being written cannot be run.
+    let installed = Command::new("install").args(["-m", "755", PROGRAM]).arg(&program).status().unwrap();
+    assert!(installed.success());
+    let mut command = Command::new(program);
     // Without supplementary groups and capabilities, too.
     command.args(args).uid(NOBODY).gid(NOBODY).current_dir("/");
     geteuid().is_root().then(|| outcome(&mut command))
@@ -58,25 +64,4 @@ fn outcome(command: &mut Command) -> Outcome {
     let output = command.stdin(Stdio::null()).output().unwrap();
     let text = |bytes| String::from_utf8(bytes).unwrap();
     Outcome { code: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }
-}
-
-/// A copy of the program that any user can reach: the build directory may be below a private home.
-struct ProgramForAll {
-    path: PathBuf,
-}
-
-impl ProgramForAll {
-    fn copy() -> Self {
-        let test = std::thread::current().name().unwrap_or_default().replace(':', "-");
-        let path = std::env::temp_dir().join(format!("ringferry-{}-{test}", std::process::id()));
-        fs::copy(Path::new(PROGRAM), &path).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
-        Self { path }
-    }
-}
-
-impl Drop for ProgramForAll {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.path);
-    }
 }

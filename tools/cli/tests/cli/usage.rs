@@ -8,7 +8,9 @@ fn commands(path: &[&str]) -> Vec<Vec<String>> {
     let list =
         help.lines().skip_while(|line| *line != "Commands:").skip(1).take_while(|line| !line.is_empty());
     let mut found = Vec::new();
-    for name in list.filter_map(|line| line.split_whitespace().next()).filter(|name| *name != "help") {
+    // Deeper lines go on with the description of the one above.
+    let names = list.filter_map(|line| line.strip_prefix("  ")?.split(' ').next());
+    for name in names.filter(|name| !["", "help"].contains(name)) {
         let command = [path, &[name]].concat();
         found.push(command.iter().map(ToString::to_string).collect());
         found.extend(commands(&command));
@@ -68,4 +70,26 @@ fn output_that_cannot_be_written_is_a_failure() {
 
 fn pipe_without_reader() -> std::io::PipeWriter {
     std::io::pipe().unwrap().1
+}
+
+#[test]
+fn the_guest_image_is_written_byte_for_byte_to_a_file_and_to_standard_output() {
+    let directory = tempfile::tempdir().unwrap();
+    let [file, piped] = ["file", "piped"].map(|name| directory.path().join(name));
+    let run = ringferry(&["guest-image", file.to_str().unwrap()]);
+    assert_eq!((run.code, run.stdout.as_str()), (Some(0), ""), "{run:?}");
+    assert_eq!(std::fs::read(&file).unwrap(), ringferry_testvm::IMAGE);
+
+    let run = ringferry_writing_to(&["guest-image", "-"], std::fs::File::create(&piped).unwrap());
+    assert_eq!(run.code, Some(0), "{run:?}");
+    assert_eq!(std::fs::read(&piped).unwrap(), ringferry_testvm::IMAGE);
+}
+
+#[test]
+fn a_file_that_cannot_be_written_is_named_with_the_reason() {
+    let run = ringferry(&["guest-image", "/no/such/directory/guest.img"]);
+    assert_eq!(run.code, Some(1));
+    for part in ["error: ", "/no/such/directory/guest.img", "No such file"] {
+        assert!(run.stderr.contains(part), "{part:?} is not in: {}", run.stderr);
+    }
 }
