@@ -70,6 +70,8 @@ pub struct Vcpu {
     pub tid: Option<u32>,
     /// Size of its ring, 0 if the VM has no rings.
     pub ring_entries: u32,
+    /// Whether an entry was ever pushed to it.
+    pub ring_touched: bool,
     /// Entries that are pushed and not recycled; more than `ring_entries` means that some are overwritten.
     pub ring_used: u32,
 }
@@ -161,6 +163,7 @@ impl Vm {
                     vcpu: body.vcpu,
                     tid: (body.tid != 0).then_some(body.tid),
                     ring_entries: body.ring_entries,
+                    ring_touched: body.dirty_index != 0,
                     ring_used: if body.ring_entries == 0 {
                         0
                     } else {

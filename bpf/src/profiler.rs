@@ -18,7 +18,7 @@ use crate::layout::{
     ThreadCounts as CpuThreadCounts,
 };
 use crate::preflight::{Sources, check_kernel, check_rights};
-use crate::{Error, Inventory, RingId, VmId};
+use crate::{Error, Inventory, RingId, Vcpu, Vm, VmId};
 
 const OBJECT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/profile.bpf.o"));
 
@@ -87,7 +87,7 @@ pub struct VcpuCounts {
     pub resets: u64,
     /// The most entries in use since [`Profiler::start_interval`].
     pub high_water_entries: u32,
-    /// The vCPU is known to be gone, because the kernel gave its memory to a new one.
+    /// The vCPU is gone.
     pub ended: bool,
 }
 
@@ -179,23 +179,37 @@ impl Profiler {
     }
 
     /// What the kernel pushed, per vCPU that pushed, recycled or filled its ring since the attach: also those that are
-    /// gone, until [`Profiler::forget`] or [`Profiler::forget_ended`].
+    /// gone, until [`Profiler::forget`].
     ///
     /// Exact for vCPUs that are out of `KVM_RUN`; a running one may push while this reads.
     ///
     /// # Errors
     ///
-    /// If a map cannot be read.
+    /// If a map or the inventory cannot be read.
     pub fn counts(&mut self) -> Result<Vec<VcpuCounts>, Error> {
+        self.counts_and_inventory().map(|(counts, _)| counts)
+    }
+
+    /// [`Profiler::counts`], and the [`Profiler::inventory`] that says which of them are of vCPUs that are gone.
+    ///
+    /// # Errors
+    ///
+    /// As those two.
+    pub fn counts_and_inventory(&mut self) -> Result<(Vec<VcpuCounts>, Inventory), Error> {
         self.take_ended()?;
         let before = self.ended.len();
         let mut all = self.live_counts()?;
         self.take_ended()?;
         // What ended meanwhile may be among the live ones: not told twice. If it was its successor, the next look tells.
         all.retain(|live| !self.ended[before..].iter().any(|ended| ended.ring == live.ring));
+        // In this order: who has counts and is not in the inventory any more is gone for good.
+        let inventory = self.inventory()?;
+        for counts in &mut all {
+            counts.ended = !counts.is_of_someone_in(&inventory);
+        }
         all.extend_from_slice(&self.ended);
         all.sort_by_key(|counts| (counts.pid, counts.vm, counts.vcpu, counts.ring));
-        Ok(all)
+        Ok((all, inventory))
     }
 
     fn live_counts(&self) -> Result<Vec<VcpuCounts>, Error> {
@@ -225,11 +239,6 @@ impl Profiler {
         Ok(())
     }
 
-    /// Drops what was counted for vCPUs that are gone because new ones took their place.
-    pub fn forget_ended(&mut self) {
-        self.ended.clear();
-    }
-
     /// Starts the interval that the high-water marks are of.
     ///
     /// # Errors
@@ -243,18 +252,28 @@ impl Profiler {
         Ok(())
     }
 
-    /// Drops what was counted for a ring, so that another vCPU can be counted in its place.
+    /// Drops the counts of vCPUs that are gone, so that others can be counted in their place. One that is created in the
+    /// memory of such a vCPU at this very moment may lose its first pushes.
     ///
     /// # Errors
     ///
     /// If the map cannot be written.
-    pub fn forget(&self, ring: RingId) -> Result<(), Error> {
-        match self.rings.delete(ring.0.as_bytes()) {
-            Err(error) if error.kind() != libbpf_rs::ErrorKind::NotFound => {
-                Err(Error::bpf("drop the counts of a vCPU")(error))
+    pub fn forget<'a>(&mut self, gone: impl IntoIterator<Item = &'a VcpuCounts>) -> Result<(), Error> {
+        for counts in gone {
+            let moved = self.ended.iter().position(|ended| ended == counts);
+            if let Some(index) = moved {
+                self.ended.swap_remove(index);
+                continue;
             }
-            _ => Ok(()),
+            match self.rings.delete(counts.ring.0.as_bytes()) {
+                // It ended in the kernel's view as well, meanwhile.
+                Err(error) if error.kind() != libbpf_rs::ErrorKind::NotFound => {
+                    return Err(Error::bpf("drop the counts of a vCPU")(error));
+                }
+                _ => {}
+            }
         }
+        Ok(())
     }
 
     /// The VMs, vCPUs and memory slots of the host, or of the one process that was asked for.
@@ -470,6 +489,16 @@ impl VcpuCounts {
             high_water_entries: sum.high_water,
             ended: false,
         }
+    }
+
+    /// Whether the vCPU exists, rather than one that was given its memory. A ring without any push has no counts: they
+    /// are its predecessor's.
+    fn is_of_someone_in(&self, inventory: &Inventory) -> bool {
+        let is_it = |vm: &Vm, vcpu: &Vcpu| {
+            let vcpu_is = (vcpu.ring, vm.id, vcpu.vcpu, vm.creator_tid, vcpu.ring_touched);
+            vcpu_is == (self.ring, self.vm, self.vcpu, self.creator_tid, true)
+        };
+        inventory.vms.iter().any(|vm| vm.vcpus.iter().any(|vcpu| is_it(vm, vcpu)))
     }
 }
 

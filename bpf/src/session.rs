@@ -227,10 +227,7 @@ impl Session {
     ///
     /// If a map or the inventory cannot be read.
     pub fn look(&mut self) -> Result<Look, Error> {
-        // In this order: who has counts and is not in the inventory any more is gone for good.
-        let all = self.profiler.counts()?;
-        self.profiler.forget_ended();
-        let inventory = self.profiler.inventory()?;
+        let (all, inventory) = self.profiler.counts_and_inventory()?;
         let now = Instant::now();
         let interval = now - self.looked;
         self.looked = now;
@@ -241,13 +238,11 @@ impl Session {
             false => HashMap::new(),
         };
         let mut rows = Vec::new();
-        let (live, gone): (Vec<_>, Vec<_>) = all.into_iter().partition(|counts| is_in(&inventory, counts));
+        let (gone, live): (Vec<_>, Vec<_>) = all.into_iter().partition(|counts| counts.ended);
+        self.profiler.forget(&gone)?;
         // Before the live ones, which may have taken their place.
-        for counts in gone {
-            self.end_by_counts(&counts, interval, &mut rows);
-            if !counts.ended {
-                self.profiler.forget(counts.ring)?;
-            }
+        for counts in &gone {
+            self.end_by_counts(counts, interval, &mut rows);
         }
         let counts: HashMap<RingId, VcpuCounts> =
             live.into_iter().map(|counts| (counts.ring, counts)).collect();
@@ -425,15 +420,6 @@ impl Session {
             self.ended_left_out += 1;
         }
     }
-}
-
-/// Whether these are the counts of a vCPU that exists, not of one whose place another took.
-fn is_in(inventory: &Inventory, counts: &VcpuCounts) -> bool {
-    let is_it = |vm: &Vm, vcpu: &Vcpu| {
-        (vcpu.ring, vm.id, vcpu.vcpu, vm.creator_tid)
-            == (counts.ring, counts.vm, counts.vcpu, counts.creator_tid)
-    };
-    !counts.ended && inventory.vms.iter().any(|vm| vm.vcpus.iter().any(|vcpu| is_it(vm, vcpu)))
 }
 
 impl Row {

@@ -8,50 +8,13 @@ use std::collections::BTreeSet;
 use std::io;
 use std::sync::{Arc, Mutex};
 
-use common::mini_vm::{DATA, MiniVcpu, MiniVm, Privilege, Work, kvm};
-use common::{my_counts, profiler};
-use ringferry::kvm::RingSize;
-use ringferry::track::{DirtyTracker, VcpuHandle};
-use ringferry::{DirtySource, PageIndex, PageSet};
+use common::mini_vm::{DATA, Privilege};
+use common::{Guest, my_counts, profiler};
+use ringferry::DirtySource;
 use ringferry_bpf::{Options, PAGES_PER_REGION, Profiler, Row, Session, SessionOptions, Source};
 
 fn me() -> u32 {
     u32::try_from(nix::unistd::gettid().as_raw()).unwrap()
-}
-
-/// A VM of one vCPU and 64 MiB, tracked by a ring of so many entries or by the bitmap.
-struct Guest {
-    vm: MiniVm,
-    tracker: DirtyTracker,
-    vcpu: MiniVcpu,
-    handle: VcpuHandle,
-}
-
-impl Guest {
-    fn new(ring: Option<u32>, privilege: Privilege) -> Option<Self> {
-        let vm = MiniVm::new(&kvm()?, &[8192, 8192]);
-        let tracker = match ring {
-            Some(entries) => DirtyTracker::enable(&vm.fd, RingSize::from_entries(entries).unwrap()),
-            None => DirtyTracker::enable_bitmap(&vm.fd),
-        };
-        let tracker = tracker.unwrap();
-        tracker.add_memory(&vm.memory).unwrap();
-        let vcpu = vm.create_vcpu(3, privilege);
-        let handle = tracker.attach_vcpu(3, &vcpu.fd).unwrap();
-        Some(Self { vm, tracker, vcpu, handle })
-    }
-
-    fn write(&mut self, first: u64, pages: u64, stride: u64) {
-        let work = Work::Loop { first: PageIndex(DATA.0 + first), pages, stride, passes: 1 };
-        self.vcpu.set_work(&work, 1);
-        self.vcpu.run_to_end(&self.handle);
-    }
-
-    fn harvest(&mut self) -> u64 {
-        let mut dirty = PageSet::new(self.vm.memory.end());
-        self.tracker.harvest(&mut dirty).unwrap();
-        dirty.runs().map(|run| run.pages).sum()
-    }
 }
 
 fn session(options: SessionOptions) -> Option<Session> {

@@ -10,9 +10,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use mini_vm::{Kickable, MiniVcpu, MiniVm, Work};
+use mini_vm::{DATA, Kickable, MiniVcpu, MiniVm, Privilege, Work, kvm};
+use ringferry::kvm::RingSize;
 use ringferry::track::{DirtyTracker, VcpuHandle};
-use ringferry::{DirtySource, PageSet};
+use ringferry::{DirtySource, PageIndex, PageSet};
 use ringferry_bpf::{Error, Options, Profiler, VcpuCounts};
 
 /// A profiler of this process, or `None` where the machine does not allow one: noted as skipped.
@@ -36,6 +37,44 @@ pub fn counts_of(profiler: &mut Profiler, creator: i32) -> Vec<VcpuCounts> {
     let mut counts = profiler.counts().unwrap();
     counts.retain(|vcpu| i64::from(vcpu.creator_tid) == i64::from(creator));
     counts
+}
+
+/// A VM of one vCPU and 64 MiB, tracked by a ring of so many entries or by the bitmap.
+pub struct Guest {
+    pub vm: MiniVm,
+    pub tracker: DirtyTracker,
+    pub vcpu: MiniVcpu,
+    pub handle: VcpuHandle,
+}
+
+impl Guest {
+    pub fn new(ring: Option<u32>, privilege: Privilege) -> Option<Self> {
+        let vm = MiniVm::new(&kvm()?, &[8192, 8192]);
+        let tracker = match ring {
+            Some(entries) => DirtyTracker::enable(&vm.fd, RingSize::from_entries(entries).unwrap()),
+            None => DirtyTracker::enable_bitmap(&vm.fd),
+        };
+        let tracker = tracker.unwrap();
+        tracker.add_memory(&vm.memory).unwrap();
+        let vcpu = vm.create_vcpu(3, privilege);
+        let handle = tracker.attach_vcpu(3, &vcpu.fd).unwrap();
+        Some(Self { vm, tracker, vcpu, handle })
+    }
+
+    pub fn write(&mut self, first: u64, pages: u64, stride: u64) {
+        self.work(&Work::Loop { first: PageIndex(DATA.0 + first), pages, stride, passes: 1 }, 1);
+    }
+
+    pub fn work(&mut self, work: &Work, value: u64) {
+        self.vcpu.set_work(work, value);
+        self.vcpu.run_to_end(&self.handle);
+    }
+
+    pub fn harvest(&mut self) -> u64 {
+        let mut dirty = PageSet::new(self.vm.memory.end());
+        self.tracker.harvest(&mut dirty).unwrap();
+        dirty.runs().map(|run| run.pages).sum()
+    }
 }
 
 /// A vCPU that repeats its work on a thread of its own until it is stopped.
