@@ -64,6 +64,20 @@ fn one_two_and_eight_vcpus_work_and_prove_it() {
 }
 
 #[test]
+fn no_instruction_is_emulated_while_it_works() {
+    let Some((vm, guest)) = boot(2, 64 << 20, 1, "vcpus=2 each=ws:8MiB vcpu1=pattern:random,bytes:4096")
+    else {
+        return;
+    };
+    working(&vm, &guest);
+    (0..2).for_each(|vcpu| wait_for_steps(&guest, vcpu, 10_000));
+    let emulated = || [0, 1].map(|vcpu| vm.kernel_counters(vcpu).unwrap()["insn_emulation"]);
+    let before = emulated();
+    (0..2).for_each(|vcpu| wait_for_steps(&guest, vcpu, 100_000));
+    assert_eq!(emulated(), before);
+}
+
+#[test]
 fn every_pattern_and_content_can_be_had_while_it_runs() {
     let Some((mut vm, mut guest)) = boot(1, 64 << 20, 1, "vcpus=1 fill=4MiB each=ws:1MiB") else { return };
     working(&vm, &guest);
