@@ -51,13 +51,6 @@ pub trait Vm: Send {
     /// The VMM's own: unknown format, missing feature, refused by the kernel.
     fn restore_state(&mut self, state: &[u8]) -> Result<Paused, VmError>;
 
-    /// Sets or clears `KVM_MEM_LOG_DIRTY_PAGES` on every RAM slot.
-    ///
-    /// # Errors
-    ///
-    /// The VMM's own.
-    fn set_dirty_logging(&mut self, enabled: bool) -> Result<(), VmError>;
-
     /// Forces vCPU `index` out of `KVM_RUN` soon, as an overdrawn throttle asks. Must not block.
     fn kick(&self, index: usize);
 }

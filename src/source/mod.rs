@@ -275,13 +275,7 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Source<'a, V, D> {
     /// Switches tracking on, and finds the pages that the first round has to send: those that exist. A page
     /// that is populated later is written by someone, and so dirty.
     fn start_tracking(&mut self) -> Result<PageSet, SourceError> {
-        self.vm
-            .set_dirty_logging(true)
-            .map_err(|source| SourceError::Vm { action: "switch dirty logging on", source })?;
-        if let Err(error) = self.tracker.start() {
-            self.stop_tracking();
-            return Err(error.into());
-        }
+        self.tracker.start()?;
         let populated = populated(self.memory).pages;
         let (ram_pages, populated_pages) = (self.memory.pages(), populated.len());
         self.progress.publish(Event::Started { ram_pages, populated_pages }, |status| {
@@ -294,9 +288,6 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Source<'a, V, D> {
     fn stop_tracking(&mut self) {
         if let Err(error) = self.tracker.stop() {
             tracing::warn!(%error, "tracking could not be stopped");
-        }
-        if let Err(error) = self.vm.set_dirty_logging(false) {
-            tracing::warn!(%error, "dirty logging could not be switched off");
         }
     }
 

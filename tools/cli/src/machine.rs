@@ -142,10 +142,6 @@ impl Vm for Machine {
         self.vm().restore_state(state)
     }
 
-    fn set_dirty_logging(&mut self, enabled: bool) -> Result<(), VmError> {
-        self.vm().set_dirty_logging(enabled)
-    }
-
     fn kick(&self, index: usize) {
         match self {
             Self::Kvm(vm) => vm.kick(index),

@@ -146,10 +146,6 @@ impl Vm for Landing {
         self.0.vm.restore_state(state)
     }
 
-    fn set_dirty_logging(&mut self, enabled: bool) -> Result<(), VmError> {
-        self.0.vm.set_dirty_logging(enabled)
-    }
-
     fn kick(&self, index: usize) {
         self.0.vm.kick(index);
     }

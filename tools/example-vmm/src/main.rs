@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_segment, kvm_userspace_memory_region};
+use kvm_bindings::{kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use ringferry::kvm::RingSize;
 use ringferry::track::external::RegionLog;
@@ -39,7 +39,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut tracker = DirtyTracker::enable(&vm, RingSize::MAX)?;
 
     let ram = Arc::new(GuestRam::from_ranges(&[(GuestAddress(0), RAM_BYTES)])?);
-    set_slots(&vm, &ram, false)?;
+    set_slots(&vm, &ram)?;
 
     // 2. Each memory slot, and what the VMM itself writes through vm-memory.
     tracker.add_memory(&layout(&ram)?)?;
@@ -61,7 +61,6 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
 
     // 5. The migration thread: start, observe as often as it likes, harvest once a round.
-    set_slots(&vm, &ram, true)?;
     tracker.start()?;
     thread::sleep(Duration::from_millis(200));
     if let Observed::PerVcpu(pages) = tracker.observe()? {
@@ -81,7 +80,6 @@ fn main() -> Result<(), Box<dyn Error>> {
         thread.join().map_err(|_| "a vCPU's thread panicked")?.map_err(|error| error.to_string())?;
     }
     tracker.stop()?;
-    set_slots(&vm, &ram, false)?;
     for vcpu in tracker.snapshot().vcpus {
         println!("vCPU {}: {} pages, {} ring-full exits", vcpu.index, vcpu.pages, vcpu.ring_full_exits);
     }
@@ -127,12 +125,12 @@ fn layout(ram: &Arc<GuestRam>) -> Result<ringferry::GuestMemory, Box<dyn Error>>
     Ok(memory.kept_by(Arc::clone(ram) as _))
 }
 
-/// `KVM_MEM_LOG_DIRTY_PAGES` on every slot, or off: the VMM owns its slots.
-fn set_slots(vm: &VmFd, ram: &GuestRam, log: bool) -> Result<(), Box<dyn Error>> {
+/// A slot per region. The tracker switches `KVM_MEM_LOG_DIRTY_PAGES` on and off by itself.
+fn set_slots(vm: &VmFd, ram: &GuestRam) -> Result<(), Box<dyn Error>> {
     for (region, slot) in ram.iter().zip(0..) {
         let memory = kvm_userspace_memory_region {
             slot,
-            flags: if log { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
+            flags: 0,
             guest_phys_addr: region.start_addr().0,
             memory_size: region.len(),
             userspace_addr: region.as_ptr().addr() as u64,

@@ -255,10 +255,6 @@ impl Vm for ThreadVm {
     }
 
     /// There is no KVM whose flag could be set: the tracker protects memory by itself.
-    fn set_dirty_logging(&mut self, _: bool) -> Result<(), VmError> {
-        Ok(())
-    }
-
     /// Nobody can throttle these vCPUs, and each looks after every turn whether it is to stop.
     fn kick(&self, _: usize) {}
 }

@@ -9,8 +9,8 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use kvm_bindings::{
-    KVM_API_VERSION, KVM_CAP_BINARY_STATS_FD, KVM_CAP_SREGS2, KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY,
-    kvm_pit_config, kvm_userspace_memory_region,
+    KVM_API_VERSION, KVM_CAP_BINARY_STATS_FD, KVM_CAP_SREGS2, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use parking_lot::Mutex;
@@ -104,7 +104,7 @@ impl TestVm {
             Boot::Image { image, append } => Some(boot::load(&ram, image, append)?),
             Boot::Destination => None,
         };
-        set_slots(&vm, ram.memory(), false)?;
+        set_slots(&vm, ram.memory())?;
         if let Some(tracker) = &tracker {
             tracker.add_memory(ram.memory())?;
         }
@@ -343,14 +343,6 @@ impl Vm for TestVm {
         Ok(Paused::declare_every_vcpu_is_outside_kvm_run())
     }
 
-    fn set_dirty_logging(&mut self, enabled: bool) -> Result<(), VmError> {
-        if self.tracker.is_some() {
-            // The tracker sets the flag itself, when it starts and when it must protect everything anew.
-            return Ok(());
-        }
-        Ok(set_slots(&self.vm, self.ram.memory(), enabled)?)
-    }
-
     fn kick(&self, index: usize) {
         if let Some(vcpu) = self.vcpus.get(index) {
             vcpu.kick();
@@ -455,12 +447,12 @@ fn create_vcpu(kvm: &Kvm, vm: &VmFd, index: usize, vcpus: usize) -> Result<VcpuF
     Ok(fd)
 }
 
-/// Registers every region as a memory slot, with or without dirty logging.
-fn set_slots(vm: &VmFd, memory: &GuestMemory, log_dirty_pages: bool) -> Result<(), TestVmError> {
+/// Registers every region as a memory slot. Dirty logging is the tracker's to switch on.
+fn set_slots(vm: &VmFd, memory: &GuestMemory) -> Result<(), TestVmError> {
     for region in memory.regions() {
         let slot = kvm_userspace_memory_region {
             slot: region.slot.0,
-            flags: if log_dirty_pages { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
+            flags: 0,
             guest_phys_addr: region.pages.first.address().0,
             memory_size: region.len_bytes() as u64,
             userspace_addr: region.host.addr() as u64,
