@@ -2,12 +2,12 @@
 #![expect(unsafe_code, reason = "the guest of threads is a mapping given by address")]
 #![expect(clippy::unwrap_used, reason = "a test that cannot set up its guest fails")]
 
-mod mini_vm;
+mod bare;
 
 use std::collections::BTreeSet;
 
+use bare::{BareVcpu, BareVm, DATA, Privilege, Work, kvm};
 use memmap2::{MmapOptions, MmapRaw};
-use mini_vm::{DATA, MiniVcpu, MiniVm, Privilege, Work, kvm};
 use ringferry::kvm::RingSize;
 use ringferry::track::external::RegionLog;
 use ringferry::track::{DirtyTracker, Observed, PagemapTracker, VcpuHandle};
@@ -32,31 +32,31 @@ trait Guest {
 }
 
 struct KvmGuest<const RING: bool> {
-    vm: MiniVm,
-    vcpu: MiniVcpu,
+    vm: BareVm,
+    vcpu: BareVcpu,
     handle: VcpuHandle,
     tracker: DirtyTracker,
 }
 
 impl<const RING: bool> KvmGuest<RING> {
     fn new() -> Option<Self> {
-        let vm = MiniVm::new(&kvm()?, &REGION_PAGES);
+        let vm = BareVm::new(&kvm()?, &REGION_PAGES).unwrap();
         let tracker = if RING {
-            DirtyTracker::enable(&vm.fd, RingSize::default())
+            DirtyTracker::enable(vm.fd(), RingSize::default())
         } else {
-            DirtyTracker::enable_bitmap(&vm.fd)
+            DirtyTracker::enable_bitmap(vm.fd())
         }
         .unwrap();
-        tracker.add_memory(&vm.memory).unwrap();
-        let vcpu = vm.create_vcpu(0, Privilege::User);
-        let handle = tracker.attach_vcpu(0, &vcpu.fd).unwrap();
+        tracker.add_memory(vm.memory()).unwrap();
+        let vcpu = vm.create_vcpu(0, Privilege::User).unwrap();
+        let handle = tracker.attach_vcpu(0, vcpu.fd()).unwrap();
         Some(Self { vm, vcpu, handle, tracker })
     }
 }
 
 impl<const RING: bool> Guest for KvmGuest<RING> {
     fn memory(&self) -> &GuestMemory {
-        &self.vm.memory
+        self.vm.memory()
     }
 
     fn source(&mut self) -> &mut dyn DirtySource {
@@ -64,8 +64,8 @@ impl<const RING: bool> Guest for KvmGuest<RING> {
     }
 
     fn write(&mut self, pages: &[PageIndex], value: u64) {
-        self.vcpu.set_work(&Work::List(pages.to_vec()), value);
-        self.vcpu.run_to_end(&self.handle);
+        self.vcpu.set_work(&Work::List(pages.to_vec()), value).unwrap();
+        self.vcpu.run_to_end(Some(&self.handle)).unwrap();
     }
 
     const UNOBSERVABLE: bool = !RING;

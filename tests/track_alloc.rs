@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "an allocator that counts")]
 #![allow(clippy::unwrap_used, reason = "a test that cannot set up its guest fails")]
 
-mod mini_vm;
+mod bare;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use mini_vm::{DATA, Exit, MiniVm, Privilege, Work, kvm};
+use bare::{BareVm, DATA, Exit, Pages, Privilege, Work, kvm};
 use ringferry::kvm::RingSize;
 use ringferry::track::{BeforeRun, DirtyTracker};
 use ringferry::{DirtySource, PageSet};
@@ -41,23 +41,23 @@ static COUNTING: Counting = Counting;
 #[test]
 fn nothing_allocates_on_the_vcpu_path() {
     let Some(kvm) = kvm() else { return };
-    let vm = MiniVm::new(&kvm, &[8192]);
-    let mut tracker = DirtyTracker::enable(&vm.fd, RingSize::from_entries(1024).unwrap()).unwrap();
-    tracker.add_memory(&vm.memory).unwrap();
-    let mut vcpu = vm.create_vcpu(0, Privilege::User);
-    let handle = tracker.attach_vcpu(0, &vcpu.fd).unwrap();
+    let vm = BareVm::new(&kvm, &[8192]).unwrap();
+    let mut tracker = DirtyTracker::enable(vm.fd(), RingSize::from_entries(1024).unwrap()).unwrap();
+    tracker.add_memory(vm.memory()).unwrap();
+    let mut vcpu = vm.create_vcpu(0, Privilege::User).unwrap();
+    let handle = tracker.attach_vcpu(0, vcpu.fd()).unwrap();
     tracker.start().unwrap();
     let done = AtomicBool::new(false);
     let ring_fulls = thread::scope(|scope| {
         let (done, handle) = (&done, &handle);
         let vcpu_thread = scope.spawn(move || {
             let mut ring_fulls = 0;
-            vcpu.set_work(&Work::Loop { first: DATA, pages: 8192, stride: 1, passes: 20 }, 1);
+            vcpu.set_work(&Work::Loop(Pages { first: DATA, pages: 8192, stride: 1, passes: 20 }), 1).unwrap();
             loop {
                 let before = ALLOCATIONS.get();
                 while handle.before_run() == BeforeRun::Interrupted {}
                 assert_eq!(ALLOCATIONS.get(), before, "before_run");
-                match vcpu.run() {
+                match vcpu.run().unwrap() {
                     Exit::Done => break,
                     Exit::Kicked => {}
                     Exit::RingFull => {
@@ -71,7 +71,7 @@ fn nothing_allocates_on_the_vcpu_path() {
             done.store(true, Ordering::Release);
             ring_fulls
         });
-        let mut dirty = PageSet::new(vm.memory.end());
+        let mut dirty = PageSet::new(vm.memory().end());
         while !done.load(Ordering::Acquire) {
             handle.gate().close_for(Duration::from_micros(50));
             tracker.observe().unwrap();

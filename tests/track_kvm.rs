@@ -2,12 +2,12 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot set up its guest fails")]
 
-mod mini_vm;
+mod bare;
 
 use std::collections::BTreeSet;
 
+use bare::{BareVcpu, BareVm, DATA, Exit, Pages, Privilege, Work, kvm};
 use kvm_ioctls::Kvm;
-use mini_vm::{DATA, Exit, MiniVcpu, MiniVm, Privilege, Work, kvm};
 use ringferry::kvm::{KvmError, RingSize};
 use ringferry::track::{DirtyTracker, Observed, VcpuHandle};
 use ringferry::{DirtySource, PageIndex, PageRun, PageSet, Paused, SlotId, TrackError};
@@ -24,43 +24,46 @@ const BACKENDS: [Backend; 2] = [Backend::Ring, Backend::Bitmap];
 
 /// A VM of two data slots and one vCPU, known to a tracker that has not started.
 struct Guest {
-    vm: MiniVm,
+    vm: BareVm,
     tracker: DirtyTracker,
-    vcpu: MiniVcpu,
+    vcpu: BareVcpu,
     handle: VcpuHandle,
     value: u64,
 }
 
 impl Guest {
     fn new(kvm: &Kvm, backend: Backend, size: RingSize) -> Self {
-        let vm = MiniVm::new(kvm, &SLOT_PAGES);
+        let vm = BareVm::new(kvm, &SLOT_PAGES).unwrap();
         let tracker = match backend {
-            Backend::Ring => DirtyTracker::enable(&vm.fd, size),
-            Backend::Bitmap => DirtyTracker::enable_bitmap(&vm.fd),
+            Backend::Ring => DirtyTracker::enable(vm.fd(), size),
+            Backend::Bitmap => DirtyTracker::enable_bitmap(vm.fd()),
         };
         let tracker = tracker.unwrap();
-        tracker.add_memory(&vm.memory).unwrap();
-        let vcpu = vm.create_vcpu(0, Privilege::User);
-        let handle = tracker.attach_vcpu(0, &vcpu.fd).unwrap();
+        tracker.add_memory(vm.memory()).unwrap();
+        let vcpu = vm.create_vcpu(0, Privilege::User).unwrap();
+        let handle = tracker.attach_vcpu(0, vcpu.fd()).unwrap();
         Self { vm, tracker, vcpu, handle, value: 0 }
     }
 
     fn write(&mut self, pages: &BTreeSet<PageIndex>) {
         self.value += 1;
-        self.vcpu.set_work(&Work::List(pages.iter().copied().collect()), self.value);
-        self.vcpu.run_to_end(&self.handle);
-        assert!(pages.iter().all(|page| self.vm.word(*page) == self.value), "the guest did not write");
+        self.vcpu.set_work(&Work::List(pages.iter().copied().collect()), self.value).unwrap();
+        self.vcpu.run_to_end(Some(&self.handle)).unwrap();
+        assert!(
+            pages.iter().all(|page| self.vm.word(*page).unwrap() == self.value),
+            "the guest did not write"
+        );
     }
 
     fn harvest(&mut self) -> BTreeSet<PageIndex> {
-        let mut dirty = PageSet::new(self.vm.memory.end());
+        let mut dirty = PageSet::new(self.vm.memory().end());
         self.tracker.harvest(&mut dirty).unwrap();
         pages(&dirty)
     }
 
     fn harvest_final(&mut self) -> BTreeSet<PageIndex> {
         let paused = Paused::declare_every_vcpu_is_outside_kvm_run();
-        let mut dirty = PageSet::new(self.vm.memory.end());
+        let mut dirty = PageSet::new(self.vm.memory().end());
         self.tracker.harvest_final(&paused, &mut dirty).unwrap();
         pages(&dirty)
     }
@@ -177,7 +180,7 @@ fn tracking_started_twice_is_refused_and_the_first_goes_on() {
         assert_eq!(guest.harvest(), only(1), "{backend:?}");
         second.stop().unwrap();
         second.stop().unwrap();
-        let mut dirty = PageSet::new(guest.vm.memory.end());
+        let mut dirty = PageSet::new(guest.vm.memory().end());
         assert!(matches!(guest.tracker.harvest(&mut dirty), Err(TrackError::NotTracking)));
     }
 }
@@ -188,7 +191,7 @@ fn a_second_migration_gets_everything_that_a_failed_one_took() {
     for backend in BACKENDS {
         let mut guest = Guest::new(&kvm, backend, RingSize::default());
         guest.tracker.start().unwrap();
-        let mut taken = PageSet::new(guest.vm.memory.end());
+        let mut taken = PageSet::new(guest.vm.memory().end());
         for first in [5, 6] {
             guest.write(&every(9, first));
             guest.tracker.harvest(&mut taken).unwrap();
@@ -209,11 +212,11 @@ fn what_a_vcpu_wrote_before_it_died_is_harvested() {
     let Some(kvm) = kvm() else { return };
     let mut guest = Guest::new(&kvm, Backend::Ring, RingSize::default());
     guest.tracker.start().unwrap();
-    let mut plugged = guest.vm.create_vcpu(1, Privilege::User);
-    let handle = guest.tracker.attach_vcpu(1, &plugged.fd).unwrap();
-    assert!(matches!(guest.tracker.attach_vcpu(1, &plugged.fd), Err(TrackError::VcpuKnown(1))));
-    plugged.set_work(&Work::List(every(4, 2).into_iter().collect()), 77);
-    plugged.run_to_end(&handle);
+    let mut plugged = guest.vm.create_vcpu(1, Privilege::User).unwrap();
+    let handle = guest.tracker.attach_vcpu(1, plugged.fd()).unwrap();
+    assert!(matches!(guest.tracker.attach_vcpu(1, plugged.fd()), Err(TrackError::VcpuKnown(1))));
+    plugged.set_work(&Work::List(every(4, 2).into_iter().collect()), 77).unwrap();
+    plugged.run_to_end(Some(&handle)).unwrap();
     drop((plugged, handle));
     guest.write(&only(1));
     assert_eq!(guest.tracker.observe().unwrap(), Observed::PerVcpu(vec![1, every(4, 2).len() as u64]));
@@ -230,11 +233,11 @@ fn a_slot_id_that_is_used_again_tracks_its_new_pages() {
         guest.tracker.remove_slot(SlotId(2)).unwrap();
         assert!(matches!(guest.tracker.remove_slot(SlotId(2)), Err(TrackError::SlotUnknown(SlotId(2)))));
         let elsewhere = PageIndex(DATA.0 + 100_000);
-        let memory = guest.vm.move_slot(2, elsewhere);
+        let memory = guest.vm.move_slot(SlotId(2), elsewhere).unwrap();
         guest.tracker.add_memory(&memory).unwrap();
         assert!(matches!(guest.tracker.add_memory(&memory), Err(TrackError::SlotKnown(SlotId(2)))));
 
-        let mut small = PageSet::new(guest.vm.memory.end());
+        let mut small = PageSet::new(guest.vm.memory().end());
         let refused = guest.tracker.harvest(&mut small);
         assert!(matches!(refused, Err(TrackError::SetTooSmall { .. })), "{refused:?}");
         let mut dirty = PageSet::new(memory.end());
@@ -244,8 +247,8 @@ fn a_slot_id_that_is_used_again_tracks_its_new_pages() {
         assert_eq!(dirty.runs().collect::<Vec<_>>(), [first_slot, moved], "{backend:?}: new memory is dirty");
 
         let list = vec![DATA, elsewhere, PageIndex(elsewhere.0 + SLOT_PAGES[1] - 1)];
-        guest.vcpu.set_work(&Work::List(list.clone()), 1);
-        guest.vcpu.run_to_end(&guest.handle);
+        guest.vcpu.set_work(&Work::List(list.clone()), 1).unwrap();
+        guest.vcpu.run_to_end(Some(&guest.handle)).unwrap();
         dirty.clear();
         guest.tracker.harvest(&mut dirty).unwrap();
         assert_eq!(pages(&dirty), list.into_iter().collect(), "{backend:?}");
@@ -303,12 +306,12 @@ fn what_kvm_refuses_is_explained() {
 #[test]
 fn the_bitmap_of_a_vm_with_rings_is_refused_by_name() {
     let Some(kvm) = kvm() else { return };
-    let vm = MiniVm::new(&kvm, &SLOT_PAGES);
-    let _rings = DirtyTracker::enable(&vm.fd, RingSize::MIN).unwrap();
-    let mut bitmap = DirtyTracker::enable_bitmap(&vm.fd).unwrap();
-    bitmap.add_memory(&vm.memory).unwrap();
+    let vm = BareVm::new(&kvm, &SLOT_PAGES).unwrap();
+    let _rings = DirtyTracker::enable(vm.fd(), RingSize::MIN).unwrap();
+    let mut bitmap = DirtyTracker::enable_bitmap(vm.fd()).unwrap();
+    bitmap.add_memory(vm.memory()).unwrap();
     bitmap.start().unwrap();
-    let error = bitmap.harvest(&mut PageSet::new(vm.memory.end())).unwrap_err();
+    let error = bitmap.harvest(&mut PageSet::new(vm.memory().end())).unwrap_err();
     assert!(matches!(error, TrackError::Kvm(KvmError::RingInUse)), "{error:?}");
 }
 
@@ -316,26 +319,26 @@ fn the_bitmap_of_a_vm_with_rings_is_refused_by_name() {
 #[test]
 fn an_emulated_guest_that_overruns_its_ring_neither_hangs_nor_loses_a_page() {
     let Some(kvm) = kvm() else { return };
-    let vm = MiniVm::new(&kvm, &[2048]);
-    let mut tracker = DirtyTracker::enable(&vm.fd, RingSize::MIN).unwrap();
-    tracker.add_memory(&vm.memory).unwrap();
-    let mut vcpu = vm.create_vcpu(0, Privilege::Kernel);
-    let handle = tracker.attach_vcpu(0, &vcpu.fd).unwrap();
+    let vm = BareVm::new(&kvm, &[2048]).unwrap();
+    let mut tracker = DirtyTracker::enable(vm.fd(), RingSize::MIN).unwrap();
+    tracker.add_memory(vm.memory()).unwrap();
+    let mut vcpu = vm.create_vcpu(0, Privilege::Kernel).unwrap();
+    let handle = tracker.attach_vcpu(0, vcpu.fd()).unwrap();
     tracker.start().unwrap();
-    let end = vm.memory.end();
+    let end = vm.memory().end();
     // What was "sent": each page's word as read after the harvest that handed the page out.
     let mut sent = vec![0; 2048];
     let mut send = |dirty: &PageSet| {
         for page in pages(dirty) {
-            sent[usize::try_from(page.0 - DATA.0).unwrap()] = vm.word(page);
+            sent[usize::try_from(page.0 - DATA.0).unwrap()] = vm.word(page).unwrap();
         }
     };
     let mut full_in_a_row = 0;
-    let work = Work::Loop { first: DATA, pages: 2048, stride: 1, passes: 40 };
-    vcpu.set_work(&work, 1);
+    let work = Work::Loop(Pages { first: DATA, pages: 2048, stride: 1, passes: 40 });
+    vcpu.set_work(&work, 1).unwrap();
     for turn in 0_u32.. {
         assert_eq!(handle.before_run(), ringferry::track::BeforeRun::Run);
-        match vcpu.run() {
+        match vcpu.run().unwrap() {
             Exit::Done => break,
             Exit::Kicked => {}
             Exit::RingFull => {
@@ -355,7 +358,7 @@ fn an_emulated_guest_that_overruns_its_ring_neither_hangs_nor_loses_a_page() {
     send(&dirty);
     for (i, word) in sent.iter().enumerate() {
         let page = PageIndex(DATA.0 + i as u64);
-        assert_eq!(*word, vm.word(page), "page {i} was sent in an old version");
+        assert_eq!(*word, vm.word(page).unwrap(), "page {i} was sent in an old version");
     }
     let figures = tracker.snapshot();
     assert_eq!(vm.passes(0), 40);

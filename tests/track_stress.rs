@@ -3,7 +3,7 @@
 //! `RINGFERRY_STRESS_SECONDS` makes it longer than the few seconds that CI has for it.
 #![allow(clippy::unwrap_used, reason = "a test that cannot set up its guest fails")]
 
-mod mini_vm;
+mod bare;
 
 use std::collections::BTreeSet;
 use std::sync::Mutex;
@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use mini_vm::{DATA, Kickable, MiniVcpu, MiniVm, Privilege, Stopper, Work, install_kick_handler, kvm};
+use bare::{BareVcpu, BareVm, DATA, Kickable, Privilege, Stopper, Work, install_kick_handler, kvm};
 use ringferry::kvm::RingSize;
 use ringferry::track::{DirtyTracker, VcpuHandle};
 use ringferry::{DirtySource, PageIndex, PageSet, Paused, SlotId};
@@ -42,9 +42,9 @@ impl Random {
 }
 
 struct Rig {
-    vm: MiniVm,
+    vm: BareVm,
     tracker: DirtyTracker,
-    vcpus: Vec<(MiniVcpu, VcpuHandle)>,
+    vcpus: Vec<(BareVcpu, VcpuHandle)>,
     sent: Vec<u64>,
 }
 
@@ -58,12 +58,12 @@ fn pages(set: &PageSet) -> BTreeSet<PageIndex> {
 
 impl Rig {
     fn new(kvm: &kvm_ioctls::Kvm, entries: u32) -> Self {
-        let vm = MiniVm::new(kvm, &[PAGES / 2 + 40, PAGES / 2 - 40]);
-        let mut tracker = DirtyTracker::enable(&vm.fd, RingSize::from_entries(entries).unwrap()).unwrap();
-        tracker.add_memory(&vm.memory).unwrap();
+        let vm = BareVm::new(kvm, &[PAGES / 2 + 40, PAGES / 2 - 40]).unwrap();
+        let mut tracker = DirtyTracker::enable(vm.fd(), RingSize::from_entries(entries).unwrap()).unwrap();
+        tracker.add_memory(vm.memory()).unwrap();
         let vcpus = (0..VCPUS).map(|index| {
-            let vcpu = vm.create_vcpu(index as u64, Privilege::User);
-            let handle = tracker.attach_vcpu(index, &vcpu.fd).unwrap();
+            let vcpu = vm.create_vcpu(index, Privilege::User).unwrap();
+            let handle = tracker.attach_vcpu(index, vcpu.fd()).unwrap();
             (vcpu, handle)
         });
         let vcpus = vcpus.collect();
@@ -71,9 +71,9 @@ impl Rig {
         Self { vm, tracker, vcpus, sent: vec![0; usize::try_from(PAGES).unwrap()] }
     }
 
-    fn send(vm: &MiniVm, sent: &mut [u64], dirty: &PageSet) {
+    fn send(vm: &BareVm, sent: &mut [u64], dirty: &PageSet) {
         for page in pages(dirty) {
-            sent[usize::try_from(page.0 - DATA.0).unwrap()] = vm.word(page);
+            sent[usize::try_from(page.0 - DATA.0).unwrap()] = vm.word(page).unwrap();
         }
     }
 
@@ -93,8 +93,8 @@ impl Rig {
                         let (first, count) = (random.next(), random.next() % 600 + 1);
                         let step = if random.next().is_multiple_of(2) { 1 } else { random.next() % 100 + 1 };
                         let list = (0..count).map(|i| page(index, first.wrapping_add(i * step))).collect();
-                        vcpu.set_work(&Work::List(list), value);
-                        vcpu.run_until(handle, stop);
+                        vcpu.set_work(&Work::List(list), value).unwrap();
+                        vcpu.run_until(Some(handle), stop).unwrap();
                         if stop.load(Ordering::Acquire) {
                             break;
                         }
@@ -115,13 +115,13 @@ impl Rig {
                 }
             });
             kickables[VCPUS].enter();
-            let mut dirty = PageSet::new(vm.memory.end());
+            let mut dirty = PageSet::new(vm.memory().end());
             let mut random = Random(99);
             while Instant::now() < ends_at {
                 match random.next() % 8 {
                     0 => {
                         let slot = u32::try_from(1 + random.next() % 2).unwrap();
-                        let run = vm.memory.regions()[slot as usize - 1].pages;
+                        let run = vm.memory().regions()[slot as usize - 1].pages;
                         let words = tracker.take_slot_bitmap(SlotId(slot)).unwrap();
                         dirty.clear();
                         dirty.union_words(run.first, &words);
@@ -141,13 +141,13 @@ impl Rig {
     }
 
     fn check_nothing_is_lost(&mut self) {
-        let mut dirty = PageSet::new(self.vm.memory.end());
+        let mut dirty = PageSet::new(self.vm.memory().end());
         let paused = Paused::declare_every_vcpu_is_outside_kvm_run();
         self.tracker.harvest_final(&paused, &mut dirty).unwrap();
         Self::send(&self.vm, &mut self.sent, &dirty);
         for (i, sent) in self.sent.iter().enumerate() {
             let page = PageIndex(DATA.0 + i as u64);
-            assert_eq!(*sent, self.vm.word(page), "page {i} was sent in an old version");
+            assert_eq!(*sent, self.vm.word(page).unwrap(), "page {i} was sent in an old version");
         }
     }
 
@@ -158,12 +158,12 @@ impl Rig {
         thread::scope(|scope| {
             for ((vcpu, handle), list) in self.vcpus.iter_mut().zip(&lists) {
                 scope.spawn(move || {
-                    vcpu.set_work(&Work::List(list.clone()), u64::MAX);
-                    vcpu.run_to_end(handle);
+                    vcpu.set_work(&Work::List(list.clone()), u64::MAX).unwrap();
+                    vcpu.run_to_end(Some(handle)).unwrap();
                 });
             }
         });
-        let mut dirty = PageSet::new(self.vm.memory.end());
+        let mut dirty = PageSet::new(self.vm.memory().end());
         self.tracker.harvest(&mut dirty).unwrap();
         assert_eq!(pages(&dirty), lists.into_iter().flatten().collect());
     }
@@ -193,27 +193,27 @@ fn resets_that_a_stop_signal_interrupts_lose_nothing() {
     let Some(kvm) = kvm() else { return };
     let _alone = ALONE.lock();
     let pages = 16_384;
-    let vm = MiniVm::new(&kvm, &[pages]);
-    let mut tracker = DirtyTracker::enable(&vm.fd, RingSize::default()).unwrap();
-    tracker.add_memory(&vm.memory).unwrap();
-    let mut vcpu = vm.create_vcpu(0, Privilege::User);
-    let handle = tracker.attach_vcpu(0, &vcpu.fd).unwrap();
+    let vm = BareVm::new(&kvm, &[pages]).unwrap();
+    let mut tracker = DirtyTracker::enable(vm.fd(), RingSize::default()).unwrap();
+    tracker.add_memory(vm.memory()).unwrap();
+    let mut vcpu = vm.create_vcpu(0, Privilege::User).unwrap();
+    let handle = tracker.attach_vcpu(0, vcpu.fd()).unwrap();
     tracker.start().unwrap();
     let mut sent = vec![0; usize::try_from(pages).unwrap()];
-    let mut dirty = PageSet::new(vm.memory.end());
+    let mut dirty = PageSet::new(vm.memory().end());
     let mut stopper = Stopper::stop_this_process_for(duration(3));
     for value in 1.. {
         // Dense and sparse: batches of 64 pages and of one.
         let step = if value % 2 == 0 { 1 } else { 67 };
         let list = (0..pages).step_by(step).map(|i| PageIndex(DATA.0 + i)).collect();
-        vcpu.set_work(&Work::List(list), value);
-        vcpu.run_to_end(&handle);
+        vcpu.set_work(&Work::List(list), value).unwrap();
+        vcpu.run_to_end(Some(&handle)).unwrap();
         dirty.clear();
         tracker.harvest(&mut dirty).unwrap();
         Rig::send(&vm, &mut sent, &dirty);
         for (i, sent) in sent.iter().enumerate() {
             let page = PageIndex(DATA.0 + i as u64);
-            assert_eq!(*sent, vm.word(page), "page {i} was sent in an old version, pass {value}");
+            assert_eq!(*sent, vm.word(page).unwrap(), "page {i} was sent in an old version, pass {value}");
         }
         if stopper.has_ended() {
             break;

@@ -9,7 +9,7 @@ use std::net::TcpStream;
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use common::mini_vm::{DATA, MiniVm, Privilege, Work, install_kick_handler, kvm};
+use common::bare::{BareVm, DATA, Pages, Privilege, Work, install_kick_handler, kvm};
 use common::{Writer, profiler};
 use ringferry::kvm::RingSize;
 use ringferry::track::DirtyTracker;
@@ -40,15 +40,19 @@ fn a_vmm_for_the_tests_of_the_command() {
         return;
     }
     install_kick_handler();
-    let vm = MiniVm::new(&kvm().unwrap(), &[8192]);
-    let mut tracker = DirtyTracker::enable(&vm.fd, RingSize::default()).unwrap();
-    tracker.add_memory(&vm.memory).unwrap();
-    let writers: Vec<Writer> = (0..2_u64)
+    let vm = BareVm::new(&kvm().unwrap(), &[8192]).unwrap();
+    let mut tracker = DirtyTracker::enable(vm.fd(), RingSize::default()).unwrap();
+    tracker.add_memory(vm.memory()).unwrap();
+    let writers: Vec<Writer> = (0..2_usize)
         .map(|index| {
-            let vcpu = vm.create_vcpu(index, Privilege::User);
-            let handle = tracker.attach_vcpu(usize::try_from(index).unwrap(), &vcpu.fd).unwrap();
-            let first = PageIndex(DATA.0 + index * 4096);
-            Writer::start(vcpu, handle, Work::Loop { first, pages: 20 + 1980 * index, stride: 1, passes: 1 })
+            let vcpu = vm.create_vcpu(index, Privilege::User).unwrap();
+            let handle = tracker.attach_vcpu(index, vcpu.fd()).unwrap();
+            let first = PageIndex(DATA.0 + index as u64 * 4096);
+            Writer::start(
+                vcpu,
+                handle,
+                Work::Loop(Pages { first, pages: 20 + 1980 * index as u64, stride: 1, passes: 1 }),
+            )
         })
         .collect();
     tracker.start().unwrap();

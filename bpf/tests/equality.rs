@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use common::mini_vm::{DATA, MiniVm, Privilege, Work, install_kick_handler, kvm};
+use common::bare::{BareVm, DATA, Pages, Privilege, Work, install_kick_handler, kvm};
 use common::{Writer, harvest_for, my_counts, profiler};
 use ringferry::converge::{Limits, Policy};
 use ringferry::destination::{Destination, DestinationOptions, DestinationReport};
@@ -30,14 +30,14 @@ const VCPUS: usize = VCPU_COUNT as usize;
 fn neighbour(stop: Arc<AtomicBool>) -> std::thread::JoinHandle<i32> {
     std::thread::spawn(move || {
         let kvm = kvm().unwrap();
-        let vm = MiniVm::new(&kvm, &[1024]);
-        let mut tracker = DirtyTracker::enable(&vm.fd, RingSize::default()).unwrap();
-        tracker.add_memory(&vm.memory).unwrap();
-        let vcpu = vm.create_vcpu(0, Privilege::User);
-        let handle = tracker.attach_vcpu(0, &vcpu.fd).unwrap();
+        let vm = BareVm::new(&kvm, &[1024]).unwrap();
+        let mut tracker = DirtyTracker::enable(vm.fd(), RingSize::default()).unwrap();
+        tracker.add_memory(vm.memory()).unwrap();
+        let vcpu = vm.create_vcpu(0, Privilege::User).unwrap();
+        let handle = tracker.attach_vcpu(0, vcpu.fd()).unwrap();
         tracker.start().unwrap();
         let writer =
-            Writer::start(vcpu, handle, Work::Loop { first: DATA, pages: 1024, stride: 1, passes: 1 });
+            Writer::start(vcpu, handle, Work::Loop(Pages { first: DATA, pages: 1024, stride: 1, passes: 1 }));
         while !stop.load(Ordering::Acquire) {
             harvest_for(&mut tracker, &vm, 1, Duration::from_millis(5), || {});
         }
@@ -50,18 +50,18 @@ fn neighbour(stop: Arc<AtomicBool>) -> std::thread::JoinHandle<i32> {
 /// Four vCPUs that each write their own 2048 pages, harvested as they run, all kicked all the time.
 fn pushed_and_taken(profiler: &mut Profiler, entries: u32) -> Option<Vec<(u64, u64)>> {
     let kvm = kvm()?;
-    let vm = MiniVm::new(&kvm, &[4096, 4096]);
-    let mut tracker = DirtyTracker::enable(&vm.fd, RingSize::from_entries(entries).unwrap()).unwrap();
-    tracker.add_memory(&vm.memory).unwrap();
+    let vm = BareVm::new(&kvm, &[4096, 4096]).unwrap();
+    let mut tracker = DirtyTracker::enable(vm.fd(), RingSize::from_entries(entries).unwrap()).unwrap();
+    tracker.add_memory(vm.memory()).unwrap();
     let before = my_counts(profiler);
     let before =
         |vcpu: usize| before.iter().filter(|c| c.vcpu as usize == vcpu).map(|c| c.pushes).sum::<u64>();
-    let writers: Vec<Writer> = (0..4_u64)
+    let writers: Vec<Writer> = (0..4_usize)
         .map(|index| {
-            let vcpu = vm.create_vcpu(index, Privilege::User);
-            let handle = tracker.attach_vcpu(usize::try_from(index).unwrap(), &vcpu.fd).unwrap();
-            let first = PageIndex(DATA.0 + index * 2048);
-            Writer::start(vcpu, handle, Work::Loop { first, pages: 2048, stride: 1, passes: 3 })
+            let vcpu = vm.create_vcpu(index, Privilege::User).unwrap();
+            let handle = tracker.attach_vcpu(index, vcpu.fd()).unwrap();
+            let first = PageIndex(DATA.0 + index as u64 * 2048);
+            Writer::start(vcpu, handle, Work::Loop(Pages { first, pages: 2048, stride: 1, passes: 3 }))
         })
         .collect();
     tracker.start().unwrap();

@@ -5,7 +5,7 @@ mod common;
 
 use std::collections::BTreeSet;
 
-use common::mini_vm::{DATA, Privilege, Work};
+use common::bare::{DATA, Privilege, Work};
 use common::{Guest, my_counts, profiler};
 use ringferry::{DirtySource, PageIndex};
 use ringferry_bpf::{Options, PageSampler, Profiler, Vm};

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::sync::{Arc, Mutex};
 
-use common::mini_vm::{DATA, Privilege};
+use common::bare::{CONTROL_PAGES, DATA, Privilege};
 use common::{Guest, my_counts, profiler};
 use ringferry::DirtySource;
 use ringferry_bpf::{Options, PAGES_PER_REGION, Profiler, Row, Session, SessionOptions, Source};
@@ -45,8 +45,8 @@ fn the_inventory_is_what_the_vmm_made() {
     assert_eq!(vm.pid, std::process::id());
     assert!(vm.fd.is_some() && vm.has_rings() && !vm.logs());
     let slots: Vec<_> = vm.slots.iter().map(|slot| (slot.slot, slot.first_page, slot.pages)).collect();
-    assert_eq!(slots, [(0, 0, 2048), (1, DATA.0, 8192), (2, DATA.0 + 8192, 8192)]);
-    for region in guest.vm.memory.regions() {
+    assert_eq!(slots, [(0, 0, CONTROL_PAGES), (1, DATA.0, 8192), (2, DATA.0 + 8192, 8192)]);
+    for region in guest.vm.memory().regions() {
         let slot = vm.slots.iter().find(|slot| slot.slot == region.slot.0).unwrap();
         assert_eq!(slot.address, region.host.addr() as u64);
     }

@@ -2,15 +2,15 @@
 #![allow(dead_code, unused_imports, reason = "each test binary uses its own part")]
 #![allow(clippy::unwrap_used, reason = "a test that cannot set up its guest fails")]
 
-#[path = "../../../tests/mini_vm/mod.rs"]
-pub mod mini_vm;
+#[path = "../../../tests/bare/mod.rs"]
+pub mod bare;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use mini_vm::{DATA, Kickable, MiniVcpu, MiniVm, Privilege, Work, kvm};
+use bare::{BareVcpu, BareVm, DATA, Kickable, Pages, Privilege, Work, kvm};
 use ringferry::kvm::RingSize;
 use ringferry::track::{DirtyTracker, VcpuHandle};
 use ringferry::{DirtySource, PageIndex, PageSet};
@@ -41,37 +41,37 @@ pub fn counts_of(profiler: &mut Profiler, creator: i32) -> Vec<VcpuCounts> {
 
 /// A VM of one vCPU and 64 MiB, tracked by a ring of so many entries or by the bitmap.
 pub struct Guest {
-    pub vm: MiniVm,
+    pub vm: BareVm,
     pub tracker: DirtyTracker,
-    pub vcpu: MiniVcpu,
+    pub vcpu: BareVcpu,
     pub handle: VcpuHandle,
 }
 
 impl Guest {
     pub fn new(ring: Option<u32>, privilege: Privilege) -> Option<Self> {
-        let vm = MiniVm::new(&kvm()?, &[8192, 8192]);
+        let vm = BareVm::new(&kvm()?, &[8192, 8192]).unwrap();
         let tracker = match ring {
-            Some(entries) => DirtyTracker::enable(&vm.fd, RingSize::from_entries(entries).unwrap()),
-            None => DirtyTracker::enable_bitmap(&vm.fd),
+            Some(entries) => DirtyTracker::enable(vm.fd(), RingSize::from_entries(entries).unwrap()),
+            None => DirtyTracker::enable_bitmap(vm.fd()),
         };
         let tracker = tracker.unwrap();
-        tracker.add_memory(&vm.memory).unwrap();
-        let vcpu = vm.create_vcpu(3, privilege);
-        let handle = tracker.attach_vcpu(3, &vcpu.fd).unwrap();
+        tracker.add_memory(vm.memory()).unwrap();
+        let vcpu = vm.create_vcpu(3, privilege).unwrap();
+        let handle = tracker.attach_vcpu(3, vcpu.fd()).unwrap();
         Some(Self { vm, tracker, vcpu, handle })
     }
 
     pub fn write(&mut self, first: u64, pages: u64, stride: u64) {
-        self.work(&Work::Loop { first: PageIndex(DATA.0 + first), pages, stride, passes: 1 }, 1);
+        self.work(&Work::Loop(Pages { first: PageIndex(DATA.0 + first), pages, stride, passes: 1 }), 1);
     }
 
     pub fn work(&mut self, work: &Work, value: u64) {
-        self.vcpu.set_work(work, value);
-        self.vcpu.run_to_end(&self.handle);
+        self.vcpu.set_work(work, value).unwrap();
+        self.vcpu.run_to_end(Some(&self.handle)).unwrap();
     }
 
     pub fn harvest(&mut self) -> u64 {
-        let mut dirty = PageSet::new(self.vm.memory.end());
+        let mut dirty = PageSet::new(self.vm.memory().end());
         self.tracker.harvest(&mut dirty).unwrap();
         dirty.runs().map(|run| run.pages).sum()
     }
@@ -85,7 +85,7 @@ pub struct Writer {
 }
 
 impl Writer {
-    pub fn start(mut vcpu: MiniVcpu, handle: VcpuHandle, work: Work) -> Self {
+    pub fn start(mut vcpu: BareVcpu, handle: VcpuHandle, work: Work) -> Self {
         let kickable = Arc::new(Kickable::default());
         let stop = Arc::new(AtomicBool::new(false));
         let (kicked, stopped) = (kickable.clone(), stop.clone());
@@ -93,8 +93,8 @@ impl Writer {
             kicked.enter();
             let mut value = 1;
             while !stopped.load(Ordering::Acquire) {
-                vcpu.set_work(&work, value);
-                vcpu.run_until(&handle, &stopped);
+                vcpu.set_work(&work, value).unwrap();
+                vcpu.run_until(Some(&handle), &stopped).unwrap();
                 value += 1;
             }
             kicked.leave();
@@ -120,12 +120,12 @@ impl Writer {
 /// Harvests for a while, as a migration does.
 pub fn harvest_for(
     tracker: &mut DirtyTracker,
-    vm: &MiniVm,
+    vm: &BareVm,
     rounds: u32,
     pause: Duration,
     mut between: impl FnMut(),
 ) {
-    let mut dirty = PageSet::new(vm.memory.end());
+    let mut dirty = PageSet::new(vm.memory().end());
     for _ in 0..rounds {
         std::thread::sleep(pause);
         between();

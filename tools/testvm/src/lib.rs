@@ -4,8 +4,11 @@
 //! says what its CPUs are. Each vCPU has a thread (`vcpu`) that runs until somebody wants something else (`gate`)
 //! and kicks it (`kick`).
 //!
+//! [`bare`] has a guest that dirties exactly the pages it is told to.
+//!
 //! [`ThreadVm`] does the same work in host threads, where there is no KVM.
 
+pub mod bare;
 mod boot;
 pub mod check;
 mod config;
