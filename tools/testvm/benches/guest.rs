@@ -1,6 +1,6 @@
 //! What the test guest does per second in the test VMM, by pattern, bytes per page and working set.
 //!
-//! `cargo bench -p ringferry-testvm --bench guest`
+//! `cargo bench -p ringferry-testvm --bench guest [PATTERN]`
 
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     if std::env::args().any(|argument| argument == "--test") {
         return Ok(());
     }
+    let only = std::env::args().skip(1).find(|argument| !argument.starts_with('-'));
     println!(
         "{:>5} {:12} {:>7} {:>5} {:>8} {:>9} {:>16} {:>12} {:>9}",
         "vcpus", "pattern", "ws MiB", "bytes", "content", "pace", "steps per s", "longest gap", "emulated"
@@ -25,6 +26,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         vm.start()?;
         guest.wait_until_working(Duration::from_secs(20))?;
         for (pattern, name) in Pattern::ALL {
+            if only.as_ref().is_some_and(|only| only != name) {
+                continue;
+            }
             for (mib, bytes_per_page, content, pace_per_s) in [
                 (30, 16, Content::Counter, 0),
                 (60, 16, Content::Counter, 0),

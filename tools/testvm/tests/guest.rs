@@ -64,6 +64,21 @@ fn one_two_and_eight_vcpus_work_and_prove_it() {
 }
 
 #[test]
+fn a_working_set_may_lie_on_both_sides_of_the_hole_below_4_gib() {
+    let append = "vcpus=2 each=bytes:64,pattern:random vcpu0=ws:1MiB vcpu1=ws:6MiB";
+    let Some((mut vm, guest)) = boot(2, 6 << 30, 3, append) else { return };
+    working(&vm, &guest);
+    let share = guest.plan().unwrap().share_of(1);
+    let [below, above, ..] = share.as_slice() else { panic!("one piece: {share:?}") };
+    assert!(below.pages < 6 << 8 && below.first + below.pages == 3 << 18, "{below:?}");
+    assert_eq!(above.first, 4 << 18);
+    wait_for_steps(&guest, 1, 100_000);
+    let _paused = vm.pause().unwrap();
+    let report = check(vm.memory()).unwrap();
+    assert_eq!(report.vcpus[1].stamped_pages, 6 << 8);
+}
+
+#[test]
 fn no_instruction_is_emulated_while_it_works() {
     let Some((vm, guest)) = boot(2, 64 << 20, 1, "vcpus=2 each=ws:8MiB vcpu1=pattern:random,bytes:4096")
     else {
