@@ -247,9 +247,9 @@ impl Steering {
 /// saving, restoring and handing over.
 pub(super) const SWITCHOVER_OVERHEAD: Duration = Duration::from_millis(20);
 
-/// Bytes that one second of RAM comparison covers: both sides, one after the other, half of what
-/// `cargo bench --bench page` shows for one side here.
-const VERIFY_BYTES_PER_S: f64 = 2e9;
+/// Bytes per second of the comparison of RAM, of which only the destination's half lies in the downtime: a third of
+/// what `cargo bench --bench page` shows here for two idle CPUs, because both sides may share them.
+const VERIFY_BYTES_PER_S: f64 = 5e9;
 
 /// What the switchover takes besides sending pages.
 pub(super) fn switchover_overhead(verified_pages: u64) -> Duration {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use clap::ValueEnum;
-use ringferry_testvm::workload::command_line;
+use ringferry_testvm::workload::command_line::{self, Pattern};
 use ringferry_testvm::{
     Backing, Boot, Config, Guest, GuestError, HugePages, Image, Tracking, VcpuStatus, guest_image,
 };
@@ -184,6 +184,22 @@ impl Host {
                 }
             }
         }
+    }
+
+    /// Waits until each vCPU has been through its working set once: first touches are a hundred times slower than
+    /// what comes after, and say nothing about the guest's rate.
+    pub fn wait_until_warm(&self) -> Result<()> {
+        let Some(guest) = &self.guest else { return Ok(()) };
+        let deadline = Instant::now() + BOOT_LIMIT;
+        for vcpu in 0..self.vm.vcpus() {
+            let touches =
+                matches!(guest.work(vcpu)?.pattern, Pattern::ReadOnly) || guest.work(vcpu)?.pattern.writes();
+            while touches && guest.stats(vcpu)?.passes == 0 && Instant::now() < deadline {
+                self.check_vcpus()?;
+                std::thread::sleep(Duration::from_millis(2));
+            }
+        }
+        Ok(())
     }
 
     /// An error if a vCPU has ended.

@@ -32,6 +32,7 @@ impl Crossing {
     /// Boots the guest, starts the other process where `listen` says, and measures how fast the guest is.
     pub fn prepare(guest: &GuestArgs, listen: &Listen) -> Result<Self> {
         let host = guest.boot()?;
+        host.wait_until_warm()?;
         let receiver = ReceivingProcess::start(&guest.vm, listen)?;
         let before_per_s = measure(&host)?;
         Ok(Self { host, receiver, before_per_s })
