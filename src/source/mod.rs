@@ -387,8 +387,9 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Source<'a, V, D> {
     /// Stops the guest and adds all that is dirty to `dirty`.
     fn stop_guest(&mut self, steering: &mut Steering, dirty: &mut PageSet) -> Result<(), SourceError> {
         let since = Instant::now();
-        steering.open_gates();
         let paused = self.vm.pause().map_err(|source| SourceError::Vm { action: "pause", source })?;
+        // Not before: who was held back would use the time until the pause.
+        steering.open_gates();
         self.report.pause_ms = millis(since.elapsed());
         let standstill = self.standstill.insert(Standstill { paused, since });
         let mut last = PageSet::new(self.memory.end());
