@@ -34,6 +34,11 @@ const ROUND_OVERHEAD_S: f64 = 2e-3;
 /// The first round is the only look at a guest's curves that costs nothing; it is braked only to keep a deadline
 /// that could not be kept otherwise, and not before this share of it has been seen.
 const FIRST_ROUND_SEEN: f64 = 0.5;
+/// This much of it says nothing about how fast pages are dirtied.
+const FIRST_ROUND_BLIND_S: f64 = 0.05;
+/// A braked round is let go if another plan costs the guest so much less: this share, and this many seconds.
+const LET_GO_SHARE: f64 = 0.75;
+const LET_GO_S: f64 = 0.25;
 /// A deadline is aimed at with this margin, as a share of it, and of what is still to come.
 const DEADLINE_MARGIN: f64 = 0.01;
 const FORECAST_MARGIN: f64 = 0.05;
@@ -297,6 +302,8 @@ impl Controller {
             self.model.curves.resize(vcpus, Curve::default());
         }
         let elapsed = (at - self.round.start).max(0.0);
+        // Tracking began before the first round did, nobody knows when: its first moments teach nothing.
+        let teaches = self.round.number > 1 || elapsed >= FIRST_ROUND_BLIND_S;
         // Of the time that a vCPU has been throttled before it is first seen in a round, this much can be of it.
         for (new, vcpu) in seen.vcpus.iter().enumerate().skip(self.round.throttled_at_start.len()) {
             let before = self.throttled_seen.get(new).copied().unwrap_or(0.0);
@@ -313,13 +320,17 @@ impl Controller {
             running_of_all += running;
             if self.settings.per_vcpu {
                 self.counts[index] = vcpu.dirtied;
-                self.model.curves[index].observe(running, vcpu.dirtied.as_f64());
+                if teaches {
+                    self.model.curves[index].observe(running, vcpu.dirtied.as_f64());
+                }
             }
         }
         // Writers that nobody can name are slowed down with the vCPUs only if they are the vCPUs.
         let by_vcpus = !self.settings.per_vcpu && !seen.vcpus.is_empty();
         let running = if by_vcpus { running_of_all / seen.vcpus.len() as f64 } else { elapsed };
-        self.model.others.observe(running, seen.others.as_f64());
+        if teaches {
+            self.model.others.observe(running, seen.others.as_f64());
+        }
         self.model.bandwidth.observe(at, seen.bytes_acked);
         self.bytes_acked = self.bytes_acked.max(seen.bytes_acked);
         self.round.done = seen.pages_done.as_f64();
@@ -494,7 +505,7 @@ impl Controller {
         // Longer stalls, if nothing else ends: a guest that cannot be held within short ones would never arrive.
         let mut terms = *terms;
         let mut plan = plan::plan(model, &terms, round, &rules);
-        while plan.is_none() && terms.longest_stall_s < LONGEST_STALL_EVER.as_secs_f64() {
+        while plan.is_none() && later_round && terms.longest_stall_s < LONGEST_STALL_EVER.as_secs_f64() {
             terms.longest_stall_s *= 2.0;
             plan = plan::plan(model, &terms, round, &rules);
         }
@@ -503,16 +514,20 @@ impl Controller {
             rules.brake_now = true;
             plan = plan::plan(model, &terms, round, &rules);
         }
-        // A round once braked stays braked, to the depth first chosen, while that keeps what was to be kept.
+        // A round once braked stays braked, to the depth first chosen, unless that misses the deadline, or the link
+        // turned out so much better that it need not be.
         if let Some(target) = self.target {
             let forecast = plan::brake_down(model, &terms, round, target, fair_share.min_share);
-            let in_time =
-                |forecast: &Forecast| remaining.is_none_or(|remaining| forecast.finish_s <= remaining);
-            if let Some(forecast) = forecast.filter(in_time) {
+            let stays = |forecast: &Forecast| {
+                let in_time = remaining.is_none_or(|remaining| forecast.finish_s <= remaining);
+                let dear = forecast.lost_s * LET_GO_SHARE - LET_GO_S;
+                in_time && plan.is_none_or(|plan| plan.forecast.lost_s > dear)
+            };
+            if let Some(forecast) = forecast.filter(stays) {
                 plan = Some(plan::Plan { target: Some(target), forecast, in_time: true });
             }
         }
-        let target = plan.and_then(|plan| plan.target).or(self.target);
+        let target = plan.map_or(self.target, |plan| plan.target);
         self.target = target;
         let (allowed, level) = match target {
             Some(target) => model.allowed(&terms, round, target, fair_share.min_share),
@@ -520,7 +535,7 @@ impl Controller {
         };
         self.level = level.is_finite().then(|| Pages::floor(level));
         self.set_shares(now, &terms, round, &allowed, fair_share.min_share);
-        if plan.is_some() && (seen || later_round) {
+        if plan.is_some() {
             let longest = duration(terms.longest_stall_s);
             if longest > self.longest_stall {
                 self.longest_stall = longest;

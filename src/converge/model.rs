@@ -15,6 +15,8 @@ use super::units::sane;
 pub(crate) const AIM: f64 = 0.9;
 /// A vCPU is within its fair share if rounds would shrink at least by a quarter were all like it.
 const SHRINKS: f64 = 0.75;
+/// What a vCPU dirties in this time after a recycle says how fast it dirties whenever it is let run.
+const FRESH_S: f64 = 0.01;
 /// Rounds that anyone is ready to predict, or to wait for.
 const MOST_ROUNDS: u32 = 200;
 /// A round that is not smaller than this share of the one before is as good as no progress.
@@ -147,7 +149,8 @@ impl Terms {
         let demand = curve.by_the_end(round, seconds);
         let counted = if round.current { curve.last().1 } else { 0.0 };
         let stalls = seconds / (self.longest_stall_s + self.gate_s);
-        let between_stalls = counted + stalls * curve.at(self.gate_s);
+        // The rate of a freshly recycled vCPU, taken over long enough that a late first look does not distort it.
+        let between_stalls = counted + stalls * self.gate_s * curve.at(FRESH_S) / FRESH_S;
         levels.quota.max(between_stalls).max(demand * sane(min_share)).min(demand)
     }
 

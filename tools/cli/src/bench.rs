@@ -6,6 +6,7 @@ use clap::Subcommand;
 
 use crate::output::Output;
 
+mod converge;
 mod migrate;
 mod send;
 
@@ -22,6 +23,7 @@ pub struct Args {
 
 #[derive(Subcommand, Debug)]
 enum Bench {
+    Converge(converge::Args),
     Migrate(migrate::Args),
     Send(send::Args),
 }
@@ -33,6 +35,7 @@ enum Bench {
 /// That one's.
 pub fn run(args: Args, output: Output) -> anyhow::Result<ExitCode> {
     match args.bench {
+        Bench::Converge(args) => converge::run(&args, output),
         Bench::Migrate(args) => migrate::run(&args, output),
         Bench::Send(args) => send::run(args, output),
     }
