@@ -28,12 +28,20 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 #[non_exhaustive]
 pub enum DestinationError {
     /// The address cannot be listened on.
-    #[error("cannot listen on {address}: {source}")]
+    #[error("cannot listen on {address}: {source}; is the port in use, and the address this host's?")]
     Listen {
         /// Which address.
         address: SocketAddr,
         /// What the kernel said.
         source: io::Error,
+    },
+    /// No source in the time that there was.
+    #[error("nobody connected to {address} within {} s: let the source send to this address", waited.as_secs_f32())]
+    NobodyCame {
+        /// Where we waited.
+        address: SocketAddr,
+        /// How long.
+        waited: Duration,
     },
     /// A non-loopback address without the user's word that the network is trusted.
     #[error(
@@ -158,7 +166,7 @@ impl Destination {
                 return Err(DestinationError::Cancelled);
             }
             if let Some(waited) = limit.filter(|limit| since.elapsed() > *limit) {
-                return Err(ControlError::Timeout { expected: "source", waited }.into());
+                return Err(DestinationError::NobodyCame { address, waited });
             }
         };
         let local = stream

@@ -20,8 +20,10 @@ use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use memmap2::{MmapMut, MmapRaw};
+
 use super::{DirtySource, Observed, TrackError};
-use crate::layout::{GuestMemory, PAGE_SIZE, SlotId};
+use crate::layout::{GuestMemory, PAGE_SIZE, PageIndex, PageRun, Region, SlotId};
 use crate::page_set::PageSet;
 use crate::pagemap::{CHECK_WPASYNC, Filter, Pagemap, WP_MATCHING, category};
 use crate::vm::Paused;
@@ -127,6 +129,30 @@ impl PagemapTracker {
         let empty = || PageSet::new(memory.end());
         let (found, given_back) = (empty(), empty());
         Ok(Self { memory, pagemap, userfault: None, found, lost_count: false, given_back, looked: None })
+    }
+
+    /// Tracks a write of our own, to see whether this kernel and the rights of this process allow it.
+    ///
+    /// # Errors
+    ///
+    /// [`PagemapError`], as [`TrackError::Pagemap`]: what they lack.
+    pub fn probe() -> Result<(), TrackError> {
+        let map = MmapMut::map_anon(PAGE_SIZE).map(MmapRaw::from).map_err(PagemapError::NoPagemap)?;
+        let page = PageRun { first: PageIndex(0), pages: 1 };
+        let region = Region { slot: SlotId(0), pages: page, host: map.as_mut_ptr() };
+        // SAFETY: the mapping outlives the tracker below, and nobody holds a reference into it.
+        let memory = unsafe { GuestMemory::new(vec![region]) }
+            .map_err(|error| PagemapError::NotProtectable(SlotId(0), io::Error::other(error)))?;
+        let mut dirty = PageSet::new(memory.end());
+        let mut tracker = Self::new(memory)?;
+        tracker.start()?;
+        // SAFETY: the first byte of our own mapping.
+        unsafe { map.as_mut_ptr().write_volatile(1) };
+        tracker.harvest(&mut dirty)?;
+        if dirty.len() != 1 {
+            return Err(PagemapError::Scan(io::Error::other("a write went unseen")).into());
+        }
+        Ok(())
     }
 
     /// Protects what is written and puts it into `found`.

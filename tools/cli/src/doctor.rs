@@ -15,6 +15,7 @@ use crate::output::Output;
 mod ebpf;
 mod host;
 mod kvm;
+mod memory;
 mod uring;
 
 /// Check what this machine offers: KVM, io_uring, userfaultfd, eBPF, memory
@@ -130,6 +131,7 @@ impl Verdict {
 pub fn run(Args {}: Args, output: Output) -> anyhow::Result<ExitCode> {
     let mut checks = kvm::checks();
     checks.extend(uring::checks());
+    checks.extend(memory::checks());
     checks.extend(ebpf::checks());
     checks.extend(host::checks());
     let verdict = Verdict::on(&checks);

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use clap::ValueEnum;
+use ringferry::kvm::RingSize;
 use ringferry_testvm::workload::command_line::{self, Pattern};
 use ringferry_testvm::{
     Backing, Boot, Config, Guest, GuestError, HugePages, Image, Tracking, VcpuStatus, guest_image,
@@ -60,7 +61,7 @@ pub struct GuestArgs {
 
     /// What a vCPU does, several times: each=WORK or vcpuN=WORK, where WORK is
     /// pattern:sequential|random|zipf|hot-cold|read-only|compute-only|idle,ws:SIZE,bytes:N,pace:N,content:counter|random|text|zero
-    #[arg(long, value_name = "WORK")]
+    #[arg(long, value_name = "WORK", value_parser = work)]
     pub work: Vec<String>,
 
     /// Boot this multiboot image instead of the built-in guest (then nothing is known of its progress)
@@ -75,8 +76,8 @@ pub struct GuestArgs {
     #[arg(long, value_enum, default_value_t = BackendArg::Ring)]
     pub backend: BackendArg,
 
-    /// Entries of each vCPU's dirty ring
-    #[arg(long, value_name = "N", default_value_t = 65_536)]
+    /// Entries of each vCPU's dirty ring, a power of two
+    #[arg(long, value_name = "N", default_value_t = 65_536, value_parser = ring_entries)]
     pub ring_entries: u32,
 }
 
@@ -97,6 +98,16 @@ pub enum HugePagesArg {
 pub enum BackendArg {
     Ring,
     Bitmap,
+}
+
+/// The guest would say the same, but only after it has booted.
+fn work(text: &str) -> Result<String, String> {
+    let line = format!("guest {text}");
+    command_line::Config::parse(&line).map(|_| text.to_owned()).map_err(|error| error.to_string())
+}
+
+fn ring_entries(text: &str) -> Result<u32> {
+    Ok(RingSize::from_entries(text.parse()?)?.entries())
 }
 
 impl VmArgs {
@@ -136,11 +147,6 @@ impl GuestArgs {
             let words = self.work.iter().map(|work| format!(" {work}"));
             format!("vcpus={} fill={}{}", self.vm.vcpus, self.fill.bytes, words.collect::<String>())
         });
-        if self.image.is_none() {
-            // The guest says the same, but only after it has booted.
-            let line = format!("guest {append}");
-            command_line::Config::parse(&line).map_err(|error| anyhow!("{error}"))?;
-        }
         let tracking = match self.backend {
             BackendArg::Ring => Tracking::Ring { entries: self.ring_entries },
             BackendArg::Bitmap => Tracking::Bitmap,
@@ -179,8 +185,11 @@ impl Host {
             match guest.wait_until_working(LOOK_EVERY) {
                 Ok(()) => return Ok(()),
                 Err(GuestError::Timeout { .. }) if Instant::now() < deadline => self.check_vcpus()?,
+                // It says why itself.
+                Err(error @ GuestError::Failed(_)) => return Err(error.into()),
                 Err(error) => {
-                    return Err(error).with_context(|| format!("the guest said:\n{}", self.vm.console()));
+                    let console = self.vm.console();
+                    return Err(anyhow!("the guest said:\n{console}").context(error));
                 }
             }
         }

@@ -7,6 +7,7 @@ use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use ringferry_testvm::TestVmError;
 use tracing::level_filters::LevelFilter;
 
 mod bench;
@@ -84,8 +85,16 @@ fn main() -> ExitCode {
     };
     result.unwrap_or_else(|error| {
         output.error(&error);
-        ExitCode::FAILURE
+        exit_code(&error)
     })
+}
+
+/// Wrong usage is also what only the test VMM knows to be wrong, such as RAM that its regions do not divide.
+fn exit_code(error: &anyhow::Error) -> ExitCode {
+    match error.downcast_ref() {
+        Some(TestVmError::Config { .. }) => ExitCode::from(2),
+        _ => ExitCode::FAILURE,
+    }
 }
 
 fn log_to_stderr(verbose: u8) {

@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use ringferry::progress::Update;
+use rustix::process::geteuid;
 use serde::{Deserialize, Serialize};
 
 use crate::migrate::MigrateArgs;
@@ -155,6 +156,9 @@ impl Line {
 
 /// Where the monitor is when nobody says otherwise: one running VM per user.
 pub fn default_path() -> PathBuf {
-    let directory = std::env::var_os("XDG_RUNTIME_DIR").map_or_else(std::env::temp_dir, PathBuf::from);
-    directory.join("ringferry.sock")
+    match std::env::var_os("XDG_RUNTIME_DIR") {
+        Some(directory) => PathBuf::from(directory).join("ringferry.sock"),
+        // All users share this one.
+        None => std::env::temp_dir().join(format!("ringferry-{}.sock", geteuid().as_raw())),
+    }
 }

@@ -80,7 +80,15 @@ impl Output {
     /// Tells why the command failed: the error and below it its causes, one a line; with JSON, also as an
     /// object of kind `error`.
     pub fn error(self, error: &anyhow::Error) {
-        let causes: Vec<String> = error.chain().skip(1).map(ToString::to_string).collect();
+        // Many errors end with their cause's own words: those are not repeated.
+        let mut told = error.to_string();
+        let mut causes = Vec::new();
+        for cause in error.chain().skip(1).map(ToString::to_string) {
+            if !told.contains(&cause) {
+                told.push_str(&cause);
+                causes.push(cause);
+            }
+        }
         let bold_red = anstyle::AnsiColor::Red.on_default().bold();
         let mut text = format!("{bold_red}error:{bold_red:#} {error}\n");
         for cause in &causes {

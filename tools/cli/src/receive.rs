@@ -1,6 +1,6 @@
 //! `ringferry receive`: waits for a VM, takes it, runs it, and says how it is.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, ToSocketAddrs};
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -30,7 +30,7 @@ RAM and vCPUs must be those of the VM that comes. Ctrl-C ends it.";
 #[command(after_help = EXAMPLES)]
 pub struct Args {
     /// Where to wait for the source
-    #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:7000")]
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:7000", value_parser = address)]
     listen: SocketAddr,
 
     /// Where to wait for data connections, once per dedicated NIC [default: beside the control connection]
@@ -51,6 +51,14 @@ pub struct Args {
 
     #[command(flatten)]
     vm: VmArgs,
+}
+
+/// A name is taken too, and of its addresses the first.
+fn address(text: &str) -> Result<SocketAddr, String> {
+    let mut found = text.to_socket_addrs().map_err(|error| {
+        format!("{error}: write an address and a port, such as 127.0.0.1:7000 or [::1]:7000")
+    })?;
+    found.next().ok_or_else(|| "this name has no address".to_owned())
 }
 
 /// What `receive` prints, one object per line.

@@ -34,8 +34,8 @@ pub struct Args {
     #[command(flatten)]
     guest: GuestArgs,
 
-    /// Socket on which `ringferry send` is awaited [default: ringferry.sock in $XDG_RUNTIME_DIR or the
-    /// temporary directory]
+    /// Socket on which `ringferry send` is awaited [default: ringferry.sock in $XDG_RUNTIME_DIR, else
+    /// ringferry-UID.sock in the temporary directory]
     #[arg(long, value_name = "PATH")]
     monitor: Option<PathBuf>,
 }

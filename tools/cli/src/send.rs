@@ -33,7 +33,7 @@ pub struct Args {
     #[command(flatten)]
     migrate: MigrateArgs,
 
-    /// Monitor socket of the VM [default: ringferry.sock in $XDG_RUNTIME_DIR or the temporary directory]
+    /// Monitor socket of the VM [default: ringferry.sock in $XDG_RUNTIME_DIR, else ringferry-UID.sock in the temporary directory]
     #[arg(long, value_name = "PATH")]
     monitor: Option<PathBuf>,
 }

@@ -7,7 +7,7 @@ use super::{Capability, Check};
 use crate::sizes::Size;
 
 pub(super) fn checks() -> Vec<Check> {
-    let mut checks = vec![processors(), memory(), huge_pages()];
+    let mut checks = vec![processors(), memory()];
     checks.extend([
         program("ip", "iproute2", "tests of links in network namespaces"),
         program("tc", "iproute2", "tests and benches over shaped links"),
@@ -35,7 +35,7 @@ fn processors() -> Check {
 }
 
 /// A field of /proc/meminfo, in the unit it has there (KiB where there is one).
-fn meminfo(field: &str) -> Option<u64> {
+pub(super) fn meminfo(field: &str) -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let value = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
     value.split_whitespace().next()?.parse().ok()
@@ -61,18 +61,6 @@ fn memory() -> Check {
         );
     }
     capability.ok(format!("{mib} MiB available"))
-}
-
-fn huge_pages() -> Check {
-    let capability =
-        Capability { group: "Host", name: "huge pages", needed_for: "guests with --huge-pages", uses: &[] };
-    let free = meminfo("HugePages_Free").unwrap_or(0);
-    let kib = meminfo("Hugepagesize").unwrap_or(0);
-    if free == 0 {
-        return capability
-            .limited("none reserved", "as root, for 1 GiB of them: `sysctl vm.nr_hugepages=512`");
-    }
-    capability.ok(format!("{free} of {} free", Size { bytes: kib * 1024 }))
 }
 
 fn program(name: &'static str, package: &str, needed_for: &'static str) -> Check {

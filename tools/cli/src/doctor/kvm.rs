@@ -34,7 +34,8 @@ pub(super) fn checks() -> Vec<Check> {
 
 fn no_device(error: &std::io::Error) -> Check {
     match error.kind() {
-        ErrorKind::NotFound => DEVICE.missing(
+        // The demo then runs a simulated guest: `memory` says whether it can.
+        ErrorKind::NotFound => Capability { uses: &[Tracking, Migration], ..DEVICE }.missing(
             "does not exist",
             "switch virtualization on in the firmware (in a VM: nested virtualization), then \
              `modprobe kvm_intel` or `modprobe kvm_amd`",

@@ -29,7 +29,7 @@ pub fn ringferry(args: &[&str]) -> Outcome {
     outcome(Command::new(PROGRAM).args(args))
 }
 
-/// Runs it where no device exists, /dev/kvm included; `None` if this user may not arrange that.
+/// Runs it where no device exists but /dev/null; `None` if this user may not arrange that.
 pub fn ringferry_without_devices(args: &[&str]) -> Option<Outcome> {
     let mut command = Command::new("unshare");
     command
