@@ -2,8 +2,9 @@
 
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 
+use crate::cross_check::RunningProfiler;
 use crate::display::Display;
 use crate::guest::GuestArgs;
 use crate::interrupt;
@@ -17,6 +18,7 @@ const EXAMPLES: &str = "\
 Examples:
   ringferry demo
   ringferry demo --memory 2GiB --vcpus 8 --channels 4 --work each=pattern:zipf,ws:64MiB
+  ringferry demo --cross-check
   ringferry demo --max-bandwidth 100MB/s --downtime-limit 500ms --policy none
 
 Ctrl-C cancels the migration; the guest goes on at the source.";
@@ -30,6 +32,10 @@ pub struct Args {
 
     #[command(flatten)]
     migrate: MigrateArgs,
+
+    /// Run ringferry-profile beside, and compare what the kernel pushed with what the tracker took
+    #[arg(long)]
+    cross_check: bool,
 }
 
 /// Runs the command.
@@ -49,9 +55,19 @@ pub fn run(mut args: Args, output: Output) -> Result<ExitCode> {
     let mut crossing = Crossing::prepare(&args.guest, &Listen::default())?;
     let (steps, pid) = (rates(crossing.before_per_s()), crossing.receiver_pid());
     say(format!("it runs, at {steps} steps/s; migrating to process {pid}"))?;
+    let profiler = args.cross_check.then(RunningProfiler::start).transpose()?;
     let mut display = Display::new(output);
     let migrated = crossing.migrate(&args.migrate, interrupted, |update| display.show(update));
     drop(display);
+    if let (Some(profiler), Ok(report)) = (profiler, &migrated) {
+        let compared = profiler.compare(&report.vcpus)?;
+        if output.json() {
+            output.object(&compared)?;
+        } else {
+            output.write(compared.text().as_bytes())?;
+        }
+        ensure!(compared.equal, "the kernel and the tracker counted differently");
+    }
     match migrated {
         Ok(report) if output.json() => output.object(&report)?,
         Ok(report) => output.write(report.text().as_bytes())?,

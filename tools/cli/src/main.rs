@@ -12,6 +12,7 @@ use tracing::level_filters::LevelFilter;
 
 mod bench;
 mod completions;
+mod cross_check;
 mod demo;
 mod display;
 mod doctor;

@@ -205,6 +205,7 @@ fn vcpu_report(
     VcpuReport {
         index,
         pages_dirtied: now.pages - then.pages,
+        ring_entries: (now.pages + now.duplicate_entries) - (then.pages + then.duplicate_entries),
         ring_full_exits: now.ring_full_exits - then.ring_full_exits,
         throttled_ms: (now.throttled_ns - then.throttled_ns) as f64 / 1e6,
         longest_stall_ms: stall.as_secs_f64() * 1e3,

@@ -47,6 +47,9 @@ pub struct VcpuReport {
     pub progress_during_per_s: f64,
     pub progress_after_per_s: Option<f64>,
     pub lost_guest_ms: f64,
+    /// Entries taken from its ring, duplicates too; not part of the object.
+    #[serde(skip)]
+    pub ring_entries: u64,
 }
 
 impl MigrationReport {
