@@ -21,6 +21,10 @@ use crate::wire::CHANNELS_MAX;
 pub struct SendOptions {
     /// Copy or zero-copy.
     pub zero_copy: ZeroCopy,
+    /// Whether guest RAM may be registered with the kernel where that pays. Not for a VMM that discards guest memory
+    /// (balloon, `MADV_DONTNEED`, hole punching) while it migrates: a registered page that was discarded would be
+    /// sent as it was.
+    pub register_memory: bool,
     /// The limit over all channels; keep a clone to change it while a round is being sent.
     pub max_bandwidth: MaxBandwidth,
     /// How long a connection attempt, and the answer to the greeting, may take.
@@ -37,6 +41,7 @@ impl Default for SendOptions {
     fn default() -> Self {
         Self {
             zero_copy: ZeroCopy::Auto,
+            register_memory: true,
             max_bandwidth: MaxBandwidth::default(),
             connect_timeout: Duration::from_secs(5),
             stall_timeout: Duration::from_secs(5),

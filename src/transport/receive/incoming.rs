@@ -20,7 +20,7 @@ use crate::wire::data::{
 /// A source that does not take its acknowledgements for this long is gone.
 pub(super) const ACKNOWLEDGEMENT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Runs from this length on are populated by one call when their first page is new.
-const POPULATE_PAGES_MIN: u64 = 8;
+const POPULATE_PAGES_MIN: u64 = 16;
 
 /// One incoming connection.
 pub(super) struct Incoming<'a> {

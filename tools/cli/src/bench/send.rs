@@ -58,6 +58,10 @@ pub struct Args {
     #[arg(long, value_name = "RATE")]
     max_bandwidth: Option<Rate>,
 
+    /// Pages in a frame, at most 1024, instead of what the measured bandwidth suggests
+    #[arg(long, default_value_t = 0, hide_default_value = true, value_name = "PAGES")]
+    frame_pages: u32,
+
     /// Send into memory that is populated already, as in every round of a migration but the first
     #[arg(long)]
     populated: bool,
@@ -276,6 +280,7 @@ fn send(
     let options = SendOptions {
         zero_copy: mode.into(),
         max_bandwidth: MaxBandwidth::new(limit),
+        frame_pages_max: args.frame_pages,
         ..SendOptions::default()
     };
     let mut sender = Sender::connect(&channels, remote.token(), memory.guest().clone(), options)

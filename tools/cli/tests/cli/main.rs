@@ -1,6 +1,7 @@
 //! The binary `ringferry` as its user meets it.
 #![expect(clippy::unwrap_used, reason = "what a test arranges must be there")]
 
+mod bench_send;
 mod doctor;
 mod support;
 mod usage;

@@ -1,0 +1,140 @@
+//! What a channel's link is given: frames of a few milliseconds, so that a slow link never sits on much, and no
+//! more under way than its bandwidth-delay product needs.
+
+use std::io;
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+use crate::layout::PAGE_SIZE;
+use crate::transport::Bandwidth;
+use crate::transport::bandwidth::Estimator;
+use crate::transport::socket::{self, Buffer};
+
+/// A frame holds what the link carries in this time, so that the channels end a round together.
+const FRAME_TIME: Duration = Duration::from_millis(2);
+const FRAME_PAGES_MIN: u64 = 16;
+/// Larger frames do not send faster, and leave the second-level cache between zero scan and copy.
+const FRAME_PAGES_MAX: u64 = 128;
+
+/// What may be unacknowledged on a link that nothing is known about yet, and at least.
+const WINDOW_BYTES_MIN: u64 = 1 << 20;
+const WINDOW_BYTES_MAX: u64 = 128 << 20;
+/// Beyond twice the round trip, what covers the destination's own delays.
+const WINDOW_SLACK: Duration = Duration::from_millis(30);
+
+/// Beyond twice the round trip, what covers the time until our thread fills the socket's buffer again.
+const BUFFER_SLACK: Duration = Duration::from_millis(1);
+
+/// What is known of a link, all of it from the kernel's own counts.
+#[derive(Debug, Default)]
+pub(super) struct Link {
+    estimator: Estimator,
+    min_rtt: Duration,
+    bytes_acked: u64,
+    /// What the link holds under way, the largest seen.
+    held_bytes: u32,
+}
+
+impl Link {
+    /// Whether it is time to [`look`](Self::look) again.
+    pub(super) fn is_due(&self, now: Instant) -> bool {
+        self.estimator.is_due(now)
+    }
+
+    /// The rate limit, and not the link, holds the channel back.
+    pub(super) fn waited_for_tokens(&mut self) {
+        self.estimator.waited_for_tokens();
+    }
+
+    /// Asks the kernel what arrived; `busy` if more is under way. True if anything did since the last look.
+    pub(super) fn look(&mut self, stream: &TcpStream, now: Instant, busy: bool) -> io::Result<bool> {
+        let info = socket::tcp_info(stream)?;
+        let progress = info.bytes_acked != self.bytes_acked;
+        self.bytes_acked = info.bytes_acked;
+        self.min_rtt = info.min_rtt;
+        self.estimator.look(now, info.bytes_acked, busy);
+        Ok(progress)
+    }
+
+    pub(super) fn bandwidth(&self) -> Bandwidth {
+        self.estimator.bandwidth()
+    }
+
+    /// What the link holds under way, as far as known.
+    pub(super) fn held_bytes(&self) -> u32 {
+        self.held_bytes
+    }
+
+    /// Sees to it that the send buffer holds what the link does; the receive buffer follows by what frames say. Returns
+    /// what to do if the system forbids it.
+    pub(super) fn make_room(&mut self, stream: &TcpStream) -> io::Result<Option<String>> {
+        let held = self.carries(self.min_rtt * 2 + BUFFER_SLACK).unwrap_or(0).min(socket::BUFFER_BYTES_MAX);
+        let held = u32::try_from(held).unwrap_or(u32::MAX);
+        // In steps, so that a wavering estimate does not cost a system call each time.
+        if held <= self.held_bytes + self.held_bytes / 4 {
+            return Ok(None);
+        }
+        self.held_bytes = held;
+        let room = socket::make_room(stream, Buffer::Send, held.into())?;
+        Ok(room.map(|room| {
+            format!("the link holds {held} bytes, the send buffer {room}: raise net.core.wmem_max")
+        }))
+    }
+
+    /// Pages for the next frame, under a limit of `limit` bytes per second, if there is one.
+    pub(super) fn frame_pages(&self, limit: Option<u64>) -> u64 {
+        let pages_in = |bytes: u64| bytes / PAGE_SIZE as u64;
+        let by_link = self.carries(FRAME_TIME).map_or(FRAME_PAGES_MIN * 4, pages_in);
+        // A limit shall be smooth, whatever the link could swallow at once.
+        let by_limit = limit.map_or(FRAME_PAGES_MAX, |bytes_per_s| pages_in(bytes_per_s / 200));
+        by_link.min(by_limit).clamp(FRAME_PAGES_MIN, FRAME_PAGES_MAX)
+    }
+
+    /// Bytes that may be unacknowledged.
+    pub(super) fn window_bytes(&self) -> u64 {
+        let bytes = self.carries(self.min_rtt * 2 + WINDOW_SLACK).unwrap_or(0);
+        bytes.clamp(WINDOW_BYTES_MIN, WINDOW_BYTES_MAX)
+    }
+
+    /// Bytes that the link carries in `time`, once it is known.
+    fn carries(&self, time: Duration) -> Option<u64> {
+        let bandwidth = self.estimator.bandwidth();
+        let bytes = bandwidth.bytes_per_s * time.as_secs_f64();
+        // A byte per nanosecond: `Duration` does what a cast would, without its traps.
+        (bandwidth.samples > 0)
+            .then(|| Duration::from_secs_f64(bytes.clamp(0.0, 1e12) * 1e-9).as_nanos())
+            .and_then(|bytes| u64::try_from(bytes).ok())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A link that was watched for half a second.
+    fn link(bytes_per_s: u64, min_rtt: Duration) -> Link {
+        let (start, mut link) = (Instant::now(), Link { min_rtt, ..Link::default() });
+        for i in 0..20 {
+            link.estimator.look(start + Duration::from_millis(25 * i), bytes_per_s / 40 * i, true);
+        }
+        link
+    }
+
+    #[test]
+    fn a_slow_link_gets_small_frames_and_little_under_way_and_a_fast_long_one_all_it_holds() {
+        let ms = Duration::from_millis;
+        assert_eq!((Link::default().frame_pages(None), Link::default().window_bytes()), (64, 1 << 20));
+        let slow = link(1_250_000, ms(1));
+        assert_eq!((slow.frame_pages(None), slow.window_bytes()), (FRAME_PAGES_MIN, WINDOW_BYTES_MIN));
+        let gigabit = link(125_000_000, Duration::from_micros(200));
+        assert_eq!(gigabit.frame_pages(None), 61);
+        assert!((3_700_000..3_900_000).contains(&gigabit.window_bytes()), "{}", gigabit.window_bytes());
+        // 25 Gbit/s over 5 ms hold 15.6 MB; twice that, and 30 ms more.
+        let long = link(3_125_000_000, ms(5));
+        assert_eq!(long.frame_pages(None), FRAME_PAGES_MAX);
+        assert!((120_000_000..130_000_000).contains(&long.window_bytes()), "{}", long.window_bytes());
+        // 100 MB/s: 5 ms of it, although the link would take more.
+        assert_eq!(long.frame_pages(Some(100_000_000)), 122);
+        assert_eq!(long.frame_pages(Some(1_000)), FRAME_PAGES_MIN);
+    }
+}

@@ -1,0 +1,167 @@
+//! How the pages of a frame leave: copied, zero-copy, or zero-copy out of registered memory; and what is said
+//! about it.
+
+use std::io;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use crate::layout::{GuestMemory, HostRun, PageRun};
+use crate::page;
+use crate::transport::ZeroCopy;
+use crate::transport::counters::Sending;
+use crate::transport::policy::{self, Policy};
+use crate::transport::uring::{RegisteredBuffers, Registration, SendMethod, SendRing};
+
+/// Holes up to this size are registered, and with that populated, rather than cut a buffer in two.
+const EXTENT_GAP_PAGES: u64 = 64;
+
+/// Guest RAM as the first channel registered it, for the others to take over; or why it could not.
+pub(in crate::transport) type SharedRegistration = Mutex<Option<Result<RegisteredBuffers, String>>>;
+
+/// How one frame leaves.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Choice {
+    pub method: SendMethod,
+    /// Of its runs' length.
+    class: u8,
+}
+
+/// One connection's way of sending.
+pub(super) struct Method {
+    wish: ZeroCopy,
+    policy: Policy,
+    registration: Option<Registration>,
+    registration_tried: bool,
+    registered_bytes: u64,
+    fallback: Option<String>,
+}
+
+impl Method {
+    pub(super) fn new(wish: ZeroCopy, may_register: bool) -> Self {
+        Self {
+            wish,
+            policy: Policy::new(wish),
+            registration: None,
+            registration_tried: !may_register,
+            registered_bytes: 0,
+            fallback: None,
+        }
+    }
+
+    /// How a frame shall leave whose pages with content are in `payload`.
+    pub(super) fn choose(
+        &mut self,
+        payload: &[HostRun],
+        ring: &SendRing,
+        memory: &GuestMemory,
+        shared: &SharedRegistration,
+    ) -> Choice {
+        let pages = payload.iter().map(|piece| piece.run.pages).sum();
+        let class = policy::class_of(pages, payload.len());
+        if payload.is_empty() || !self.policy.zero_copy(class) {
+            return Choice { method: SendMethod::Copy, class };
+        }
+        if self.policy.pays_to_register() && !self.registration_tried {
+            self.registration_tried = true;
+            self.register(ring, memory, shared);
+        }
+        let buffer = self.registration.as_ref().and_then(|table| table.buffer_of(payload));
+        Choice { method: buffer.map_or(SendMethod::ZeroCopy, SendMethod::ZeroCopyFixed), class }
+    }
+
+    /// A frame of `bytes` went, and cost our thread `cpu`.
+    pub(super) fn sent(&mut self, choice: Choice, cpu: Duration, bytes: u64) {
+        self.policy.sent(choice.class, choice.method != SendMethod::Copy, cpu, bytes);
+    }
+
+    /// The kernel's report about a zero-copy send.
+    pub(super) fn reported(&mut self, copied: bool) {
+        self.policy.reported(copied);
+    }
+
+    /// A zero-copy send was refused: no more of them.
+    pub(super) fn refused(&mut self, error: &io::Error) {
+        let advice = match error.raw_os_error() {
+            Some(libc::ENOMEM | libc::ENOBUFS) => "raise RLIMIT_MEMLOCK (ulimit -l) or give CAP_IPC_LOCK",
+            _ => "this kernel or socket cannot do it",
+        };
+        self.policy.refused();
+        self.fall_back(format!("zero-copy sends: {error}: {advice}"));
+    }
+
+    /// Remembers why something better was given up.
+    pub(super) fn fall_back(&mut self, reason: String) {
+        tracing::info!(reason, "a channel sends by lesser means");
+        self.fallback = Some(reason);
+    }
+
+    /// For reports.
+    pub(super) fn sending(&self) -> Sending {
+        Sending {
+            copies: self.policy.copies(),
+            zero_copy_from_pages: self.policy.threshold_pages(),
+            registered_bytes: self.registered_bytes,
+            fallback: self.fallback.clone(),
+        }
+    }
+
+    /// Registers guest RAM, or takes over what another channel registered.
+    fn register(&mut self, ring: &SendRing, memory: &GuestMemory, shared: &SharedRegistration) {
+        let mut shared = shared.lock();
+        let buffers = shared.get_or_insert_with(|| {
+            let registered = RegisteredBuffers::new(memory, &extents(self.wish, memory));
+            registered.map_err(|error| format!("registering guest RAM: {error}: {}", advice(&error)))
+        });
+        let result = buffers.as_ref().map_err(Clone::clone).and_then(|buffers| {
+            let registration = ring.register(buffers).map_err(|error| {
+                format!("registering guest RAM: taking over the table: {error}: {}", advice(&error))
+            })?;
+            Ok((registration, buffers.bytes()))
+        });
+        match result {
+            Ok((registration, bytes)) => {
+                self.registered_bytes = bytes;
+                self.registration = Some(registration);
+            }
+            Err(reason) => self.fall_back(reason),
+        }
+    }
+}
+
+/// What is worth registering: what is populated, as far as it lies together. All of RAM, where that is asked for.
+fn extents(wish: ZeroCopy, memory: &GuestMemory) -> Vec<HostRun> {
+    let regions = memory.regions().iter().map(|region| region.pages);
+    let runs: Vec<PageRun> = if wish == ZeroCopy::AlwaysRegistered {
+        regions.collect()
+    } else {
+        let populated = page::populated(memory).pages;
+        let mut extents: Vec<PageRun> = Vec::new();
+        for region in regions {
+            let in_region = extents.len();
+            for run in populated.runs_within(region) {
+                match extents[in_region..].last_mut() {
+                    Some(last) if run.first.0 - last.end().0 <= EXTENT_GAP_PAGES => {
+                        last.pages = run.end().0 - last.first.0;
+                    }
+                    _ => extents.push(run),
+                }
+            }
+        }
+        extents
+    };
+    runs.into_iter().filter_map(|run| memory.host_runs(run).ok()).flatten().collect()
+}
+
+fn advice(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::ENOMEM) => {
+            "raise RLIMIT_MEMLOCK (ulimit -l) to the size of guest RAM or give CAP_IPC_LOCK"
+        }
+        Some(libc::EFAULT | libc::EOPNOTSUPP) => {
+            "memory from a shared file of a disk file system cannot be pinned"
+        }
+        Some(libc::EMFILE) => "guest RAM is in too many pieces",
+        _ => "pages are pinned for each send instead",
+    }
+}
