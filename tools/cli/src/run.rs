@@ -65,7 +65,7 @@ pub fn run(args: Args, output: Output) -> Result<ExitCode> {
     while !interrupted.load(Ordering::Relaxed) {
         host.check_vcpus()?;
         if let Some(client) = monitor.accept()? {
-            match serve(client, &mut host, &rates)? {
+            match serve(client, &mut host, &rates, output)? {
                 Some(report) => return finish(output, &report),
                 None => {
                     last = host.marks()?;
@@ -110,7 +110,12 @@ fn finish(output: Output, report: &MigrationReport) -> Result<ExitCode> {
 }
 
 /// Does what a client asks; the report, if the guest is gone afterwards.
-fn serve(mut client: Line, host: &mut Host, before_per_s: &[f64]) -> Result<Option<MigrationReport>> {
+fn serve(
+    mut client: Line,
+    host: &mut Host,
+    before_per_s: &[f64],
+    output: Output,
+) -> Result<Option<MigrationReport>> {
     let (to, args) = match client.receive() {
         Ok(Some(Request::Migrate { to, args })) => (to, args),
         // A client that asks nothing, or nonsense, changes nothing for the guest.
@@ -123,6 +128,9 @@ fn serve(mut client: Line, host: &mut Host, before_per_s: &[f64]) -> Result<Opti
     let mut canceller = client.try_clone()?;
     let mut updates = client.try_clone()?;
     let progress = args.progress()?;
+    if !output.json() {
+        output.line(format_args!("migrating to {to}; `ringferry send` shows how it goes"))?;
+    }
     let migrated = thread::scope(|scope| {
         let of_reader = progress.clone();
         scope.spawn(move || cancel_on_request(&mut client, &of_reader));

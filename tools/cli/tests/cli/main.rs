@@ -3,5 +3,6 @@
 
 mod bench_send;
 mod doctor;
+mod migration;
 mod support;
 mod usage;

@@ -1,11 +1,15 @@
 //! Runs the binary `ringferry`, as this user or one with less, and keeps what it said.
 
 use std::fs;
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{self, Receiver};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
-use rustix::process::geteuid;
+use rustix::process::{Pid, Signal, geteuid, kill_process};
 
 /// What a run of the program came to.
 #[derive(Debug)]
@@ -32,9 +36,8 @@ pub fn ringferry(args: &[&str]) -> Outcome {
 /// Runs it where no device exists but /dev/null; `None` if this user may not arrange that.
 pub fn ringferry_without_devices(args: &[&str]) -> Option<Outcome> {
     let mut command = Command::new("unshare");
-    command
-        .args(["--mount", "sh", "-c", "mount -t tmpfs none /dev && exec \"$0\" \"$@\"", PROGRAM])
-        .args(args);
+    let script = "mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 && exec \"$0\" \"$@\"";
+    command.args(["--mount", "sh", "-c", script, PROGRAM]).args(args);
     geteuid().is_root().then(|| outcome(&mut command))
 }
 
@@ -58,6 +61,91 @@ pub fn ringferry_as_nobody(args: &[&str]) -> Option<Outcome> {
 /// Runs it with `stdout` as its standard output, of which the outcome then knows nothing.
 pub fn ringferry_writing_to(args: &[&str], stdout: impl Into<Stdio>) -> Outcome {
     outcome(Command::new(PROGRAM).args(args).stdout(stdout))
+}
+
+/// Runs it as root with 64 KiB that may be locked and without the capability to lock more; `None` if this user is
+/// not root.
+pub fn ringferry_with_little_locked_memory(args: &[&str]) -> Option<Outcome> {
+    let mut command = Command::new("sh");
+    let script = "ulimit -l 64 && exec setpriv --bounding-set -ipc_lock --inh-caps -ipc_lock \"$0\" \"$@\"";
+    command.args(["-c", script, PROGRAM]).args(args);
+    geteuid().is_root().then(|| outcome(&mut command))
+}
+
+/// A run of it that goes on while the test does other things; it is killed if the test ends before it.
+pub struct Running {
+    child: Child,
+    lines: Receiver<String>,
+    stdout: String,
+    stderr: JoinHandle<String>,
+}
+
+/// Nothing that a test waits for takes this long, on however busy a machine.
+const LIMIT: Duration = Duration::from_secs(120);
+
+impl Running {
+    /// Starts it.
+    pub fn start(args: &[&str]) -> Self {
+        let mut command = Command::new(PROGRAM);
+        command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let (stdout, mut stderr) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
+        let (sender, lines) = mpsc::channel();
+        thread::spawn(move || {
+            // Ends with the program, or when nobody wants to know any more.
+            BufReader::new(stdout).lines().map_while(Result::ok).try_for_each(|line| sender.send(line))
+        });
+        let stderr = thread::spawn(move || {
+            let mut text = String::new();
+            stderr.read_to_string(&mut text).unwrap();
+            text
+        });
+        Self { child, lines, stdout: String::new(), stderr }
+    }
+
+    /// Waits for a further line on standard output that contains `part`.
+    pub fn line_with(&mut self, part: &str) -> String {
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let Ok(line) = self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) else {
+                panic!("no {part:?} in:\n{}", self.stdout);
+            };
+            self.stdout.push_str(&line);
+            self.stdout.push('\n');
+            if line.contains(part) {
+                return line;
+            }
+        }
+    }
+
+    /// Ctrl-C.
+    pub fn interrupt(&self) {
+        kill_process(Pid::from_child(&self.child), Signal::INT).unwrap();
+    }
+
+    /// Waits until it has ended.
+    pub fn end(mut self) -> Outcome {
+        let deadline = Instant::now() + LIMIT;
+        let status = loop {
+            match self.child.try_wait().unwrap() {
+                Some(status) => break status,
+                None if Instant::now() > deadline => panic!("it does not end; it said:\n{}", self.stdout),
+                None => thread::sleep(Duration::from_millis(10)),
+            }
+        };
+        let mut stdout = std::mem::take(&mut self.stdout);
+        self.lines.iter().for_each(|line| stdout.extend([line.as_str(), "\n"]));
+        let stderr = std::mem::replace(&mut self.stderr, thread::spawn(String::new)).join().unwrap();
+        Outcome { code: status.code(), stdout, stderr }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // It may have ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
 }
 
 fn outcome(command: &mut Command) -> Outcome {

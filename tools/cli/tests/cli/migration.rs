@@ -1,0 +1,368 @@
+//! Migrations as their user runs them, in one terminal and in three, and everything that can be wrong with them.
+
+use std::io::Read;
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+
+use ringferry::wire::control::{Hello, Message};
+use ringferry::{PageIndex, PageRun};
+use ringferry_testvm::skip;
+use serde_json::Value;
+
+use crate::support::{
+    Outcome, Running, ringferry, ringferry_as_nobody, ringferry_with_little_locked_memory,
+    ringferry_without_devices,
+};
+
+/// A guest that boots and moves in a moment.
+const SMALL: [&str; 4] = ["--memory", "64MiB", "--vcpus", "1"];
+const SMALL_WORK: [&str; 4] = ["--fill", "8MiB", "--work", "each=ws:4MiB"];
+
+/// Whether guests can run here; if not, the test is skipped.
+fn kvm() -> bool {
+    let opened = std::fs::File::options().read(true).write(true).open("/dev/kvm");
+    if let Err(error) = &opened {
+        skip(&format!("/dev/kvm cannot be opened: {error}"));
+    }
+    opened.is_ok()
+}
+
+/// Exit code 1, and an error that says each of `parts`.
+fn assert_failed(run: &Outcome, parts: &[&str]) {
+    assert_eq!(run.code, Some(1), "{run:?}");
+    for part in parts {
+        assert!(run.stderr.contains(part), "{part:?} is not in: {}", run.stderr);
+    }
+}
+
+/// `ringferry run` with a small guest, and the path of its monitor.
+struct Guest {
+    run: Running,
+    monitor: String,
+    _directory: tempfile::TempDir,
+}
+
+impl Guest {
+    fn start() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let monitor = directory.path().join("monitor").to_str().unwrap().to_owned();
+        let run = Running::start(&[&["run", "--monitor", &monitor], &SMALL[..], &SMALL_WORK].concat());
+        let mut guest = Self { run, monitor, _directory: directory };
+        guest.assert_runs();
+        guest
+    }
+
+    /// The arguments that move it to `to`.
+    fn send<'a>(&'a self, to: &'a str) -> Vec<&'a str> {
+        vec!["send", "--monitor", &self.monitor, "--to", to]
+    }
+
+    /// It reports new progress.
+    fn assert_runs(&mut self) {
+        self.run.line_with("steps: ");
+        let rates = self.run.line_with("steps: ");
+        assert!(!rates.contains(" 0/s"), "{rates}");
+    }
+
+    /// It still runs, and ends when it is told to.
+    fn assert_runs_on(mut self) {
+        self.assert_runs();
+        self.run.interrupt();
+        assert_eq!(self.run.end().code, Some(0));
+    }
+}
+
+/// `ringferry receive` with `vm`, and the address that it waits at.
+fn receive(vm: &[&str], more: &[&str]) -> (Running, String) {
+    let mut receive = Running::start(&[&["receive", "--json", "--listen", "127.0.0.1:0"], vm, more].concat());
+    let listening: Value = serde_json::from_str(&receive.line_with("listening")).unwrap();
+    (receive, listening["address"].as_str().unwrap().to_owned())
+}
+
+fn closed_port() -> String {
+    TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().to_string()
+}
+
+#[test]
+fn the_demo_ends_with_one_report_that_has_every_promised_field() {
+    if !kvm() {
+        return;
+    }
+    let run = ringferry(&[&["demo", "--json"], &SMALL[..], &SMALL_WORK].concat());
+    assert_eq!(run.code, Some(0), "{run:?}");
+    let objects = run.objects();
+    let report = objects.last().unwrap();
+    for (field, value) in
+        [("kind", "migration_report"), ("result", "completed"), ("guest", "kvm"), ("backend", "ring")]
+    {
+        assert_eq!(report[field], value, "{report}");
+    }
+    assert_eq!(
+        (&report["ram_digest_match"], &report["guest_consistent"]),
+        (&true.into(), &true.into()),
+        "{report}"
+    );
+    assert_eq!(report["memory_bytes"], 64 << 20);
+    let numbers = [
+        "channels",
+        "total_ms",
+        "downtime_ms",
+        "pages_sent",
+        "zero_pages",
+        "bytes_sent",
+        "zero_copy_sends",
+        "copied_sends",
+    ];
+    let of_round =
+        ["round", "pages_to_send", "pages_sent", "zero_pages", "bytes_sent", "duration_ms", "pages_dirtied"];
+    let of_vcpu = [
+        "index",
+        "pages_dirtied",
+        "ring_full_exits",
+        "throttled_ms",
+        "longest_stall_ms",
+        "progress_before_per_s",
+        "progress_during_per_s",
+        "progress_after_per_s",
+        "lost_guest_ms",
+    ];
+    for (object, fields) in
+        [(report, &numbers[..]), (&report["rounds"][0], &of_round), (&report["vcpus"][0], &of_vcpu)]
+    {
+        for field in fields {
+            assert!(object[field].is_number(), "{field} in {object}");
+        }
+    }
+}
+
+#[test]
+fn a_guest_moves_between_three_terminals_and_finds_every_write_of_its_own() {
+    if !kvm() {
+        return;
+    }
+    let guest = Guest::start();
+    let (mut receive, address) = receive(&SMALL, &[]);
+    let send = ringferry(&guest.send(&address));
+    assert_eq!(send.code, Some(0), "{send:?}");
+    assert!(send.stdout.contains("RAM digests are equal"), "{}", send.stdout);
+    assert_eq!(guest.run.end().code, Some(0));
+    receive.line_with("received");
+    receive.interrupt();
+    let receive = receive.end();
+    assert_eq!(receive.code, Some(0), "{receive:?}");
+    assert_eq!(receive.objects().last().unwrap()["guest_consistent"], true, "{}", receive.stdout);
+}
+
+#[test]
+fn ctrl_c_on_send_cancels_the_migration_and_the_guest_runs_on_at_the_source() {
+    if !kvm() {
+        return;
+    }
+    let guest = Guest::start();
+    let (receive, address) = receive(&SMALL, &[]);
+    // 12 MiB at this rate take a minute.
+    let slowly = ["--max-bandwidth", "200kB/s"];
+    let mut send = Running::start(&[&guest.send(&address)[..], &slowly].concat());
+    send.line_with("tracking is on");
+    send.interrupt();
+    assert_failed(&send.end(), &["cancelled"]);
+    assert_failed(&receive.end(), &["the source ended the migration", "cancelled"]);
+    guest.assert_runs_on();
+}
+
+#[test]
+fn nobody_listening_is_told_and_the_guest_runs_on() {
+    if !kvm() {
+        return;
+    }
+    let guest = Guest::start();
+    let address = closed_port();
+    let send = ringferry(&guest.send(&address));
+    assert_failed(&send, &[&address, "Connection refused", "is `ringferry receive` running there?"]);
+    guest.assert_runs_on();
+}
+
+#[test]
+fn a_destination_with_less_ram_refuses_and_both_sides_say_why() {
+    if !kvm() {
+        return;
+    }
+    let guest = Guest::start();
+    let (receive, address) = receive(&["--memory", "32MiB", "--vcpus", "1"], &[]);
+    let why = ["64 MiB of RAM", "32 MiB", "start the destination with the same size"];
+    assert_failed(&ringferry(&guest.send(&address)), &why);
+    assert_failed(&receive.end(), &why);
+    guest.assert_runs_on();
+}
+
+#[test]
+fn a_destination_that_breaks_off_is_told_and_the_guest_runs_on() {
+    if !kvm() {
+        return;
+    }
+    let guest = Guest::start();
+    let stranger = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let address = stranger.local_addr().unwrap().to_string();
+    let closing = std::thread::spawn(move || drop(stranger.accept().unwrap()));
+    assert_failed(&ringferry(&guest.send(&address)), &["error: "]);
+    closing.join().unwrap();
+    guest.assert_runs_on();
+}
+
+#[test]
+fn a_source_of_another_version_is_refused_and_both_sides_say_so() {
+    if !kvm() {
+        return;
+    }
+    let (receive, address) = receive(&SMALL, &[]);
+    let mut source = TcpStream::connect(address).unwrap();
+    let ram = vec![PageRun { first: PageIndex(0), pages: (64 << 20) / 4096 }];
+    let hello = Hello { protocol: 999, page_bytes: 4096, vcpus: 1, channels: 1, ram, ..Hello::default() };
+    std::io::Write::write_all(&mut source, &Message::Hello(hello).encode().unwrap()).unwrap();
+    let mut answer = Vec::new();
+    source.read_to_end(&mut answer).unwrap();
+    let why = "the source speaks protocol 999";
+    assert!(String::from_utf8_lossy(&answer).contains(why));
+    assert_failed(&receive.end(), &[why, "use the same version"]);
+}
+
+#[test]
+fn a_port_in_use_is_told() {
+    if !kvm() {
+        return;
+    }
+    let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let run = ringferry(&[&["receive", "--listen", &address], &SMALL[..]].concat());
+    assert_failed(&run, &[&format!("cannot listen on {address}"), "in use"]);
+}
+
+#[test]
+fn an_address_that_others_can_reach_needs_the_word_insecure() {
+    if !kvm() {
+        return;
+    }
+    let run = ringferry(&[&["receive", "--listen", "0.0.0.0:0"], &SMALL[..]].concat());
+    assert_failed(&run, &["neither encrypted nor authenticated", "--insecure"]);
+}
+
+#[test]
+fn a_receiver_gives_up_when_its_time_is_over() {
+    if !kvm() {
+        return;
+    }
+    let (receive, address) = receive(&SMALL, &["--wait", "100ms"]);
+    assert_failed(&receive.end(), &[&format!("nobody connected to {address}")]);
+}
+
+#[test]
+fn a_file_that_is_no_multiboot_image_is_refused() {
+    if !kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let [text, missing] =
+        ["text", "missing"].map(|name| directory.path().join(name).to_str().unwrap().to_owned());
+    let monitor = directory.path().join("monitor").to_str().unwrap().to_owned();
+    std::fs::write(&text, "no multiboot header, however long one looks").unwrap();
+    let run =
+        |image: &str| ringferry(&[&["run", "--monitor", &monitor, "--image", image], &SMALL[..]].concat());
+    assert_failed(&run(&text), &["no multiboot-1 header"]);
+    assert_failed(&run(&missing), &[&missing, "No such file"]);
+}
+
+#[test]
+fn work_that_does_not_fit_is_refused_with_what_there_is() {
+    if !kvm() {
+        return;
+    }
+    let run = ringferry(&[&["demo", "--fill", "1GiB"], &SMALL[..]].concat());
+    assert_failed(&run, &["fill need", "give it more, or ask for less"]);
+}
+
+#[test]
+fn values_that_mean_nothing_exit_with_2_and_say_what_would() {
+    for (args, part) in [
+        (&["demo", "--memory", "2G"][..], "512MiB"),
+        (&["demo", "--memory", "1MiB"], "a multiple of 4096"),
+        (&["demo", "--vcpus", "17"], "1..=16"),
+        (&["demo", "--ring-entries", "1000"], "a power of two from 256 to 65536"),
+        (&["demo", "--work", "each=pattern:odd"], "sequential, random"),
+        (&["demo", "--downtime-limit", "5"], "500ms"),
+        (&["demo", "--max-bandwidth", "10MB"], "10Gbit/s"),
+        (&["demo", "--policy", "odd"], "auto-converge"),
+        (&["send"], "--to"),
+        (&["receive", "--listen", "7000"], "127.0.0.1:7000"),
+    ] {
+        let run = ringferry(args);
+        assert_eq!(run.code, Some(2), "{args:?}: {run:?}");
+        assert!(run.stderr.contains(part), "{args:?}: {part:?} is not in: {}", run.stderr);
+    }
+}
+
+#[test]
+fn send_without_a_running_guest_is_told_where_it_looked() {
+    let run = ringferry(&["send", "--monitor", "/no/such/monitor", "--to", "127.0.0.1:1"]);
+    assert_failed(&run, &["/no/such/monitor", "no `ringferry run` answers"]);
+}
+
+#[test]
+fn a_second_run_on_the_same_monitor_is_refused() {
+    if !kvm() {
+        return;
+    }
+    let guest = Guest::start();
+    let second = ringferry(&[&["run", "--monitor", &guest.monitor], &SMALL[..]].concat());
+    assert_failed(&second, &["another `ringferry run` answers", "choose another --monitor"]);
+    guest.assert_runs_on();
+}
+
+#[test]
+fn without_dev_kvm_a_guest_is_refused_and_the_demo_simulates_one_and_says_so() {
+    let demo = [&["demo", "--json"], &SMALL[..], &SMALL_WORK].concat();
+    let directory = tempfile::tempdir().unwrap();
+    let monitor = directory.path().join("monitor").to_str().unwrap().to_owned();
+    let (Some(run), Some(demo)) =
+        (ringferry_without_devices(&["run", "--monitor", &monitor]), ringferry_without_devices(&demo))
+    else {
+        return skip("hiding /dev/kvm takes root");
+    };
+    assert_failed(&run, &["opening /dev/kvm: there is no such device", "modprobe kvm_intel"]);
+    assert_eq!(demo.code, Some(0), "{demo:?}");
+    let report = demo.objects().pop().unwrap();
+    assert_eq!((&report["guest"], &report["backend"]), (&"threads".into(), &"pagemap".into()), "{report}");
+    assert_eq!(report["guest_consistent"], true, "{report}");
+}
+
+#[test]
+fn a_user_who_may_not_open_dev_kvm_is_told_who_may() {
+    if !kvm() {
+        return;
+    }
+    let run = [&["demo"], &SMALL[..]].concat();
+    let Some(run) = ringferry_as_nobody(&run) else {
+        return skip("becoming another user takes root");
+    };
+    assert_failed(&run, &["opening /dev/kvm: permission denied", "usermod -aG kvm"]);
+}
+
+#[test]
+fn too_little_locked_memory_costs_copies_and_no_migration() {
+    if !kvm() {
+        return;
+    }
+    let demo = [&["demo", "--json"], &SMALL[..], &SMALL_WORK].concat();
+    let Some(run) = ringferry_with_little_locked_memory(&demo) else {
+        return skip("giving up a capability takes root");
+    };
+    assert_eq!(run.code, Some(0), "{run:?}");
+    assert_eq!(run.objects().last().unwrap()["ram_digest_match"], true);
+}
+
+#[test]
+fn an_error_is_also_an_object_for_programs() {
+    let run = ringferry(&["send", "--json", "--monitor", "/no/such/monitor", "--to", "127.0.0.1:1"]);
+    let error = run.objects().pop().unwrap();
+    assert_eq!(error["kind"], "error");
+    assert!(error["message"].as_str().unwrap().contains("/no/such/monitor"), "{error}");
+    assert!(error["causes"].is_array(), "{error}");
+}
