@@ -15,7 +15,9 @@ mod send;
 #[command(after_help = "\
 Examples:
   ringferry bench send             what the transport moves here, beside plain send and receive
-  ringferry bench send --help      its options")]
+  ringferry bench migrate          a real guest and a shaped link, under one policy or several
+  ringferry bench converge         the same decisions for simulated guests and links
+  ringferry bench send --help      the options of one of them, with examples")]
 pub struct Args {
     #[command(subcommand)]
     bench: Bench,

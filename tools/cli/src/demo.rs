@@ -27,15 +27,15 @@ Ctrl-C cancels the migration; the guest goes on at the source.";
 #[derive(clap::Args, Debug)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
+    /// Run ringferry-profile beside, and compare what the kernel pushed with what the tracker took
+    #[arg(long)]
+    cross_check: bool,
+
     #[command(flatten)]
     guest: GuestArgs,
 
     #[command(flatten)]
     migrate: MigrateArgs,
-
-    /// Run ringferry-profile beside, and compare what the kernel pushed with what the tracker took
-    #[arg(long)]
-    cross_check: bool,
 }
 
 /// Runs the command.

@@ -23,6 +23,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(200);
 
 /// What the VM is like. Source and destination of one migration are given the same.
 #[derive(clap::Args, Clone, Debug)]
+#[command(next_help_heading = "Guest")]
 pub struct VmArgs {
     /// What the guest runs on [default: kvm; for the demo, threads where there is no /dev/kvm]
     #[arg(long, value_enum, value_name = "KIND")]
@@ -41,11 +42,11 @@ pub struct VmArgs {
     pub regions: u32,
 
     /// What is behind RAM
-    #[arg(long, value_enum, default_value_t = BackingArg::Anonymous)]
+    #[arg(long, value_enum, value_name = "KIND", default_value_t = BackingArg::Anonymous)]
     pub backing: BackingArg,
 
     /// Whether RAM lies in huge pages
-    #[arg(long, value_enum, default_value_t = HugePagesArg::None)]
+    #[arg(long, value_enum, value_name = "KIND", default_value_t = HugePagesArg::None)]
     pub huge_pages: HugePagesArg,
 }
 
@@ -59,8 +60,9 @@ pub struct GuestArgs {
     #[arg(long, value_name = "SIZE", default_value = "256MiB")]
     pub fill: Size,
 
-    /// What a vCPU does, several times: each=WORK or vcpuN=WORK, where WORK is
-    /// pattern:sequential|random|zipf|hot-cold|read-only|compute-only|idle,ws:SIZE,bytes:N,pace:N,content:counter|random|text|zero
+    /// What a vCPU does, once for all or several times: each=WORK or vcpuN=WORK, where WORK is a list, separated by
+    /// commas, of pattern:NAME (sequential, random, zipf, hot-cold, read-only, compute-only or idle), ws:SIZE,
+    /// bytes:N, pace:N (page writes a second) and content:NAME (counter, random, text or zero)
     #[arg(long, value_name = "WORK", value_parser = work)]
     pub work: Vec<String>,
 
@@ -73,7 +75,7 @@ pub struct GuestArgs {
     pub append: Option<String>,
 
     /// Where dirty pages come from
-    #[arg(long, value_enum, default_value_t = BackendArg::Ring)]
+    #[arg(long, value_enum, value_name = "KIND", default_value_t = BackendArg::Ring)]
     pub backend: BackendArg,
 
     /// Entries of each vCPU's dirty ring, a power of two

@@ -42,11 +42,11 @@ struct Cli {
     command: Command,
 
     /// Print one JSON object per line on standard output instead of text
-    #[arg(long, global = true)]
+    #[arg(long, global = true, display_order = 1000)]
     json: bool,
 
     /// Log to standard error: -v what happens, -vv details, -vvv everything (warnings are always shown)
-    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    #[arg(short, long, global = true, display_order = 1001, action = clap::ArgAction::Count)]
     verbose: u8,
 }
 
@@ -54,7 +54,7 @@ const EXAMPLES: &str = "\
 Examples:
   ringferry demo                   move a real guest between two processes, and prove it whole
   ringferry doctor                 what this machine can do, and what to do about the rest
-  ringferry help doctor            the options of one command, with examples
+  ringferry help demo              the options of one command, with examples
 
 Exit codes: 0 success, 1 failure, 2 wrong usage.";
 

@@ -19,6 +19,7 @@ use crate::sizes::{Rate, Time};
 
 /// Options of a migration.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
+#[command(next_help_heading = "Migration")]
 pub struct MigrateArgs {
     /// Data connections, each with its own thread and io_uring
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]

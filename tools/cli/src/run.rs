@@ -31,13 +31,13 @@ Then `ringferry receive` and `ringferry send` in other terminals move it.";
 #[derive(clap::Args, Debug)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    #[command(flatten)]
-    guest: GuestArgs,
-
     /// Socket on which `ringferry send` is awaited [default: ringferry.sock in $XDG_RUNTIME_DIR, else
     /// ringferry-UID.sock in the temporary directory]
     #[arg(long, value_name = "PATH")]
     monitor: Option<PathBuf>,
+
+    #[command(flatten)]
+    guest: GuestArgs,
 }
 
 #[derive(Serialize)]

@@ -30,12 +30,12 @@ pub struct Args {
     #[arg(long, value_name = "HOST:PORT")]
     to: String,
 
-    #[command(flatten)]
-    migrate: MigrateArgs,
-
     /// Monitor socket of the VM [default: ringferry.sock in $XDG_RUNTIME_DIR, else ringferry-UID.sock in the temporary directory]
     #[arg(long, value_name = "PATH")]
     monitor: Option<PathBuf>,
+
+    #[command(flatten)]
+    migrate: MigrateArgs,
 }
 
 /// Runs the command.
