@@ -36,6 +36,14 @@ const ROUND_OVERHEAD_S: f64 = 2e-3;
 const FIRST_ROUND_SEEN: f64 = 0.5;
 /// This much of it says nothing about how fast pages are dirtied.
 const FIRST_ROUND_BLIND_S: f64 = 0.05;
+/// Weights of the newest gate that was measured and of the newest look that came late, and the longest time that one is believed to take.
+const NEWEST_GATE: f64 = 0.25;
+const NEWEST_LOOK: f64 = 0.02;
+const LONGEST_GATE_S: f64 = 0.1;
+/// A switchover that had to be called off lowers the next one's limit to this share.
+const CAREFUL: f64 = 0.9;
+/// Longer stalls are used if they end the migration in less than this share of the time.
+const WORTH_LONGER: f64 = 0.6;
 /// A braked round is let go if another plan costs the guest so much less: this share, and this many seconds.
 const LET_GO_SHARE: f64 = 0.75;
 const LET_GO_S: f64 = 0.25;
@@ -84,6 +92,10 @@ pub struct Controller {
     told_throttling: (usize, u64),
     told_downtime: Duration,
     told_late: bool,
+    /// From a vCPU's overdraft to its gate being closed on it, as measured.
+    gate_s: f64,
+    gate_measured: bool,
+    look_due: Duration,
     longest_stall: Duration,
     called_off: u32,
     sequence: u64,
@@ -95,6 +107,9 @@ impl Controller {
     pub fn new(settings: Settings) -> Self {
         Self {
             told_downtime: settings.limits.downtime,
+            gate_s: settings.gate_latency.as_secs_f64(),
+            gate_measured: false,
+            look_due: Duration::MAX,
             settings,
             model: Model::default(),
             round: Current::default(),
@@ -212,6 +227,7 @@ impl Controller {
         self.model.others.recycled();
         self.model.bandwidth.start(at, self.bytes_acked);
         self.counts.fill(Pages(0));
+        self.look_due = now + LOOK;
         self.round = Current {
             number: self.round.number.saturating_add(1),
             start: at,
@@ -228,6 +244,12 @@ impl Controller {
     /// Something has been seen in the middle of a round.
     pub fn observed(&mut self, now: Duration, seen: &Observation<'_>) -> Action {
         self.learn(now, seen);
+        if !self.gate_measured {
+            // Who looks late will close gates late.
+            let late = now.saturating_sub(self.look_due).as_secs_f64().min(LONGEST_GATE_S);
+            let gate = self.settings.gate_latency.as_secs_f64() + late;
+            self.gate_s += NEWEST_LOOK * (gate - self.gate_s);
+        }
         if let Some(action) = self.must_end(now, false) {
             return action;
         }
@@ -235,12 +257,18 @@ impl Controller {
         if at >= self.next_plan {
             self.plan(now);
         }
-        for ((throttle, gate), dirtied) in self.throttles.iter_mut().zip(&mut self.gates).zip(&self.counts) {
-            *gate = throttle.look(now, *dirtied, self.longest_stall);
+        for (index, (throttle, gate)) in self.throttles.iter_mut().zip(&mut self.gates).enumerate() {
+            let throttled = seen.vcpus.get(index).map_or(Duration::ZERO, |vcpu| vcpu.throttled);
+            *gate = throttle.look(now, self.counts[index], throttled, self.longest_stall);
+            if let Some(overrun) = throttle.take_overrun() {
+                self.gate_measured = true;
+                self.gate_s += NEWEST_GATE * (overrun.as_secs_f64().min(LONGEST_GATE_S) - self.gate_s);
+            }
         }
+        self.look_due = now + self.next_look();
         self.downtime_limit_told(now);
         let left = (self.round.pages - self.round.done).max(0.0) + self.dirty_now();
-        self.switch_if_it_fits(now, left)
+        self.switch_if_it_fits(now, left + self.dirtied_until_stopped())
     }
 
     /// All pages of the round are done, and acknowledged. After [`Action::Continue`], harvest and start the next.
@@ -262,7 +290,7 @@ impl Controller {
             let dirtied_bytes = self.dirty_now() * PAGE_SIZE as f64;
             self.rule.on_sync(at, dirtied_bytes, seen.bytes_acked as f64, parameters);
         }
-        match self.switch_if_it_fits(now, self.dirty_now()) {
+        match self.switch_if_it_fits(now, self.dirty_now() + self.dirtied_until_stopped()) {
             Action::Continue => self.must_end(now, true).unwrap_or(Action::Continue),
             action => action,
         }
@@ -349,6 +377,15 @@ impl Controller {
         (counted + self.model.others.last().1 + unseen).min(self.settings.ram.as_f64())
     }
 
+    /// What will be dirtied between the decision to stop the guest and its standing still, which takes as long as
+    /// closing a gate.
+    fn dirtied_until_stopped(&self) -> f64 {
+        let round = Round { pages: 0.0, of: 0.0, current: true };
+        let all = self.model.curves.iter().chain([&self.model.others]);
+        let more = |curve: &Curve| curve.by_the_end(round, self.gate_s) - curve.last().1;
+        all.map(more).sum::<f64>().max(0.0)
+    }
+
     fn terms(&self, now: Duration) -> Option<Terms> {
         let bandwidth = self.model.bandwidth.mean().filter(|mean| *mean > 0.0)?;
         let switch = self.settings.switchover_bandwidth.map_or(bandwidth, sane);
@@ -361,7 +398,7 @@ impl Controller {
             overhead_s: self.settings.switchover_overhead.as_secs_f64(),
             round_overhead_s: ROUND_OVERHEAD_S,
             longest_stall_s: self.longest_stall.as_secs_f64(),
-            gate_s: self.settings.gate_latency.as_secs_f64(),
+            gate_s: self.gate_s,
             ram: self.settings.ram.as_f64(),
         })
     }
@@ -379,7 +416,9 @@ impl Controller {
     }
 
     fn switch_if_it_fits(&mut self, now: Duration, left: f64) -> Action {
-        if left > 0.0 && left > self.fits(now).as_f64() {
+        // Who was wrong before leaves more room.
+        let room = CAREFUL.powi(i32::try_from(self.called_off).unwrap_or(i32::MAX));
+        if left > 0.0 && left > self.fits(now).as_f64() * room {
             return Action::Continue;
         }
         self.tell(now, Change::SwitchOver(Why::Fits));
@@ -502,12 +541,20 @@ impl Controller {
             timed = Model { curves, held, ..Model::default() };
             &timed
         };
-        // Longer stalls, if nothing else ends: a guest that cannot be held within short ones would never arrive.
+        // Longer stalls, if nothing else ends, or ends much later: a guest that cannot be held within short ones
+        // would never arrive.
         let mut terms = *terms;
         let mut plan = plan::plan(model, &terms, round, &rules);
-        while plan.is_none() && later_round && terms.longest_stall_s < LONGEST_STALL_EVER.as_secs_f64() {
-            terms.longest_stall_s *= 2.0;
-            plan = plan::plan(model, &terms, round, &rules);
+        if later_round && plan.is_none_or(|plan| plan.target.is_some()) {
+            let longest = Terms { longest_stall_s: LONGEST_STALL_EVER.as_secs_f64(), ..terms };
+            let best = plan::plan(model, &longest, round, &rules);
+            let finish = |plan: Option<plan::Plan>| plan.map_or(f64::INFINITY, |plan| plan.forecast.finish_s);
+            while finish(best) < WORTH_LONGER * finish(plan)
+                && terms.longest_stall_s < longest.longest_stall_s
+            {
+                terms.longest_stall_s *= 2.0;
+                plan = plan::plan(model, &terms, round, &rules);
+            }
         }
         let late = remaining.is_some() && plan.is_none_or(|plan| !plan.in_time);
         if late && seen && !later_round {

@@ -48,17 +48,17 @@ impl Curve {
     pub fn recycled(&mut self) {
         // What lies beyond this round is moved by as much as its end moved: a guest that dirties twice as
         // fast in its first second is expected to do so in its second one, too.
-        if let Some((k, before)) = self.before.take()
+        let before = self.before.take().filter(|(k, _)| *k + 1 < self.known && self.last.0 < knot(*k + 1));
+        if let Some((k, before)) = before
             && before > 0.0
         {
             let scale = (self.pages[k] / before).clamp(0.25, 4.0);
             let moved = |n: f64| self.pages[k] + (n - before).max(0.0) * scale;
             let tail: Vec<f64> = self.pages[k + 1..self.known].iter().map(|n| moved(*n)).collect();
-            if self.end.0 > knot(k) && self.last.0 < self.end.0 {
-                self.end.1 = moved(self.end.1);
-            }
+            self.end.1 = moved(self.end.1);
             self.pages[k + 1..self.known].copy_from_slice(&tail);
         }
+        self.end.1 = self.end.1.max(self.pages[self.known.saturating_sub(1)]);
         self.last = (0.0, 0.0);
     }
 

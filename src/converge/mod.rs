@@ -51,7 +51,8 @@ pub struct Settings {
     pub switchover_bandwidth: Option<f64>,
     /// What the final phase takes besides sending pages (pausing, device state, handing over), as measured.
     pub switchover_overhead: Duration,
-    /// From a vCPU's overdraft to its gate being closed on it: the time between two observations, and a kick.
+    /// From a vCPU's overdraft to its gate being closed on it: the time between two observations, and a kick. Until
+    /// it has been measured.
     pub gate_latency: Duration,
     /// Pass over pages that are dirty again in every round, not only where that is predictable (see
     /// [`Controller::leaves_redirtied`]): the end comes earlier than predicted, and may come much earlier.

@@ -258,7 +258,7 @@ impl Vcpu {
 }
 
 /// Runs a migration of `guest` over `link` until it ends, gives up, or `patience` is over. What the simulation
-/// knows better than `settings` (RAM, latencies) is filled in. Deterministic: the same input gives the same output.
+/// knows better than `settings` (RAM, overhead) is filled in. Deterministic: the same input gives the same output.
 pub fn simulate(
     guest: &Guest,
     link: &Link,
@@ -268,7 +268,6 @@ pub fn simulate(
 ) -> Simulated {
     settings.ram = guest.ram;
     settings.switchover_overhead = machine.switchover;
-    settings.gate_latency = machine.look + machine.kick;
     Simulation {
         guest,
         link,

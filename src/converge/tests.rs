@@ -164,6 +164,21 @@ fn seven_light_writers_do_not_notice_the_heavy_one() {
 }
 
 #[test]
+fn a_busy_host_that_closes_gates_late_is_noticed_and_answered_with_longer_stalls() {
+    let ms = Duration::from_millis;
+    let machine = Machine { look: ms(1), kick: ms(3), ..Machine::default() };
+    for (set, rate) in [(60, FULL_SPEED), (100, FULL_SPEED), (512, 150e6)] {
+        let done =
+            simulate(&guest(set, rate), &Link::steady(100e6), &machine, settings("fair-share"), PATIENCE);
+        assert_eq!(done.ended, Some(Why::Fits));
+        let total = done.total.as_secs_f64();
+        assert!(total < 1.3 * floor_s(set), "{set} MiB: {total} s");
+        let longer = done.events.iter().any(|event| matches!(event.change, Change::LongestStall(_)));
+        assert!(longer || rate < FULL_SPEED, "{set} MiB");
+    }
+}
+
+#[test]
 fn a_thousand_vcpus_are_moved_over_200_gbit_and_only_the_heavy_ones_pay() {
     let heavy = |index: u32| index.is_multiple_of(8).then(|| Writer::steady(1 << 30, FULL_SPEED));
     let light = Writer::steady(16 * MIB, 5e6);

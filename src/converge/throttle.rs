@@ -12,8 +12,7 @@ use super::units::{Pages, duration, sane};
 /// Buckets are refilled this often.
 pub const SLICE: Duration = Duration::from_millis(5);
 
-/// No gate stays closed for longer at a stretch, whatever a vCPU has overdrawn: the debt is carried on, or
-/// comes back as a smaller quota.
+/// No gate stays closed for longer at a stretch, whatever a vCPU has overdrawn.
 pub const LONGEST_STALL: Duration = Duration::from_millis(10);
 
 /// Where a guest cannot be held within such stalls, they may become as long as this (and the controller says so).
@@ -102,6 +101,12 @@ impl TokenBucket {
         let into_slice = duration((now.as_nanos() % SLICE.as_nanos()) as f64 / 1e9);
         Some((now - into_slice.min(now)).saturating_add(duration(slices * SLICE.as_secs_f64())))
     }
+
+    /// What a stall of this length does not pay back is given up: whoever sets the quotas knows the counts.
+    fn forgive(&mut self, stall: Duration) {
+        let slices = stall.as_secs_f64() / SLICE.as_secs_f64();
+        self.tokens = self.tokens.max(-slices * sane(self.per_slice.0));
+    }
 }
 
 /// The throttle of one vCPU.
@@ -111,10 +116,13 @@ pub struct Throttle {
     bucket: Option<TokenBucket>,
     /// When the last stall began and ends.
     stall: Option<(Duration, Duration)>,
+    /// When the last stall began that was as long as may be, and the time throttled until then.
+    full_stall: Option<(Duration, Duration)>,
+    ran: Option<Duration>,
 }
 
 impl Throttle {
-    /// Sets or lifts the quota. A new quota forgives an overdraft: whoever computed it knew the counts.
+    /// Sets or lifts the quota.
     pub fn set(&mut self, quota: Option<Quota>, now: Duration, dirtied: Pages) {
         if quota == self.quota {
             return;
@@ -125,10 +133,7 @@ impl Throttle {
             return;
         };
         match &mut self.bucket {
-            Some(bucket) => {
-                bucket.per_slice = per_slice;
-                bucket.tokens = bucket.tokens.max(0.0);
-            }
+            Some(bucket) => bucket.per_slice = per_slice,
             None => {
                 let slice = TokenBucket::slice_at(now);
                 self.bucket =
@@ -143,9 +148,15 @@ impl Throttle {
     }
 
     /// Where the gate is to be now, given the pages that the vCPU has dirtied since the last recycle. Call after
-    /// each observation; an answer already given is repeated until it is over. `longest_stall` is
-    /// [`LONGEST_STALL`], unless that does not do.
-    pub fn look(&mut self, now: Duration, dirtied: Pages, longest_stall: Duration) -> Gate {
+    /// each observation; an answer already given is repeated until it is over. `throttled` is the time that the vCPU
+    /// has spent behind its gate so far; `longest_stall` is [`LONGEST_STALL`], unless that does not do.
+    pub fn look(
+        &mut self,
+        now: Duration,
+        dirtied: Pages,
+        throttled: Duration,
+        longest_stall: Duration,
+    ) -> Gate {
         let Some(quota) = self.quota else { return Gate::Open };
         let wanted = match (quota, &mut self.bucket) {
             (Quota::Pages(_), Some(bucket)) => bucket.closed_until(now, dirtied),
@@ -166,13 +177,37 @@ impl Throttle {
             }
         }
         match wanted {
-            Some(until) if until > now => {
-                let until = if bounded { until.min(now + longest_stall) } else { until };
+            Some(wanted) if wanted > now => {
+                let until = if bounded { wanted.min(now + longest_stall) } else { wanted };
+                if let Some(bucket) = &mut self.bucket
+                    && until < wanted
+                {
+                    bucket.forgive(until - now);
+                }
+                self.measure(now, throttled, until < wanted);
                 self.stall = Some((now, until));
                 Gate::ClosedUntil(until)
             }
-            _ => Gate::Open,
+            _ => {
+                self.full_stall = None;
+                Gate::Open
+            }
         }
+    }
+
+    /// A stall begins. Between two that were cut short one after the other, the vCPU ran only because closing a
+    /// gate takes time: that is the time it takes.
+    fn measure(&mut self, now: Duration, throttled: Duration, cut_short: bool) {
+        if let Some((began, throttled_then)) = self.full_stall {
+            let stood = throttled.saturating_sub(throttled_then);
+            self.ran = Some(now.saturating_sub(began).saturating_sub(stood));
+        }
+        self.full_stall = cut_short.then_some((now, throttled));
+    }
+
+    /// How long the vCPU ran between its last two stalls, if it should not have run at all.
+    pub fn take_overrun(&mut self) -> Option<Duration> {
+        self.ran.take()
     }
 }
 
@@ -207,7 +242,8 @@ mod tests {
             } else {
                 pages += rate * step.as_secs_f64();
             }
-            if let Gate::ClosedUntil(until) = throttle.look(now, Pages::floor(pages), LONGEST_STALL) {
+            if let Gate::ClosedUntil(until) = throttle.look(now, Pages::floor(pages), stalled, LONGEST_STALL)
+            {
                 if closed_until < now {
                     closed_since = now;
                 }
@@ -238,6 +274,18 @@ mod tests {
     }
 
     #[test]
+    fn the_time_that_closing_a_gate_takes_is_measured() {
+        let mut throttle = bucket(100.0);
+        run(&mut throttle, 150_000.0, 700, 1);
+        let overrun = throttle.take_overrun().unwrap();
+        assert!(
+            overrun > Duration::from_micros(300) && overrun <= Duration::from_micros(1500),
+            "{overrun:?}"
+        );
+        assert_eq!(throttle.take_overrun(), None);
+    }
+
+    #[test]
     fn qemu_stops_a_vcpu_for_its_share_of_the_time() {
         let mut throttle = Throttle::default();
         throttle.set(Some(Quota::QemuTime(0.8)), Duration::ZERO, Pages(0));
@@ -250,9 +298,9 @@ mod tests {
     fn a_quota_that_is_lifted_opens_the_gate() {
         let mut throttle = bucket(0.0);
         let now = Duration::from_millis(1);
-        assert_ne!(throttle.look(now, Pages(1000), LONGEST_STALL), Gate::Open);
+        assert_ne!(throttle.look(now, Pages(1000), Duration::ZERO, LONGEST_STALL), Gate::Open);
         throttle.set(None, now, Pages(1000));
-        assert_eq!(throttle.look(now, Pages(2000), LONGEST_STALL), Gate::Open);
+        assert_eq!(throttle.look(now, Pages(2000), Duration::ZERO, LONGEST_STALL), Gate::Open);
     }
 
     proptest! {
@@ -280,7 +328,7 @@ mod tests {
                 for (us, pages) in &looks {
                     let now = Duration::from_micros((*us).into());
                     throttle.set(Some(quota), now, Pages(*pages));
-                    let _ = throttle.look(now, Pages(*pages), LONGEST_STALL);
+                    let _ = throttle.look(now, Pages(*pages), Duration::ZERO, LONGEST_STALL);
                 }
             }
         }
