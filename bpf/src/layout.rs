@@ -11,7 +11,20 @@ pub(crate) struct Settings {
     pub cpus: u32,
 }
 
-/// Of one ring, by one CPU; the key is the ring's address in the kernel.
+/// What a CPU pushed to the ring that it pushed to last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(crate) struct Tally {
+    pub ring: u64,
+    pub kvm: u64,
+    pub pushes: u64,
+    pub overwritten: u64,
+    pub overflows: u64,
+    pub high_water: u32,
+    pub sequence: u32,
+}
+
+/// Of one ring, by one CPU, without its tally; the key is the ring's address in the kernel.
 #[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub(crate) struct RingCounts {
@@ -25,8 +38,6 @@ pub(crate) struct RingCounts {
     pub creator: u32,
     pub vcpu: u32,
     pub high_water: u32,
-    pub epoch: u32,
-    pub known: u32,
 }
 
 /// Of a ring whose address a new ring has taken, over all CPUs.
@@ -113,8 +124,9 @@ pub(crate) struct SlotBody {
 
 const _: () = {
     assert!(size_of::<Settings>() == 12);
-    assert!(size_of::<RingCounts>() == 72);
-    assert!(size_of::<EndedRing>() == 80);
+    assert!(size_of::<Tally>() == 48);
+    assert!(size_of::<RingCounts>() == 64);
+    assert!(size_of::<EndedRing>() == 72);
     assert!(size_of::<ThreadCounts>() == 24);
     assert!(size_of::<RegionKey>() == 16);
     assert!(size_of::<RegionCounts>() == 72);

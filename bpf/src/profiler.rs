@@ -14,7 +14,7 @@ use zerocopy::{FromBytes, IntoBytes};
 use crate::kernel_types::KernelTypes;
 use crate::layout::{
     EndedRing, RegionCounts, RegionKey, RingCounts, Settings, TOTAL_DROPPED_ENDED_PUSHES,
-    TOTAL_DROPPED_PUSHES, TOTAL_DROPPED_REGION_PUSHES, TOTAL_USERSPACE_EXITS_31,
+    TOTAL_DROPPED_PUSHES, TOTAL_DROPPED_REGION_PUSHES, TOTAL_USERSPACE_EXITS_31, Tally,
     ThreadCounts as CpuThreadCounts,
 };
 use crate::preflight::{Sources, check_kernel, check_rights};
@@ -28,6 +28,10 @@ const VCPUS_MIN: u64 = 256;
 const VCPUS_MAX: u64 = 4096;
 /// Regions with pushes between two looks: 2 MiB each, so 32 GiB of memory that is being written.
 const REGIONS_MAX: u32 = 16384;
+
+/// How often a ring's counts are read until no CPU was just adding to them. A VM that does not run settles after as many
+/// reads as CPUs had it last; one that runs is told a moment later else.
+const READS_MAX: u32 = 8;
 
 /// What to count.
 #[derive(Clone, Copy, Debug, Default)]
@@ -50,14 +54,13 @@ pub struct Profiler {
     bitmap_links: Vec<Link>,
     inventory: Link,
     object: Object,
+    tallies: MapHandle,
     rings: MapHandle,
     threads: MapHandle,
     regions: MapHandle,
     ended_rings: MapHandle,
     totals: MapHandle,
     ended: Vec<VcpuCounts>,
-    variables: MapHandle,
-    epoch: u32,
     watched: BTreeSet<u32>,
     sources: Sources,
 }
@@ -85,7 +88,7 @@ pub struct VcpuCounts {
     pub ring_full_exits: u64,
     /// `KVM_RESET_DIRTY_RINGS` that visited the ring.
     pub resets: u64,
-    /// The most entries in use since [`Profiler::start_interval`].
+    /// The most entries that were in use at a time.
     pub high_water_entries: u32,
     /// The vCPU is gone.
     pub ended: bool,
@@ -142,7 +145,7 @@ impl Profiler {
             MapHandle::try_from(&found.ok_or_else(missing)?).map_err(Error::bpf("open a map"))
         };
         let (rings, threads, regions) = (map("rings")?, map("threads")?, map("regions")?);
-        let (ended_rings, totals, variables) = (map("ended")?, map("totals")?, map(".bss")?);
+        let (ended_rings, totals, tallies) = (map("ended")?, map("totals")?, map("tallies")?);
         let attach = |name: &'static str| {
             with_messages("attach to a tracepoint", || {
                 let program = object.progs_mut().find(|program| program.name() == name);
@@ -159,14 +162,13 @@ impl Profiler {
             _links: links,
             bitmap_links: Vec::new(),
             inventory,
+            tallies,
             rings,
             threads,
             regions,
             ended_rings,
             totals,
             ended: Vec::new(),
-            variables,
-            epoch: 0,
             watched: BTreeSet::new(),
             sources,
             object,
@@ -216,16 +218,43 @@ impl Profiler {
         let mut all = Vec::new();
         // Keys of a map that changes meanwhile may start again from the first.
         for key in self.rings.keys().take(usize_of(self.rings.max_entries()) * 2) {
-            let found =
-                self.rings.lookup_percpu(&key, MapFlags::ANY).map_err(Error::bpf("read the counts"))?;
             let Ok(ring) = u64::read_from_bytes(&key) else { continue };
-            if let Some(counts) = found.and_then(|cpus| sum_ring(RingId(ring), &cpus, self.epoch)) {
-                all.push(counts);
-            }
+            all.extend(self.ring_counts(ring)?);
         }
         all.sort_by_key(|counts| counts.ring);
         all.dedup_by_key(|counts| counts.ring);
         Ok(all)
+    }
+
+    /// The counts of one ring: what the CPUs have added to them, and what they have not yet.
+    fn ring_counts(&self, ring: u64) -> Result<Option<VcpuCounts>, Error> {
+        let doing = "read the counts";
+        let mut latest = None;
+        for _ in 0..READS_MAX {
+            let before = self.tallies()?;
+            let found =
+                self.rings.lookup_percpu(ring.as_bytes(), MapFlags::ANY).map_err(Error::bpf(doing))?;
+            let Some(cpus) = found else { return Ok(None) };
+            let after = self.tallies()?;
+            latest = sum_ring(ring, &cpus, &after);
+            // A CPU that turned to another ring meanwhile may have added its tally after we read what it adds to.
+            let moved = before.iter().zip(&after).any(|(before, after)| {
+                let concerned = before.ring == ring || after.ring == ring;
+                let settled =
+                    after.sequence % 2 == 0 && (before.ring != ring || before.sequence == after.sequence);
+                concerned && !settled
+            });
+            if !moved {
+                break;
+            }
+        }
+        Ok(latest)
+    }
+
+    fn tallies(&self) -> Result<Vec<Tally>, Error> {
+        let found = self.tallies.lookup_percpu(0_u32.as_bytes(), MapFlags::ANY);
+        let cpus = found.map_err(Error::bpf("read the counts"))?.unwrap_or_default();
+        Ok(cpus.iter().filter_map(|bytes| Tally::read_from_bytes(bytes).ok()).collect())
     }
 
     fn take_ended(&mut self) -> Result<(), Error> {
@@ -236,19 +265,6 @@ impl Profiler {
             let counts = VcpuCounts::of(RingId(ended.ring), &ended.counts);
             self.ended.push(VcpuCounts { ended: true, ..counts });
         }
-        Ok(())
-    }
-
-    /// Starts the interval that the high-water marks are of.
-    ///
-    /// # Errors
-    ///
-    /// If the programs' variable cannot be written.
-    pub fn start_interval(&mut self) -> Result<(), Error> {
-        let next = self.epoch.wrapping_add(1);
-        let doing = "start an interval";
-        self.variables.update(0_u32.as_bytes(), next.as_bytes(), MapFlags::ANY).map_err(Error::bpf(doing))?;
-        self.epoch = next;
         Ok(())
     }
 
@@ -389,7 +405,7 @@ impl Profiler {
     /// If the number of CPUs is unknown.
     pub fn map_bytes(&self) -> Result<u64, Error> {
         let cpus = u64::try_from(cpus()?).unwrap_or(u64::MAX);
-        Ok([&self.rings, &self.threads, &self.regions, &self.totals]
+        Ok([&self.tallies, &self.rings, &self.threads, &self.ended_rings, &self.regions, &self.totals]
             .into_iter()
             .map(|map| {
                 let copies = if map.map_type().is_percpu() { cpus } else { 1 };
@@ -454,23 +470,27 @@ fn set_up_maps(object: &mut OpenObject, options: &Options) -> Result<(), Error> 
     Ok(())
 }
 
-/// The per-CPU copies of one ring's counts, added up.
-fn sum_ring(ring: RingId, cpus: &[Vec<u8>], epoch: u32) -> Option<VcpuCounts> {
+/// The per-CPU copies of one ring's counts, and the tallies that belong to them, added up.
+fn sum_ring(ring: u64, cpus: &[Vec<u8>], tallies: &[Tally]) -> Option<VcpuCounts> {
     let cpus: Vec<RingCounts> =
         cpus.iter().filter_map(|bytes| RingCounts::read_from_bytes(bytes).ok()).collect();
-    let known = cpus.iter().find(|cpu| cpu.known != 0)?;
-    let sum = |field: fn(&RingCounts) -> u64| cpus.iter().map(field).sum();
-    let of_interval = cpus.iter().filter(|cpu| cpu.epoch == epoch);
-    let sum = RingCounts {
-        pushes: sum(|cpu| cpu.pushes),
-        overwritten: sum(|cpu| cpu.overwritten),
-        overflows: sum(|cpu| cpu.overflows),
-        full_exits: sum(|cpu| cpu.full_exits),
-        resets: sum(|cpu| cpu.resets),
-        high_water: of_interval.map(|cpu| cpu.high_water).max().unwrap_or(0),
-        ..*known
-    };
-    Some(VcpuCounts::of(ring, &sum))
+    let mut sum = *cpus.iter().find(|cpu| cpu.kvm != 0)?;
+    (sum.pushes, sum.overwritten, sum.overflows, sum.full_exits, sum.resets) = (0, 0, 0, 0, 0);
+    for cpu in &cpus {
+        sum.pushes += cpu.pushes;
+        sum.overwritten += cpu.overwritten;
+        sum.overflows += cpu.overflows;
+        sum.full_exits += cpu.full_exits;
+        sum.resets += cpu.resets;
+        sum.high_water = sum.high_water.max(cpu.high_water);
+    }
+    for tally in tallies.iter().filter(|tally| tally.ring == ring) {
+        sum.pushes += tally.pushes;
+        sum.overwritten += tally.overwritten;
+        sum.overflows += tally.overflows;
+        sum.high_water = sum.high_water.max(tally.high_water);
+    }
+    Some(VcpuCounts::of(RingId(ring), &sum))
 }
 
 impl VcpuCounts {

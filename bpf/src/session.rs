@@ -64,7 +64,7 @@ pub struct Ring {
     pub used: u32,
     /// Its size in entries.
     pub size: u32,
-    /// The most entries in use during the interval.
+    /// The most entries that were in use at a time since the session began.
     pub high_water: u32,
 }
 
@@ -267,7 +267,6 @@ impl Session {
         self.profiler.watch_threads(&threads)?;
         self.end_those_without_counts(&inventory, interval, &mut rows);
         set_shares(&mut rows);
-        self.profiler.start_interval()?;
         let totals = self.profiler.totals()?;
         Ok(Look { time: now - self.started, interval, rows, vms, totals })
     }
@@ -469,7 +468,9 @@ impl Track {
             row.resets = counts.resets.saturating_sub(before(|c| c.resets));
             row.overflows = counts.overflows.saturating_sub(before(|c| c.overflows));
             row.overwritten = counts.overwritten.saturating_sub(before(|c| c.overwritten));
-            self.ring_before = Some(*counts);
+            // Read while a CPU was adding to them, counts may miss what they had before.
+            let pushes = counts.pushes.max(before(|c| c.pushes));
+            self.ring_before = Some(VcpuCounts { pushes, ..*counts });
         }
         // A thread is watched from the end of a look on, and counts from 0.
         let of_thread = thread_pages.map(|pages| pages.saturating_sub(self.thread_before.unwrap_or(0)));

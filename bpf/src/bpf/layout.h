@@ -11,12 +11,28 @@ struct settings {
 	u32 cpus;
 };
 
-/* Of one ring, by one CPU. Key: the address of the kernel's struct kvm_dirty_ring. */
-struct ring_counts {
+/*
+ * The ring that a CPU pushed to last, and what it pushed since: one place to touch per push. It is added to the ring's
+ * own counts when the CPU pushes to another one. Key: 0.
+ */
+struct tally {
+	u64 ring;
+	u64 kvm;
 	u64 pushes;
 	/* Pushes over an entry that was not recycled yet: that many entries are gone. */
 	u64 overwritten;
 	/* How often the ring went from "not more than full" to "overwriting". */
+	u64 overflows;
+	/* The most entries in use. */
+	u32 high_water;
+	/* Odd while the tally is being added to the ring's counts. */
+	u32 sequence;
+};
+
+/* Of one ring, by one CPU. Key: the address of the kernel's struct kvm_dirty_ring. */
+struct ring_counts {
+	u64 pushes;
+	u64 overwritten;
 	u64 overflows;
 	u64 full_exits;
 	u64 resets;
@@ -25,10 +41,7 @@ struct ring_counts {
 	u32 tgid;
 	u32 creator;
 	u32 vcpu;
-	/* The most entries in use during `epoch`. */
 	u32 high_water;
-	u32 epoch;
-	u32 known;
 };
 
 /* What was counted for a ring whose address a new ring has taken: the sum over all CPUs. */
@@ -100,8 +113,9 @@ struct record {
 };
 
 _Static_assert(sizeof(struct settings) == 12, "as in src/layout.rs");
-_Static_assert(sizeof(struct ring_counts) == 72, "as in src/layout.rs");
-_Static_assert(sizeof(struct ended_ring) == 80, "as in src/layout.rs");
+_Static_assert(sizeof(struct tally) == 48, "as in src/layout.rs");
+_Static_assert(sizeof(struct ring_counts) == 64, "as in src/layout.rs");
+_Static_assert(sizeof(struct ended_ring) == 72, "as in src/layout.rs");
 _Static_assert(sizeof(struct thread_counts) == 24, "as in src/layout.rs");
 _Static_assert(sizeof(struct region_key) == 16, "as in src/layout.rs");
 _Static_assert(sizeof(struct region_counts) == 72, "as in src/layout.rs");

@@ -20,8 +20,12 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 /* Set before loading. */
 const volatile struct settings settings = {};
 
-/* Bumped by user space after each look, so that the high-water mark is that of one interval. */
-u32 epoch = 0;
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, struct tally);
+} tallies SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
@@ -88,36 +92,62 @@ static __noinline int first_sight(u64 ring)
 	counts.tgid = bpf_get_current_pid_tgid() >> 32;
 	counts.creator = BPF_CORE_READ(kvm, userspace_pid);
 	counts.vcpu = BPF_CORE_READ(vcpu, vcpu_id);
-	counts.known = 1;
 	/* Fails if another CPU was faster, which is as good, or if the map is full. */
 	return bpf_map_update_elem(&rings, &ring, &counts, BPF_NOEXIST);
 }
 
-static long add_cpu(u32 cpu, struct ended_ring *sum)
+/* The entry of a ring of a process that is asked for; 0 if there is no room. */
+static __always_inline struct ring_counts *counts_of(u64 ring)
+{
+	struct ring_counts *counts = bpf_map_lookup_elem(&rings, &ring);
+
+	if (counts)
+		return counts;
+	first_sight(ring);
+	return bpf_map_lookup_elem(&rings, &ring);
+}
+
+static __always_inline void add_tally(struct ring_counts *counts, const struct tally *tally)
+{
+	counts->pushes += tally->pushes;
+	counts->overwritten += tally->overwritten;
+	counts->overflows += tally->overflows;
+	if (tally->high_water > counts->high_water)
+		counts->high_water = tally->high_water;
+}
+
+static long end_on_cpu(u32 cpu, struct ended_ring *sum)
 {
 	struct ring_counts *counts = bpf_map_lookup_percpu_elem(&rings, &sum->ring, cpu);
+	u32 zero = 0;
+	struct tally *tally = bpf_map_lookup_percpu_elem(&tallies, &zero, cpu);
 
+	if (tally && tally->ring == sum->ring) {
+		add_tally(&sum->counts, tally);
+		tally->ring = 0;
+	}
 	if (!counts)
-		return 1;
+		return 0;
 	sum->counts.pushes += counts->pushes;
 	sum->counts.overwritten += counts->overwritten;
 	sum->counts.overflows += counts->overflows;
 	sum->counts.full_exits += counts->full_exits;
 	sum->counts.resets += counts->resets;
-	if (counts->known) {
+	if (counts->high_water > sum->counts.high_water)
+		sum->counts.high_water = counts->high_water;
+	if (counts->kvm) {
 		sum->counts.kvm = counts->kvm;
 		sum->counts.tgid = counts->tgid;
 		sum->counts.creator = counts->creator;
 		sum->counts.vcpu = counts->vcpu;
-		sum->counts.known = 1;
 	}
 	return 0;
 }
 
 /*
- * The first push of a ring that has counts already: the kernel gave the memory of a vCPU that is gone to a new one. What
- * was counted before belongs to the old one. (Or the indices wrapped just when everything was recycled: then the counts
- * of one vCPU come in two parts, once in 2^32 pushes.)
+ * The first push of a ring. If there are counts already, then the kernel gave it the memory of a vCPU that is gone, and
+ * they belong to that one. (Or the indices wrapped just when everything was recycled: then the counts of one vCPU come in
+ * two parts, once in 2^32 pushes.)
  */
 static __noinline int new_life(u64 ring)
 {
@@ -126,34 +156,52 @@ static __noinline int new_life(u64 ring)
 	/* Before 5.19 the two lives are counted as one. */
 	if (!bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_map_lookup_percpu_elem))
 		return 0;
-	bpf_loop(settings.cpus, add_cpu, &sum, 0);
+	bpf_loop(settings.cpus, end_on_cpu, &sum, 0);
+	if (!sum.counts.kvm)
+		return 0;
 	if (bpf_map_push_elem(&ended, &sum, 0))
 		add_to_total(TOTAL_DROPPED_ENDED_PUSHES, sum.counts.pushes);
-	bpf_map_delete_elem(&rings, &ring);
-	return first_sight(ring);
+	return bpf_map_delete_elem(&rings, &ring);
 }
 
-static __always_inline struct ring_counts *counts_of(const void *address)
+/* Makes the tally of this CPU that of `ring`. Leaves it alone if the ring is not to be counted. */
+static __noinline int turn_to(u64 ring, bool first_push)
 {
-	u64 ring = (u64)address;
-	struct ring_counts *counts = bpf_map_lookup_elem(&rings, &ring);
+	u32 zero = 0;
+	struct tally *tally = bpf_map_lookup_elem(&tallies, &zero);
+	struct ring_counts *counts;
+	u64 old;
 
-	if (counts)
-		return counts;
-	if (not_wanted())
+	if (!tally || not_wanted())
 		return 0;
-	first_sight(ring);
-	return bpf_map_lookup_elem(&rings, &ring);
+	if (first_push)
+		new_life(ring);
+	counts = counts_of(ring);
+	if (!counts) {
+		add_to_total(TOTAL_DROPPED_PUSHES, 1);
+		return 0;
+	}
+	__sync_fetch_and_add(&tally->sequence, 1);
+	old = tally->ring;
+	counts = bpf_map_lookup_elem(&rings, &old);
+	if (counts)
+		add_tally(counts, tally);
+	tally->pushes = 0;
+	tally->overwritten = 0;
+	tally->overflows = 0;
+	tally->high_water = 0;
+	tally->kvm = (u64)BPF_CORE_READ(vcpu_of((void *)ring), kvm);
+	tally->ring = ring;
+	__sync_fetch_and_add(&tally->sequence, 1);
+	return 1;
 }
 
-static __always_inline void count_region(const struct kvm_dirty_ring *ring, u32 slot, u64 offset)
+static __always_inline void count_region(u64 kvm, u32 slot, u64 offset)
 {
-	struct region_key key = { .slot = slot, .region = offset >> PAGES_PER_REGION_SHIFT };
-	struct kvm_vcpu *vcpu = vcpu_of(ring);
-	struct region_counts *counts;
+	struct region_key key = { .kvm = kvm, .slot = slot, .region = offset >> PAGES_PER_REGION_SHIFT };
 	u32 page = offset & ((1 << PAGES_PER_REGION_SHIFT) - 1);
+	struct region_counts *counts;
 
-	key.kvm = (u64)BPF_CORE_READ(vcpu, kvm);
 	counts = bpf_map_lookup_elem(&regions, &key);
 	if (!counts) {
 		struct region_counts none = {};
@@ -172,35 +220,26 @@ static __always_inline void count_region(const struct kvm_dirty_ring *ring, u32 
 SEC("tp_btf/kvm_dirty_ring_push")
 int BPF_PROG(ring_push, struct kvm_dirty_ring *ring, u32 slot, u64 offset)
 {
-	struct ring_counts *counts;
-	u64 address = (u64)ring;
-	u32 used, size;
+	/* Free-running, and this push is already in the first of them. */
+	u32 pushed = ring->dirty_index, recycled = ring->reset_index;
+	u32 used = pushed - recycled, size = ring->size, zero = 0;
+	struct tally *tally = bpf_map_lookup_elem(&tallies, &zero);
+	bool first_push = pushed == 1 && recycled == 0;
 
-	/* The indices are free-running, and this push is already in dirty_index: its first one, ever. */
-	if (ring->dirty_index == 1 && ring->reset_index == 0 && bpf_map_lookup_elem(&rings, &address))
-		new_life(address);
-	counts = counts_of(ring);
-	if (!counts) {
-		if (!not_wanted())
-			add_to_total(TOTAL_DROPPED_PUSHES, 1);
+	if (!tally)
 		return 0;
-	}
-	used = ring->dirty_index - ring->reset_index;
-	size = ring->size;
-	counts->pushes++;
+	if ((tally->ring != (u64)ring || first_push) && !turn_to((u64)ring, first_push))
+		return 0;
+	tally->pushes++;
+	if (used > tally->high_water)
+		tally->high_water = used;
 	if (used > size) {
-		counts->overwritten++;
+		tally->overwritten++;
 		if (used == size + 1)
-			counts->overflows++;
-	}
-	if (counts->epoch != epoch) {
-		counts->epoch = epoch;
-		counts->high_water = used;
-	} else if (used > counts->high_water) {
-		counts->high_water = used;
+			tally->overflows++;
 	}
 	if (settings.count_regions)
-		count_region(ring, slot, offset);
+		count_region(tally->kvm, slot, offset);
 	return 0;
 }
 
@@ -224,8 +263,11 @@ int BPF_PROG(ring_reset, struct kvm_dirty_ring *ring)
 SEC("tp_btf/kvm_dirty_ring_exit")
 int BPF_PROG(ring_full, struct kvm_vcpu *vcpu)
 {
-	struct ring_counts *counts = counts_of((void *)vcpu + bpf_core_field_offset(struct kvm_vcpu, dirty_ring));
+	struct ring_counts *counts;
 
+	if (not_wanted())
+		return 0;
+	counts = counts_of((u64)vcpu + bpf_core_field_offset(struct kvm_vcpu, dirty_ring));
 	if (counts)
 		counts->full_exits++;
 	return 0;
