@@ -1,4 +1,4 @@
-//! What the profiler needs: type information, permission, and a place to find the kernel's tracepoints.
+//! What the profiler needs: type information and permission; and tracefs, for those who look beside it.
 
 use std::path::Path;
 
@@ -57,12 +57,13 @@ fn permission() -> Check {
     capability.missing(format!("no {}", lacking.join(", no ")), advice)
 }
 
+/// The profiler attaches by type information and does without it.
 fn tracefs() -> Check {
     let capability = Capability {
         group: GROUP,
         name: "tracefs",
-        needed_for: "finding the tracepoints kvm:kvm_dirty_ring_*",
-        uses: &[Profiling],
+        needed_for: "KVM's tracepoints in perf and trace-cmd",
+        uses: &[],
     };
     let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
     // source, mount point, type, …
