@@ -14,7 +14,7 @@ const MEMORY: Duration = Duration::from_millis(500);
 /// A bandwidth as measured, with how sure one can be.
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
 pub struct Bandwidth {
-    /// Bytes per second that arrived.
+    /// Bytes per second that arrived while there were bytes to send.
     pub bytes_per_s: f64,
     /// One standard error of it. As large as the value itself while there are too few samples to tell.
     pub uncertainty_bytes_per_s: f64,
@@ -61,8 +61,8 @@ impl Estimator {
         self.begun.is_none_or(|(begun, _)| now.saturating_duration_since(begun) >= SAMPLE_MIN)
     }
 
-    /// At `now`, the peer's kernel had acknowledged `acknowledged` bytes in all; `busy` if more are under way.
-    /// Samples begin and end while busy, so idle time between rounds counts for nothing.
+    /// At `now`, the peer's kernel had acknowledged `acknowledged` bytes in all; `busy` if more are under way, or
+    /// wait for the limit. Samples begin and end while busy, so idle time between rounds counts for nothing.
     pub(super) fn look(&mut self, now: Instant, acknowledged: u64, busy: bool) {
         if let Some((begun, before)) = self.begun {
             let time = now.saturating_duration_since(begun);

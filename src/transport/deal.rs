@@ -68,6 +68,10 @@ struct State {
 }
 
 impl State {
+    fn has_work(&self) -> bool {
+        self.undealt > 0 || !self.returned.is_empty() || !self.to_retire.is_empty()
+    }
+
     fn is_complete(&self) -> bool {
         self.undealt == 0
             && self.returned.is_empty()
@@ -207,8 +211,7 @@ impl Dealer {
     /// Whether all that is missing are the `pages` that one channel has under way, and others could send them.
     pub(super) fn waits_only_for(&self, pages: u64) -> bool {
         let state = self.state.lock();
-        let dealt = state.undealt == 0 && state.returned.is_empty() && state.to_retire.is_empty();
-        dealt && pages > 0 && state.in_flight == pages && state.live_channels > 1
+        !state.has_work() && pages > 0 && state.in_flight == pages && state.live_channels > 1
     }
 
     /// Pages of the round that are not in place at the destination yet.
@@ -217,11 +220,15 @@ impl Dealer {
         state.undealt + state.in_flight + state.returned.iter().map(|run| run.pages).sum::<u64>()
     }
 
+    /// Whether there is something to send.
+    pub(super) fn has_work(&self) -> bool {
+        self.state.lock().has_work()
+    }
+
     /// Waits, at most `timeout`, for something to do.
     pub(super) fn wait_for_work(&self, timeout: Duration) {
         let mut state = self.state.lock();
-        let idle = state.undealt == 0 && state.returned.is_empty() && state.to_retire.is_empty();
-        if idle && !state.stopping {
+        if !state.has_work() && !state.stopping {
             self.changed.wait_for(&mut state, timeout);
         }
     }

@@ -78,6 +78,8 @@ pub(super) struct Connection<'a> {
     in_flight_bytes: u64,
     in_flight_pages: u64,
     sequence: u64,
+    /// Waiting for the limit.
+    paced: bool,
     acknowledgement: Vec<u8>,
     last_progress: Instant,
 }
@@ -104,6 +106,7 @@ impl<'a> Connection<'a> {
             in_flight_bytes: 0,
             in_flight_pages: 0,
             sequence: 0,
+            paced: false,
             acknowledgement: Vec::with_capacity(Acknowledgement::BYTES),
             last_progress: now,
         })
@@ -231,10 +234,13 @@ impl<'a> Connection<'a> {
 
     /// Asks the kernel, some fifty times a second, what arrived; gives up a connection on which nothing does.
     fn look(&mut self, now: Instant) -> Result<(), TransportError> {
-        if self.in_flight.is_empty() || !self.link.is_due(now) {
+        if !self.is_busy() || !self.link.is_due(now) {
             return Ok(());
         }
         self.sample(now)?;
+        if self.in_flight.is_empty() {
+            return Ok(());
+        }
         let still = now.saturating_duration_since(self.last_progress);
         if still > self.shared.options.stall_timeout {
             let what = format!("channel {}, waiting for the destination to take bytes", self.counters.spec);
@@ -253,8 +259,13 @@ impl<'a> Connection<'a> {
         Ok(())
     }
 
+    /// Whether time counts: something is under way, or would be if the limit allowed it.
+    fn is_busy(&self) -> bool {
+        self.paced || !self.in_flight.is_empty()
+    }
+
     fn sample(&mut self, now: Instant) -> Result<(), TransportError> {
-        let busy = !self.in_flight.is_empty();
+        let busy = self.is_busy();
         if self.link.look(&self.stream, now, busy).map_err(|error| self.broken(error))? {
             self.last_progress = now;
         }
@@ -282,9 +293,13 @@ impl<'a> Connection<'a> {
             return Ok(None);
         }
         if let Err(wait) = self.shared.options.max_bandwidth.ask(now) {
-            self.link.waited_for_tokens();
-            return Ok(Some(wait));
+            self.paced = self.shared.dealer.has_work();
+            if self.paced {
+                self.link.waited_for_tokens();
+            }
+            return Ok(self.paced.then_some(wait));
         }
+        self.paced = false;
         let mut runs = Vec::new();
         let (frame, content) = match self.shared.dealer.take(self.frame_pages(), &mut runs) {
             Work::Nothing => return Ok(None),

@@ -135,6 +135,28 @@ fn frames_that_cannot_be_are_refused_before_a_byte_lands_and_an_honest_source_go
 }
 
 #[test]
+fn a_frame_with_any_byte_of_header_or_run_list_changed_never_lands() {
+    let (target, receiver, address) = destination(&Ram::new(&[(0, 100)]));
+    let runs = [data(3, 2), run(7, 5, RunKind::Zero), data(20, 1)];
+    let length = FrameHeader::BYTES + runs.len() * 16;
+    let mut expected = 0;
+    for at in 0..length {
+        let mut source = Source::connect(address, u32::try_from(at + 1).unwrap());
+        let frame = source.frame(&runs);
+        let mut bytes = Vec::new();
+        write_frame(&mut bytes, &frame, &runs);
+        bytes[at] ^= 1 << (at % 8);
+        bytes.resize(length + 3 * 4096, 0xee);
+        // A frame with more runs than were sent takes the payload for them; then this is all there is.
+        let _ = source.stream.write_all(&bytes).and_then(|()| source.stream.shutdown(Shutdown::Write));
+        assert!(!source.is_acknowledged(), "byte {at}");
+        expected += 1;
+    }
+    wait_for("a failure for each", || receiver.failures().len() == expected);
+    assert_eq!((receiver.received().pages, target.resident_bytes()), (0, 0));
+}
+
+#[test]
 fn an_older_round_after_a_newer_one_is_refused() {
     let (_target, receiver, address) = destination(&Ram::new(&[(0, 100)]));
     let mut source = Source::connect(address, 1);
