@@ -74,7 +74,8 @@ unsafe impl Send for RingMemory {}
 impl RingMemory {
     fn map(vcpu: &impl AsRawFd, size: RingSize) -> io::Result<Self> {
         let offset = u64::from(KVM_DIRTY_LOG_PAGE_OFFSET) * PAGE_SIZE as u64;
-        let ring = MmapOptions::new().offset(offset).len(size.bytes()).map_raw(vcpu)?;
+        // Populated: a fault for every 256 entries would cost more than taking them.
+        let ring = MmapOptions::new().offset(offset).len(size.bytes()).populate().map_raw(vcpu)?;
         let run = MmapOptions::new().len(PAGE_SIZE).map_raw(vcpu)?;
         let first = NonNull::new(ring.as_mut_ptr().cast::<Entry>())
             .ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;

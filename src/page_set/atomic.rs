@@ -93,7 +93,9 @@ impl AtomicPageSet {
 
     /// Moves every page into `pages`. What is beyond the capacity of `pages` ends as ignored there.
     pub fn drain_into(&self, pages: &mut PageSet) {
-        self.drain_words(|word, bits| pages.add_within(word, bits));
+        self.drain_words(|word, bits| {
+            pages.add_within(word, bits);
+        });
     }
 
     /// Takes every word that holds a page: its number and its bits, which leave the set.

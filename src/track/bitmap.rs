@@ -3,6 +3,8 @@
 //! It needs no room in the guest's path and cannot overflow, but it costs by the size of memory, not by what was
 //! written, and it cannot tell who wrote.
 
+use std::time::Instant;
+
 use super::TrackError;
 use super::pending::Protected;
 use super::rings::Context;
@@ -34,13 +36,21 @@ impl BitmapLog {
                 self.words.resize(words, 0);
             }
             let words = &mut self.words[..words];
+            let started = Instant::now();
             cx.kernel.get_dirty_log(region.slot, pages, words)?;
-            if words.iter().all(|word| *word == 0) {
+            let clean = words.iter().all(|word| *word == 0);
+            if !clean {
+                pending.union_words(region.pages.first, words);
+            }
+            cx.counters.harvest_ns.add_since(started);
+            if clean {
                 continue;
             }
-            pending.union_words(region.pages.first, words);
+            let started = Instant::now();
             // A page dirtied since the get keeps its bit if the get did not see it, and is in `pending` if it did.
             cx.kernel.clear_dirty_log(region.slot, pages, words)?;
+            cx.counters.resets.add(1);
+            cx.counters.reset_ns.add_since(started);
         }
         Ok(AllCleared(()))
     }

@@ -1,6 +1,7 @@
 //! What tracking did and what it cost, counted while it happens and readable at any time from any thread.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 /// A count that many threads may add to. Relaxed throughout: a figure orders nothing.
 #[derive(Default, Debug)]
@@ -9,6 +10,13 @@ pub(super) struct Counter(AtomicU64);
 impl Counter {
     pub(super) fn add(&self, n: u64) {
         self.0.fetch_add(n, Ordering::Relaxed);
+    }
+
+    /// The time since `started`, in nanoseconds; returns it.
+    pub(super) fn add_since(&self, started: Instant) -> u64 {
+        let ns = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.add(ns);
+        ns
     }
 
     pub(super) fn set(&self, n: u64) {
@@ -40,6 +48,7 @@ pub(super) struct VcpuCounters {
 #[derive(Default, Debug)]
 pub(super) struct VmCounters {
     pub(super) harvests: Counter,
+    pub(super) harvest_ns: Counter,
     pub(super) resets: Counter,
     pub(super) reset_ns: Counter,
     pub(super) entries_reset: Counter,
@@ -78,13 +87,15 @@ pub struct Figures {
     pub vcpus: Vec<VcpuFigures>,
     /// Harvests handed out.
     pub harvests: u64,
-    /// Calls of `KVM_RESET_DIRTY_RINGS`.
+    /// Time spent in taking entries, of all vCPUs, or in getting and scanning bitmaps, in nanoseconds.
+    pub harvest_ns: u64,
+    /// Calls of `KVM_RESET_DIRTY_RINGS`, or of `KVM_CLEAR_DIRTY_LOG`.
     pub resets: u64,
     /// Time spent in them, in nanoseconds.
     pub reset_ns: u64,
     /// Entries that they reset.
     pub entries_reset: u64,
-    /// How many of them reset fewer entries than were flagged.
+    /// How many of them were interrupted: they reset fewer entries than were flagged.
     pub short_resets: u64,
     /// Entries that named a slot the tracker does not have, or a page beyond its end.
     pub unknown_slot_entries: u64,
@@ -97,6 +108,7 @@ impl VmCounters {
         Figures {
             vcpus,
             harvests: self.harvests.get(),
+            harvest_ns: self.harvest_ns.get(),
             resets: self.resets.get(),
             reset_ns: self.reset_ns.get(),
             entries_reset: self.entries_reset.get(),

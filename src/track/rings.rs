@@ -77,11 +77,22 @@ impl Ring {
         let mut slots = SlotCursor::new(cx.slots);
         let (mut new, mut unknown) = (0, 0);
         let pages = pending.pages_mut();
-        let taken = self.ring.take(|slot, offset| match slots.page(slot, offset) {
-            Some(page) => new += u64::from(pages.insert(page)),
-            // The slot is gone, and its memory with it. KVM ignores such an entry too.
-            None => unknown += 1,
+        // Neighbours come one after the other as a rule: the word at hand is kept in registers.
+        let (mut first, mut bits) = (PageIndex(0), 0_u64);
+        let taken = self.ring.take(|slot, offset| {
+            let Some(page) = slots.page(slot, offset) else {
+                // The slot is gone, and its memory with it. KVM ignores such an entry too.
+                unknown += 1;
+                return;
+            };
+            let word = PageIndex(page.0 & !63);
+            if word != first {
+                new += pages.insert_word(first, bits);
+                (first, bits) = (word, 0);
+            }
+            bits |= 1 << (page.0 & 63);
         });
+        new += pages.insert_word(first, bits);
         if taken > 0 {
             self.vcpu.counters.pages.add(new);
             self.vcpu.counters.duplicates.add(u64::from(taken) - new - unknown);
@@ -115,7 +126,8 @@ impl Ring {
         }
         self.last_look = 0;
         self.vcpu.counters.occupancy.set(0);
-        self.vcpu.counters.harvest_ns.add(nanos_since(started));
+        let harvest_ns = self.vcpu.counters.harvest_ns.add_since(started);
+        cx.counters.harvest_ns.add(harvest_ns);
     }
 
     fn note_occupancy(&self, entries: u32) {
@@ -158,14 +170,15 @@ impl Ring {
         }
     }
 
-    /// Where the ring should be recycled rather than looked at again, if it fills on as it does.
+    /// Whether the ring, if it fills on as it does, will be full before the next look, so that it is better recycled
+    /// here and now than in an exit of its vCPU. Only in its last sixteenth: one large step says little about the next.
     fn nears_its_limit(&self, entries: u32) -> bool {
         let limit = match self.ring.size().entries() {
             size @ 0..1024 => size - 64,
             size => size - RESERVED_ENTRIES,
         };
         let grown = entries.saturating_sub(self.last_look);
-        grown > 0 && entries + grown >= limit
+        grown > 0 && entries + grown.min(limit / 16) >= limit
     }
 }
 
@@ -365,11 +378,7 @@ fn timed_reset(cx: Context<'_>) -> Result<ResetCount, TrackError> {
     let started = Instant::now();
     let count = cx.kernel.reset_dirty_rings()?;
     cx.counters.resets.add(1);
-    cx.counters.reset_ns.add(nanos_since(started));
+    cx.counters.reset_ns.add_since(started);
     cx.counters.entries_reset.add(u64::from(count.entries));
     Ok(count)
-}
-
-fn nanos_since(started: Instant) -> u64 {
-    u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX)
 }

@@ -9,6 +9,7 @@ use crate::output::Output;
 mod converge;
 mod migrate;
 mod send;
+mod track;
 
 /// Measure this machine, and what Ringferry makes of it
 #[derive(clap::Args, Debug)]
@@ -28,6 +29,7 @@ enum Bench {
     Converge(converge::Args),
     Migrate(migrate::Args),
     Send(send::Args),
+    Track(track::Args),
 }
 
 /// Runs one of them.
@@ -40,5 +42,6 @@ pub fn run(args: Args, output: Output) -> anyhow::Result<ExitCode> {
         Bench::Converge(args) => converge::run(&args, output),
         Bench::Migrate(args) => migrate::run(&args, output),
         Bench::Send(args) => send::run(args, output),
+        Bench::Track(args) => track::run(args, output),
     }
 }

@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "what a test arranges must be there")]
 
 mod bench_send;
+mod bench_track;
 mod doctor;
 mod migration;
 mod support;

@@ -1,0 +1,66 @@
+//! What taking entries out of a ring and looking at it cost, on a kernel in memory.
+//!
+//! `cargo bench -p ringferry --features fake-kernel --bench tracking`
+#![expect(clippy::unwrap_used, reason = "a bench that cannot be set up ends")]
+#![expect(missing_docs, reason = "criterion's macros make a public function without a document")]
+
+use std::time::Duration;
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use ringferry::kvm::RingSize;
+use ringferry::kvm::fake::FakeKernel;
+use ringferry::track::DirtyTracker;
+use ringferry::{DirtySource, PageIndex, PageRun, PageSet, SlotId};
+
+const ENTRIES: u64 = 60_000;
+const SLOT: SlotId = SlotId(1);
+
+struct Rig {
+    kernel: FakeKernel,
+    tracker: DirtyTracker,
+    dirty: PageSet,
+}
+
+impl Rig {
+    fn new(pages: u64) -> Self {
+        let kernel = FakeKernel::new();
+        let mut tracker = DirtyTracker::on_fake_rings(&kernel, RingSize::MAX);
+        let memory = kernel.create_slot(SLOT, PageRun { first: PageIndex(0), pages });
+        tracker.add_memory(&memory).unwrap();
+        tracker.attach_fake_vcpu(0, &kernel, 0, 0).unwrap();
+        tracker.start().unwrap();
+        Self { kernel, tracker, dirty: PageSet::new(memory.end()) }
+    }
+
+    fn fill(&self, stride: u64) {
+        (0..ENTRIES).for_each(|i| assert!(self.kernel.write(0, SLOT, i * stride)));
+    }
+
+    /// The time that one harvest spends in taking, without the reset.
+    fn take(&mut self, stride: u64) -> Duration {
+        self.fill(stride);
+        let before = self.tracker.snapshot().harvest_ns;
+        self.dirty.clear();
+        self.tracker.harvest(&mut self.dirty).unwrap();
+        assert_eq!(self.dirty.len(), ENTRIES);
+        Duration::from_nanos(self.tracker.snapshot().harvest_ns - before)
+    }
+}
+
+fn tracking(c: &mut Criterion) {
+    let mut group = c.benchmark_group("ring");
+    group.throughput(Throughput::Elements(ENTRIES));
+    for (pattern, stride) in [("dense", 1), ("sparse", 1021)] {
+        let mut rig = Rig::new(ENTRIES * stride);
+        group.bench_function(BenchmarkId::new("take", pattern), |b| {
+            b.iter_custom(|times| (0..times).map(|_| rig.take(stride)).sum());
+        });
+    }
+    let mut rig = Rig::new(ENTRIES);
+    rig.fill(1);
+    group.bench_function("observe", |b| b.iter(|| rig.tracker.observe().unwrap()));
+    group.finish();
+}
+
+criterion_group!(benches, tracking);
+criterion_main!(benches);
