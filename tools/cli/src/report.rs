@@ -1,7 +1,6 @@
 //! The object that a migration ends with. Its field names are a contract with those who read it.
 
 use indicatif::{BinaryBytes, HumanCount};
-use ringferry::progress::{Prediction, RoundReport};
 use ringferry::source::SourceReport;
 use serde::{Deserialize, Serialize};
 
@@ -11,28 +10,10 @@ pub struct MigrationReport {
     pub kind: String,
     pub result: String,
     pub guest: String,
-    pub backend: String,
-    pub channels: u32,
-    pub memory_bytes: u64,
-    pub total_ms: f64,
-    pub downtime_ms: f64,
-    pub pause_ms: f64,
-    pub verify_ms: f64,
-    pub rounds: Vec<RoundReport>,
-    pub pages_sent: u64,
-    pub zero_pages: u64,
-    pub bytes_sent: u64,
-    pub zero_copy_sends: u64,
-    pub copied_sends: u64,
-    pub ram_digest_match: Option<bool>,
+    #[serde(flatten)]
+    pub source: SourceReport,
     pub guest_consistent: Option<bool>,
     pub vcpus: Vec<VcpuReport>,
-    /// What was expected when the first round had ended; not part of the object.
-    #[serde(skip)]
-    pub prediction_after_round_1: Option<Prediction>,
-    /// The downtime expected just before the guest was stopped; not part of the object.
-    #[serde(skip)]
-    pub predicted_downtime_ms: Option<f64>,
 }
 
 /// One vCPU's part. Progress is in steps of its workload: page writes, page reads or computations.
@@ -59,30 +40,15 @@ impl MigrationReport {
             kind: "migration_report".to_owned(),
             result: "completed".to_owned(),
             guest: guest.to_owned(),
-            backend: source.backend,
-            channels: source.channels,
-            memory_bytes: source.memory_bytes,
-            total_ms: source.total_ms,
-            downtime_ms: source.downtime_ms,
-            pause_ms: source.pause_ms,
-            verify_ms: source.verify_ms,
-            rounds: source.rounds,
-            pages_sent: source.pages_sent,
-            zero_pages: source.zero_pages,
-            bytes_sent: source.bytes_sent,
-            zero_copy_sends: source.zero_copy_sends,
-            copied_sends: source.copied_sends,
-            ram_digest_match: source.ram_digest_match,
+            source,
             guest_consistent: None,
             vcpus,
-            prediction_after_round_1: source.prediction_after_round_1,
-            predicted_downtime_ms: source.predicted_downtime_ms,
         }
     }
 
     /// The report for people.
     pub fn text(&self) -> String {
-        let sends = if self.zero_copy_sends == 0 && self.copied_sends > 0 {
+        let sends = if self.source.zero_copy_sends == 0 && self.source.copied_sends > 0 {
             "the kernel copied every send, as it always does on loopback"
         } else {
             "as the kernel reported them"
@@ -97,22 +63,22 @@ impl MigrationReport {
              guest stood still for {:.1} ms (of it {:.1} ms until the vCPUs stopped, {:.1} ms comparing RAM)\n\
              sent {} pages and {} zero pages, {}; {} sends zero-copied, {} copied ({sends})\n\
              {}; {}\n",
-            BinaryBytes(self.memory_bytes),
-            self.total_ms,
-            self.rounds.len(),
-            self.backend,
-            self.channels,
-            if self.channels == 1 { "" } else { "s" },
-            self.downtime_ms,
-            self.pause_ms,
-            self.verify_ms,
-            HumanCount(self.pages_sent),
-            HumanCount(self.zero_pages),
-            BinaryBytes(self.bytes_sent),
-            HumanCount(self.zero_copy_sends),
-            HumanCount(self.copied_sends),
+            BinaryBytes(self.source.memory_bytes),
+            self.source.total_ms,
+            self.source.rounds.len(),
+            self.source.backend,
+            self.source.channels,
+            if self.source.channels == 1 { "" } else { "s" },
+            self.source.downtime_ms,
+            self.source.pause_ms,
+            self.source.verify_ms,
+            HumanCount(self.source.pages_sent),
+            HumanCount(self.source.zero_pages),
+            BinaryBytes(self.source.bytes_sent),
+            HumanCount(self.source.zero_copy_sends),
+            HumanCount(self.source.copied_sends),
             verdict(
-                self.ram_digest_match,
+                self.source.ram_digest_match,
                 "RAM digests are equal",
                 "RAM DIGESTS DIFFER",
                 "RAM digests were not compared"

@@ -85,7 +85,6 @@ struct ScenarioReport {
     policy: String,
     floor_ms: f64,
     predicted_total_ms_after_round_1: Option<f64>,
-    predicted_downtime_ms: Option<f64>,
     policy_events: Vec<Event>,
 }
 
@@ -165,8 +164,10 @@ fn one(
                 scenario: scenario_name,
                 policy,
                 floor_ms: scenario.floor_ms(),
-                predicted_total_ms_after_round_1: report.prediction_after_round_1.and_then(|p| p.total_ms),
-                predicted_downtime_ms: report.predicted_downtime_ms,
+                predicted_total_ms_after_round_1: report
+                    .source
+                    .prediction_after_round_1
+                    .and_then(|p| p.total_ms),
                 policy_events,
                 report,
             };
@@ -213,7 +214,7 @@ impl ScenarioReport {
         format!(
             "{}{:.2} times the least possible; {predicted}\n",
             self.report.text(),
-            self.report.total_ms / self.floor_ms
+            self.report.source.total_ms / self.floor_ms
         )
     }
 }
