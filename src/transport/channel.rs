@@ -8,6 +8,7 @@ mod connection;
 mod link;
 mod method;
 
+use std::io::Write;
 use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -44,7 +45,7 @@ pub(super) fn connect(shared: &Shared, index: usize, timeout: Duration) -> Resul
     let number = shared.connection_number();
     let channel = u16::try_from(index).unwrap_or(u16::MAX);
     let hello = DataHello::new(shared.token.0, channel, number);
-    socket::write_short(&stream, hello.as_bytes(), timeout).map_err(failed)?;
+    (&stream).write_all(hello.as_bytes()).map_err(failed)?;
     let mut answer = [0; DataWelcome::BYTES];
     socket::read_exact_before(&stream, &mut answer, deadline).map_err(failed)?;
     match DataWelcome::read(&answer) {

@@ -9,7 +9,7 @@ mod connections;
 mod incoming;
 
 use std::fmt;
-use std::io;
+use std::io::{self, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -249,7 +249,7 @@ impl Door {
         socket::prepare(stream, ACKNOWLEDGEMENT_TIMEOUT).map_err(broken)?;
         let answer = |verdict: Verdict| {
             let welcome = DataWelcome::new(verdict);
-            socket::write_short(stream, welcome.as_bytes(), ACKNOWLEDGEMENT_TIMEOUT).map_err(broken)
+            (&**stream).write_all(welcome.as_bytes()).map_err(broken)
         };
         let mut hello = [0; DataHello::BYTES];
         socket::read_exact_before(stream, &mut hello, Instant::now() + GREETING_TIMEOUT).map_err(broken)?;

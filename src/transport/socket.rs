@@ -5,7 +5,7 @@
     reason = "TCP_INFO, forced buffer sizes and the abort of a connection have no safe wrapper"
 )]
 
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
@@ -37,9 +37,10 @@ pub(super) fn connect(spec: &ChannelSpec, timeout: Duration, stall: Duration) ->
     Ok(stream)
 }
 
-/// What both ends of a data connection want of it.
+/// What both ends of a data connection want of it. `stall` also bounds a `write` to it.
 pub(super) fn prepare(stream: &TcpStream, stall: Duration) -> io::Result<()> {
     stream.set_nodelay(true)?;
+    stream.set_write_timeout(Some(stall))?;
     let socket = socket2::SockRef::from(stream);
     socket.set_tcp_user_timeout(Some(stall))?;
     socket.set_tcp_keepalive(&KEEPALIVE)
@@ -66,12 +67,6 @@ pub(super) fn read_exact_before(
         }
     }
     stream.set_read_timeout(None)
-}
-
-/// Writes a short message; the socket's buffer has room for it unless the peer never reads.
-pub(super) fn write_short(mut stream: &TcpStream, bytes: &[u8], timeout: Duration) -> io::Result<()> {
-    stream.set_write_timeout(Some(timeout))?;
-    stream.write_all(bytes)
 }
 
 /// A direction of a connection, by what buffers it at this end.
@@ -197,6 +192,7 @@ pub(super) fn abort(stream: &TcpStream) {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
     use std::net::TcpListener;
 
     use super::*;

@@ -1,6 +1,6 @@
 //! One incoming connection: reads frames, checks them, puts their pages in place, acknowledges.
 
-use std::io;
+use std::io::{self, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::Duration;
@@ -88,8 +88,7 @@ impl<'a> Incoming<'a> {
             let header = FrameHeader::BYTES as u64 + u64::from(frame.run_count) * WireRun::BYTES as u64;
             self.arrivals.bytes.add(header + u64::from(frame.payload_bytes));
             let acknowledgement = Acknowledgement::new(frame.sequence);
-            socket::write_short(&self.stream, acknowledgement.as_bytes(), ACKNOWLEDGEMENT_TIMEOUT)
-                .map_err(|error| self.broken(error))?;
+            (&*self.stream).write_all(acknowledgement.as_bytes()).map_err(|error| self.broken(error))?;
         }
         Ok(())
     }
