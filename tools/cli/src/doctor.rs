@@ -225,3 +225,46 @@ fn below(text: &str, indent: usize, columns: usize) -> String {
     let form = textwrap::Options::new(columns).initial_indent(&indent).subsequent_indent(&indent);
     textwrap::fill(text, form.word_splitter(textwrap::WordSplitter::NoHyphenation))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RING: Capability = Capability {
+        group: "Group",
+        name: "a capability",
+        needed_for: "something that takes a good part of a line to say",
+        uses: &[Use::Tracking, Use::Demo],
+    };
+
+    fn checks() -> Vec<Check> {
+        let advice =
+            "a long explanation of what is to be done, which goes on over several lines of a terminal";
+        vec![RING.ok("found"), RING.limited("half of it", advice), RING.missing("nothing", advice)]
+    }
+
+    #[test]
+    fn the_verdict_on_a_use_is_its_worst_check() {
+        let checks = checks();
+        assert_eq!(Verdict::on(&checks).demo, Status::Missing);
+        assert_eq!(Verdict::on(&checks[..2]).tracking, Status::Limited);
+        assert_eq!(Verdict::on(&checks[..1]).demo, Status::Ok);
+        assert_eq!(Verdict::on(&checks).profiling, Status::Ok, "nothing is known against it");
+    }
+
+    #[test]
+    fn the_table_fits_the_terminal_and_says_everything_where_something_is_wrong() {
+        let checks = checks();
+        let verdict = Verdict::on(&checks);
+        for columns in [80, 100, usize::MAX] {
+            let table = anstream::adapter::strip_str(&table(&checks, &verdict, columns)).to_string();
+            assert!(table.lines().all(|line| line.chars().count() <= columns), "{columns}:\n{table}");
+            let words = table.split_whitespace().collect::<Vec<_>>().join(" ");
+            for check in &checks[1..] {
+                assert!(words.contains(check.needed_for), "{table}");
+                assert!(words.contains(check.what_to_do.as_deref().unwrap()), "{table}");
+            }
+            assert!(table.ends_with("tracking missing, migration ok, profiling ok, demo missing"), "{table}");
+        }
+    }
+}
