@@ -111,9 +111,15 @@ impl Capabilities {
     }
 }
 
-/// Gives every future vCPU of the VM a dirty ring.
-pub(crate) fn enable_ring(vm: BorrowedFd<'_>, size: RingSize) -> Result<(), KvmError> {
-    let (capability, entries_max) = Capabilities::probe(vm)?.ring().ok_or(KvmError::RingUnsupported)?;
+/// Gives every future vCPU of the VM a dirty ring. Returns whether there is a bitmap beside the rings, for the pages
+/// that no vCPU dirtied.
+///
+/// That is so on arm64, where the interrupt controller's tables are saved into guest memory with no vCPU at hand. The
+/// bitmap must be enabled before the first memory slot exists; and it is collected last, once no vCPU runs, as it is
+/// not meant to be read while entries are still made.
+pub(crate) fn enable_ring(vm: BorrowedFd<'_>, size: RingSize) -> Result<bool, KvmError> {
+    let capabilities = Capabilities::probe(vm)?;
+    let (capability, entries_max) = capabilities.ring().ok_or(KvmError::RingUnsupported)?;
     let too_large = KvmError::RingTooLarge { entries: size.entries(), entries_max };
     if size.entries() > entries_max {
         return Err(too_large);
@@ -123,7 +129,16 @@ pub(crate) fn enable_ring(vm: BorrowedFd<'_>, size: RingSize) -> Result<(), KvmE
         // Size and power of two are right by construction, so what is left is what KVM checks next.
         Some(libc::EINVAL) => KvmError::RingRefused { entries: size.entries() },
         _ => KvmError::Ioctl { name: "KVM_ENABLE_CAP(KVM_CAP_DIRTY_LOG_RING)", source },
-    })
+    })?;
+    if capabilities.ring_with_bitmap {
+        sys::enable_cap(vm, KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP, 0).map_err(|source| {
+            match source.raw_os_error() {
+                Some(libc::EINVAL) => KvmError::BitmapBesideRingRefused,
+                _ => KvmError::Ioctl { name: "KVM_ENABLE_CAP(KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP)", source },
+            }
+        })?;
+    }
+    Ok(capabilities.ring_with_bitmap)
 }
 
 /// Parts `KVM_GET_DIRTY_LOG` from the protecting, which `KVM_CLEAR_DIRTY_LOG` then does.

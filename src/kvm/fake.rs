@@ -123,8 +123,10 @@ impl Inner {
         if !page.logging || (was_writable && !emulated) {
             return;
         }
-        page.bitmap[index(offset / 64)] |= 1 << (offset % 64);
-        let Some(ring) = self.rings.get_mut(vcpu) else { return };
+        let Some(ring) = self.rings.get_mut(vcpu) else {
+            page.bitmap[index(offset / 64)] |= 1 << (offset % 64);
+            return;
+        };
         if ring.cpu_log_entries == 0 || emulated {
             ring.push(slot, offset);
         } else {
@@ -302,6 +304,13 @@ impl FakeKernel {
             inner.write(vcpu, slot, offset, true);
         }
         true
+    }
+
+    /// The kernel itself writes a page, with no vCPU at hand: only a bitmap knows, if there is one.
+    pub fn write_without_vcpu(&self, slot: SlotId, offset: u64) {
+        if let Some(slot) = self.lock().slots.get_mut(&slot.0).filter(|slot| slot.logging) {
+            slot.bitmap[index(offset / 64)] |= 1 << (offset % 64);
+        }
     }
 
     /// vCPU `vcpu` leaves the guest, and KVM pushes what the CPU has logged.

@@ -43,6 +43,8 @@ pub enum KvmError {
         /// What was asked for.
         entries: u32,
     },
+    /// KVM refused the bitmap beside the rings (arm64): a memory slot exists already.
+    BitmapBesideRingRefused,
     /// This kernel cannot get the bitmap without clearing it.
     ManualProtectUnsupported,
     /// The bitmap of a VM was asked for whose rings are on (`ENXIO`).
@@ -78,6 +80,11 @@ impl fmt::Display for KvmError {
                 f,
                 "KVM refused dirty rings of {entries} entries: they must be enabled once, before the first vCPU \
                  is created, with at least 1024 entries on hosts with PML"
+            ),
+            Self::BitmapBesideRingRefused => write!(
+                f,
+                "KVM refused the bitmap for pages that no vCPU dirties: on this architecture tracking must be enabled \
+                 before the first memory slot is created"
             ),
             Self::ManualProtectUnsupported => {
                 write!(f, "KVM cannot protect pages separately from getting the bitmap (Linux 5.0 or later)")

@@ -8,6 +8,7 @@ use std::time::Instant;
 use super::TrackError;
 use super::pending::Protected;
 use super::rings::Context;
+use crate::layout::Region;
 use crate::page_set::PageSet;
 
 /// Proof that every page that was got has been cleared, and so protected.
@@ -30,28 +31,41 @@ impl BitmapLog {
         pending: &mut PageSet,
     ) -> Result<AllCleared, TrackError> {
         for region in cx.slots.regions() {
-            let pages = region.pages.pages;
-            let words = usize::try_from(pages.div_ceil(64)).unwrap_or(usize::MAX);
-            if self.words.len() < words {
-                self.words.resize(words, 0);
-            }
-            let words = &mut self.words[..words];
-            let started = Instant::now();
-            cx.kernel.get_dirty_log(region.slot, pages, words)?;
-            let clean = words.iter().all(|word| *word == 0);
-            if !clean {
-                pending.union_words(region.pages.first, words);
-            }
-            cx.counters.harvest_ns.add_since(started);
-            if clean {
+            let words = self.get(cx, region, pending)?;
+            if words.iter().all(|word| *word == 0) {
                 continue;
             }
             let started = Instant::now();
             // A page dirtied since the get keeps its bit if the get did not see it, and is in `pending` if it did.
-            cx.kernel.clear_dirty_log(region.slot, pages, words)?;
+            cx.kernel.clear_dirty_log(region.slot, region.pages.pages, words)?;
             cx.counters.resets.add(1);
             cx.counters.reset_ns.add_since(started);
         }
         Ok(AllCleared(()))
+    }
+
+    /// Adds the pages of the bitmaps beside the rings, which no vCPU dirtied. Nothing runs any more: so nothing has to
+    /// be protected, and without manual protection the getting clears.
+    pub(super) fn collect_beside_rings(
+        &mut self,
+        cx: Context<'_>,
+        pending: &mut PageSet,
+    ) -> Result<(), TrackError> {
+        cx.slots.regions().try_for_each(|region| self.get(cx, region, pending).map(drop))
+    }
+
+    /// Gets the bitmap of a slot and adds its pages to `pending`.
+    fn get(&mut self, cx: Context<'_>, region: &Region, pending: &mut PageSet) -> Result<&[u64], TrackError> {
+        let pages = region.pages.pages;
+        let words = usize::try_from(pages.div_ceil(64)).unwrap_or(usize::MAX);
+        if self.words.len() < words {
+            self.words.resize(words, 0);
+        }
+        let words = &mut self.words[..words];
+        let started = Instant::now();
+        cx.kernel.get_dirty_log(region.slot, pages, words)?;
+        pending.union_words(region.pages.first, words);
+        cx.counters.harvest_ns.add_since(started);
+        Ok(words)
     }
 }

@@ -131,7 +131,7 @@ impl From<KvmError> for TrackError {
 /// What was dirtied since the last harvest, seen without disturbing the guest.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Observed {
-    /// Pages by the vCPU that dirtied them, in the order of [`DirtyTracker::attach_vcpu`]'s indices.
+    /// Pages by the vCPU that dirtied them, in the order in which the vCPUs were attached.
     ///
     /// A page counts once for the vCPU that dirtied it first. Only where KVM emulates guest instructions, or where a
     /// page was dirtied again after a ring was recycled early, may it count again until the next harvest.
@@ -162,6 +162,14 @@ pub trait DirtySource: Send {
     /// What was dirtied since the last harvest. The pages stay writable, the guest feels nothing; only a ring that
     /// would be full before the next look is recycled, here instead of on its vCPU's thread.
     ///
+    /// What was seen is counted and not told, because it is not protected: its content must not be read yet.
+    ///
+    /// ```compile_fail,E0308
+    /// # fn f(source: &mut dyn ringferry::DirtySource) -> Result<ringferry::PageSet, ringferry::TrackError> {
+    /// source.observe() // which pages? Those of the next harvest.
+    /// # }
+    /// ```
+    ///
     /// # Errors
     ///
     /// [`TrackError::NotTracking`], or what the kernel refused.
@@ -177,6 +185,16 @@ pub trait DirtySource: Send {
     fn harvest(&mut self, dirty: &mut PageSet) -> Result<(), TrackError>;
 
     /// [`harvest`](Self::harvest) when nothing runs any more: the last and complete view.
+    ///
+    /// The proof comes from [`Vm::pause`](crate::vm::Vm::pause), and is gone once the VM runs again:
+    ///
+    /// ```compile_fail,E0382
+    /// # fn f(vm: &mut dyn ringferry::Vm, source: &mut dyn ringferry::DirtySource, dirty: &mut ringferry::PageSet) {
+    /// let paused = vm.pause().unwrap();
+    /// vm.resume(paused).unwrap();
+    /// source.harvest_final(&paused, dirty).unwrap();
+    /// # }
+    /// ```
     ///
     /// ```compile_fail,E0061
     /// # fn f(source: &mut dyn ringferry::DirtySource, dirty: &mut ringferry::PageSet) {

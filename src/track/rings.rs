@@ -293,6 +293,7 @@ impl Rings {
                 break;
             }
             cx.counters.short_resets.add(1);
+            tracing::debug!(entries, flagged = left, "a reset of dirty rings was interrupted");
             self.confirm_part(count, cx, pending);
             left = self.unconfirmed();
             if left == 0 {

@@ -431,3 +431,23 @@ fn external_logs_begin_end_and_are_harvested_with_the_tracker() {
     model.tracker.harvest(&mut dirty).unwrap();
     assert!(dirty.contains(PageIndex(9)), "what it had logged when it went");
 }
+
+/// On arm64, pages that no vCPU dirtied are in a bitmap beside the rings, to be collected last.
+#[test]
+fn what_no_vcpu_wrote_comes_from_the_bitmap_beside_the_rings_with_the_final_harvest() {
+    let kernel = FakeKernel::new();
+    let mut tracker = DirtyTracker::on_fake_rings_with_bitmap(&kernel, RingSize::MIN);
+    tracker.add_memory(&kernel.create_slot(SlotId(1), slot_pages(1))).unwrap();
+    tracker.attach_fake_vcpu(0, &kernel, 0, 0).unwrap();
+    tracker.start().unwrap();
+    kernel.write_without_vcpu(SlotId(1), 70);
+    assert!(kernel.write(0, SlotId(1), 5));
+    let mut dirty = PageSet::new(end());
+    tracker.harvest(&mut dirty).unwrap();
+    assert_eq!(dirty.len(), 1, "while vCPUs run, the rings only");
+    kernel.write_without_vcpu(SlotId(1), 71);
+    tracker.harvest_final(&Paused::declare_every_vcpu_is_outside_kvm_run(), &mut dirty).unwrap();
+    let first = slot_pages(1).first.0;
+    let pages: Vec<u64> = dirty.runs().flat_map(|run| run.first.0..run.end().0).collect();
+    assert_eq!(pages, [first + 5, first + 70, first + 71]);
+}

@@ -80,7 +80,12 @@ impl fmt::Debug for External {
 
 #[derive(Debug)]
 enum Backend {
-    Ring { size: RingSize, rings: Rings },
+    Ring {
+        size: RingSize,
+        rings: Rings,
+        /// For the pages that no vCPU dirties, where KVM has it.
+        beside: Option<BitmapLog>,
+    },
     Bitmap(BitmapLog),
 }
 
@@ -132,8 +137,12 @@ impl Shared {
         let State { backend, slots, externals, pending, .. } = state;
         let cx = self.context(slots);
         let collected = match backend {
-            Backend::Ring { rings, .. } if quiet => {
-                Collected::Ring { _proof: rings.recycle_quiet(cx, pending)? }
+            Backend::Ring { rings, beside, .. } if quiet => {
+                let proof = rings.recycle_quiet(cx, pending)?;
+                if let Some(log) = beside {
+                    log.collect_beside_rings(cx, pending.pages_mut())?;
+                }
+                Collected::Ring { _proof: proof }
             }
             Backend::Ring { rings, .. } => Collected::Ring { _proof: rings.recycle(cx, pending)? },
             Backend::Bitmap(log) => Collected::Bitmap { _proof: log.collect(cx, pending.pages_mut())? },
@@ -160,15 +169,16 @@ impl Shared {
 
 impl DirtyTracker {
     /// Gives every vCPU that is created from now on a dirty ring. It cannot be undone, and from then on KVM refuses
-    /// the bitmap ioctls for this VM: see [`take_slot_bitmap`](Self::take_slot_bitmap).
+    /// the bitmap ioctls for this VM: see [`take_slot_bitmap`](Self::take_slot_bitmap). On arm64, before the first
+    /// memory slot is created, as there is a bitmap beside the rings there; the final harvest collects it.
     ///
     /// # Errors
     ///
     /// [`TrackError::Kvm`]: no rings here, none of this size, or too late, because a vCPU exists.
     pub fn enable(vm: &impl AsRawFd, size: RingSize) -> Result<Self, TrackError> {
         let vm = VmFd::duplicate(vm)?;
-        caps::enable_ring(vm.as_fd(), size)?;
-        Ok(Self::on(Box::new(vm), Backend::Ring { size, rings: Rings::default() }))
+        let beside = caps::enable_ring(vm.as_fd(), size)?.then(BitmapLog::default);
+        Ok(Self::on(Box::new(vm), Backend::Ring { size, rings: Rings::default(), beside }))
     }
 
     /// Tracks by KVM's bitmap instead, with manual protection.
@@ -185,7 +195,15 @@ impl DirtyTracker {
     /// Tracks by the rings of a kernel in memory.
     #[cfg(any(test, feature = "fake-kernel"))]
     pub fn on_fake_rings(kernel: &FakeKernel, size: RingSize) -> Self {
-        Self::on(Box::new(kernel.clone()), Backend::Ring { size, rings: Rings::default() })
+        let backend = Backend::Ring { size, rings: Rings::default(), beside: None };
+        Self::on(Box::new(kernel.clone()), backend)
+    }
+
+    /// Tracks by the rings of a kernel in memory and the bitmap beside them, as on arm64.
+    #[cfg(any(test, feature = "fake-kernel"))]
+    pub fn on_fake_rings_with_bitmap(kernel: &FakeKernel, size: RingSize) -> Self {
+        let backend = Backend::Ring { size, rings: Rings::default(), beside: Some(BitmapLog::default()) };
+        Self::on(Box::new(kernel.clone()), backend)
     }
 
     /// Tracks by the bitmap of a kernel in memory.
@@ -308,7 +326,7 @@ impl DirtyTracker {
             return Err(TrackError::VcpuKnown(index));
         }
         let vcpu = Arc::new(Vcpu::new(index));
-        if let Backend::Ring { size, rings } = &mut state.backend {
+        if let Backend::Ring { size, rings, .. } = &mut state.backend {
             rings.push(map(*size)?, Arc::clone(&vcpu));
         }
         state.vcpus.push(Arc::clone(&vcpu));
