@@ -206,11 +206,14 @@ impl Controller {
         self.model.bandwidth.mean()
     }
 
-    /// P*: what fits the downtime limit at this time.
+    /// P*: what fits the downtime limit at this time, with something in hand.
     pub fn fits(&self, now: Duration) -> Pages {
-        // A link that varies is counted on for less than its mean.
-        let measured = self.model.bandwidth.mean().unwrap_or(0.0) * (1.0 - self.model.bandwidth.spread());
-        let bandwidth = self.settings.switchover_bandwidth.unwrap_or(measured);
+        let given = self.settings.switchover_bandwidth.map(|given| switchover::careful(given, 0.0));
+        let mean = self.model.bandwidth.mean().unwrap_or(0.0);
+        self.fits_at(now, given.unwrap_or(switchover::careful(mean, self.model.bandwidth.spread())))
+    }
+
+    fn fits_at(&self, now: Duration, bandwidth: f64) -> Pages {
         let limit = self.settings.limits.downtime_at(now);
         switchover::fit(limit, self.settings.switchover_overhead, bandwidth, self.page_bytes)
     }
@@ -258,11 +261,12 @@ impl Controller {
             self.plan(now);
         }
         for (index, (throttle, gate)) in self.throttles.iter_mut().zip(&mut self.gates).enumerate() {
-            let throttled = seen.vcpus.get(index).map_or(Duration::ZERO, |vcpu| vcpu.throttled);
-            *gate = throttle.look(now, self.counts[index], throttled, self.longest_stall);
-            if let Some(overrun) = throttle.take_overrun() {
+            *gate = throttle.look(now, self.counts[index], self.longest_stall);
+            let overrun =
+                throttle.take_overrun().and_then(|pages| self.model.curves[index].seconds_for(pages));
+            if let Some(overrun_s) = overrun {
                 self.gate_measured = true;
-                self.gate_s += NEWEST_GATE * (overrun.as_secs_f64().min(LONGEST_GATE_S) - self.gate_s);
+                self.gate_s += NEWEST_GATE * (overrun_s.min(LONGEST_GATE_S) - self.gate_s);
             }
         }
         self.look_due = now + self.next_look();
@@ -299,10 +303,11 @@ impl Controller {
     /// The guest stands still and `left` pages, exactly, have to be sent. After [`LastCheck::CallOff`] let it run
     /// on and start a round with them.
     pub fn last_check(&mut self, now: Duration, why: Why, left: Pages) -> LastCheck {
-        let fits = self.fits(now);
         if matches!(why, Why::Limit(_)) {
             return LastCheck::GoOn;
         }
+        let bandwidth = self.settings.switchover_bandwidth.or(self.model.bandwidth.mean()).unwrap_or(0.0);
+        let fits = self.fits_at(now, bandwidth);
         let check = switchover::last_check(left, fits, self.called_off);
         if check == LastCheck::CallOff {
             self.called_off += 1;
@@ -545,7 +550,8 @@ impl Controller {
         // would never arrive.
         let mut terms = *terms;
         let mut plan = plan::plan(model, &terms, round, &rules);
-        if later_round && plan.is_none_or(|plan| plan.target.is_some()) {
+        let brakes = |plan: plan::Plan| plan.forecast.lost_s > plan.forecast.downtime_s;
+        if later_round && plan.is_none_or(brakes) {
             let longest = Terms { longest_stall_s: LONGEST_STALL_EVER.as_secs_f64(), ..terms };
             let best = plan::plan(model, &longest, round, &rules);
             let finish = |plan: Option<plan::Plan>| plan.map_or(f64::INFINITY, |plan| plan.forecast.finish_s);

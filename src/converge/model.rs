@@ -8,7 +8,7 @@
 use super::bandwidth::Bandwidth;
 use super::curve::Curve;
 use super::fair_share::Levels;
-use super::units::sane;
+use super::units::{Pages, sane};
 
 /// A braked round aims at this share of P*: gates close a little late, and a round that misses P* by a page is a
 /// round for nothing.
@@ -124,6 +124,17 @@ impl Curve {
         counted + (self.at(t + seconds) - self.at(t)).max(0.0)
     }
 
+    /// How fast pages are dirtied right after a recycle.
+    fn fresh_pages_per_s(&self) -> f64 {
+        self.at(FRESH_S) / FRESH_S
+    }
+
+    /// How long a vCPU that has just been let run takes to dirty `pages`; `None` if it does not.
+    pub(crate) fn seconds_for(&self, pages: Pages) -> Option<f64> {
+        let rate = self.fresh_pages_per_s();
+        (rate > 0.0).then(|| pages.as_f64() / rate)
+    }
+
     /// Running time, from now, until it has dirtied `pages` in `round`.
     pub(crate) fn time_left_to(&self, round: Round, pages: f64) -> f64 {
         if !round.current {
@@ -150,7 +161,7 @@ impl Terms {
         let counted = if round.current { curve.last().1 } else { 0.0 };
         let stalls = seconds / (self.longest_stall_s + self.gate_s);
         // The rate of a freshly recycled vCPU, taken over long enough that a late first look does not distort it.
-        let between_stalls = counted + stalls * self.gate_s * curve.at(FRESH_S) / FRESH_S;
+        let between_stalls = counted + stalls * self.gate_s * curve.fresh_pages_per_s();
         levels.quota.max(between_stalls).max(demand * sane(min_share)).min(demand)
     }
 
