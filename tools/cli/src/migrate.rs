@@ -55,7 +55,7 @@ pub struct MigrateArgs {
     pub switchover_bandwidth: Option<Rate>,
 
     /// Rounds after which the guest is stopped whatever is left
-    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX_ROUNDS, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_rounds: u32,
 
     /// Time after which the downtime limit doubles, and again each time that it passes, up to 10 s
@@ -71,6 +71,9 @@ pub struct MigrateArgs {
     pub no_verify: bool,
 }
 
+/// Rounds of precopy at most, as Xen has had it since 2005 (`MAX_ITERS`): a guest that is not stopped by then, on a
+/// host that is too busy to tell how fast its link is, is stopped whatever is left.
+const DEFAULT_MAX_ROUNDS: u32 = 30;
 /// The downtime limit never doubles beyond this.
 const DOWNTIME_CAP: Duration = Duration::from_secs(10);
 
@@ -115,7 +118,7 @@ impl Default for MigrateArgs {
             deadline: None,
             max_bandwidth: None,
             switchover_bandwidth: None,
-            max_rounds: 1000,
+            max_rounds: DEFAULT_MAX_ROUNDS,
             convergence_timeout: None,
             timeout: None,
             no_verify: false,

@@ -143,6 +143,8 @@ fn one(
         deadline: args.deadline,
         timeout: Some(args.timeout),
         no_verify: args.no_verify,
+        // A policy that does not end is to be seen not to end.
+        max_rounds: u32::MAX,
         ..MigrateArgs::default()
     };
     let events = Mutex::new(Vec::new());
