@@ -13,6 +13,8 @@ pub(super) trait Protected {}
 #[derive(Debug)]
 pub(super) struct Pending {
     pages: PageSet,
+    /// Pages that were handed out before and did not arrive. They outlast a period of tracking.
+    given_back: PageSet,
     /// Pages that an interrupted reset may have left writable with no entry to tell of later writes: dirty in
     /// every harvest, until all of memory is protected anew.
     unsure: PageSet,
@@ -23,12 +25,12 @@ pub(super) struct Pending {
 impl Pending {
     pub(super) fn new() -> Self {
         let empty = || PageSet::new(PageIndex(0));
-        Self { pages: empty(), unsure: empty(), everything: false }
+        Self { pages: empty(), given_back: empty(), unsure: empty(), everything: false }
     }
 
     /// Makes room for pages below `end`.
     pub(super) fn grow(&mut self, end: PageIndex) {
-        for set in [&mut self.pages, &mut self.unsure] {
+        for set in [&mut self.pages, &mut self.given_back, &mut self.unsure] {
             if set.capacity() < end {
                 let small = std::mem::replace(set, PageSet::new(end));
                 set.union(&small);
@@ -46,6 +48,10 @@ impl Pending {
         &mut self.pages
     }
 
+    pub(super) fn give_back(&mut self, pages: &PageSet) {
+        self.given_back.union(pages);
+    }
+
     pub(super) fn insert_unsure(&mut self, run: PageRun) {
         self.unsure.insert_run(run);
     }
@@ -58,11 +64,12 @@ impl Pending {
 
     /// These pages are no longer RAM.
     pub(super) fn remove_run(&mut self, run: PageRun) {
-        self.pages.remove_run(run);
-        self.unsure.remove_run(run);
+        for set in [&mut self.pages, &mut self.given_back, &mut self.unsure] {
+            set.remove_run(run);
+        }
     }
 
-    /// A new period of tracking begins.
+    /// A period of tracking begins or ends.
     pub(super) fn forget(&mut self) {
         self.pages.clear();
         self.rearmed();
@@ -77,6 +84,8 @@ impl Pending {
     /// Adds all pages to `dirty`.
     pub(super) fn hand_out(&mut self, _: impl Protected, dirty: &mut PageSet) {
         self.pages.union(&self.unsure);
+        self.pages.union(&self.given_back);
+        self.given_back.clear();
         if dirty.is_empty() && dirty.capacity() == self.pages.capacity() {
             // The usual case, and the cheap one: no page is copied.
             std::mem::swap(&mut self.pages, dirty);
@@ -89,6 +98,10 @@ impl Pending {
     /// The pages of one run as a bitmap, bit 0 of word 0 the first.
     pub(super) fn hand_out_words(&mut self, _: impl Protected, run: PageRun) -> Vec<u64> {
         self.pages.union(&self.unsure);
+        for part in self.given_back.runs_within(run) {
+            self.pages.insert_run(part);
+        }
+        self.given_back.remove_run(run);
         self.pages.take_words(run)
     }
 }

@@ -139,12 +139,16 @@ impl Ring {
     /// between the exit and the call. But when KVM has run the vCPU since, still says "full", and nobody has
     /// taken anything in between, then it counts entries that are not there any more.
     fn nothing_to_take(&mut self) -> Result<(), TrackError> {
+        if !self.ring.exited_full() {
+            // The VMM says so, KVM does not.
+            return Ok(());
+        }
         self.empty_calls += 1;
         if self.empty_calls > EMPTY_CALLS_MAX {
             return Err(TrackError::RingLost(self.vcpu.index));
         }
         let passes = Some(self.vcpu.gate.count_next_pass());
-        if self.passes != passes && self.ring.exited_full() {
+        if self.passes != passes {
             self.empty_fulls += 1;
         }
         self.passes = passes;

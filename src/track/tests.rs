@@ -451,3 +451,26 @@ fn what_no_vcpu_wrote_comes_from_the_bitmap_beside_the_rings_with_the_final_harv
     let pages: Vec<u64> = dirty.runs().flat_map(|run| run.first.0..run.end().0).collect();
     assert_eq!(pages, [first + 5, first + 70, first + 71]);
 }
+
+#[test]
+fn what_was_given_back_outlasts_everything_but_a_harvest() {
+    let mut model = Model::new(1, 0, 0, false);
+    let (kept, other) = (slot_pages(1).first, slot_pages(2).first);
+    let mut given_back = PageSet::new(end());
+    given_back.extend([kept, other, PageIndex(slot_pages(0).end().0)]);
+    model.tracker.give_back(&given_back);
+    model.tracker.stop().unwrap();
+    let beyond = PageRun { first: PageIndex(50_000), pages: 10 };
+    model.tracker.add_memory(&model.kernel.create_slot(SlotId(9), beyond)).unwrap();
+    model.tracker.start().unwrap();
+    assert_eq!(model.tracker.take_slot_bitmap(SlotId(2)).unwrap()[0], 1);
+    model.tracker.stop().unwrap();
+    model.tracker.start().unwrap();
+    let mut dirty = PageSet::new(beyond.end());
+    model.tracker.harvest(&mut dirty).unwrap();
+    let pages: Vec<PageIndex> = dirty.runs().map(|run| run.first).collect();
+    assert_eq!((dirty.len(), pages), (1, vec![kept]), "once, and no page that is not RAM");
+    dirty.clear();
+    model.tracker.harvest(&mut dirty).unwrap();
+    assert!(dirty.is_empty());
+}

@@ -476,8 +476,7 @@ impl DirtySource for DirtyTracker {
     }
 
     fn give_back(&mut self, pages: &PageSet) {
-        // With the marks, which a stop and a start leave alone.
-        self.shared.marks.read().unwrap_or_else(PoisonError::into_inner).union(pages);
+        self.shared.lock().pending.give_back(pages);
     }
 
     fn stop(&mut self) -> Result<(), TrackError> {
