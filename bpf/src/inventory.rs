@@ -70,8 +70,8 @@ pub struct Vcpu {
     pub tid: Option<u32>,
     /// Size of its ring, 0 if the VM has no rings.
     pub ring_entries: u32,
-    /// Whether an entry was ever pushed to it.
-    pub ring_touched: bool,
+    /// Pushes to the ring since it was made, modulo 2^32: the kernel's own index.
+    pub dirty_index: u32,
     /// Entries that are pushed and not recycled; more than `ring_entries` means that some are overwritten.
     pub ring_used: u32,
 }
@@ -163,7 +163,7 @@ impl Vm {
                     vcpu: body.vcpu,
                     tid: (body.tid != 0).then_some(body.tid),
                     ring_entries: body.ring_entries,
-                    ring_touched: body.dirty_index != 0,
+                    dirty_index: body.dirty_index,
                     ring_used: if body.ring_entries == 0 {
                         0
                     } else {

@@ -7,7 +7,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 #[repr(C)]
 pub(crate) struct Settings {
     pub only_tgid: u32,
-    pub count_regions: u32,
+    pub by_index: u32,
     pub cpus: u32,
 }
 
@@ -38,6 +38,14 @@ pub(crate) struct RingCounts {
     pub creator: u32,
     pub vcpu: u32,
     pub high_water: u32,
+}
+
+/// The indices of a ring when the programs last looked at them.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(crate) struct Mark {
+    pub dirty_index: u32,
+    pub reset_index: u32,
 }
 
 /// Of a ring whose address a new ring has taken, over all CPUs.

@@ -11,14 +11,15 @@ use libbpf_rs::{
 };
 use zerocopy::{FromBytes, IntoBytes};
 
+use crate::counts::RingMaps;
 use crate::kernel_types::KernelTypes;
 use crate::layout::{
-    EndedRing, RegionCounts, RegionKey, RingCounts, Settings, TOTAL_DROPPED_ENDED_PUSHES,
-    TOTAL_DROPPED_PUSHES, TOTAL_DROPPED_REGION_PUSHES, TOTAL_USERSPACE_EXITS_31, Tally,
-    ThreadCounts as CpuThreadCounts,
+    RegionCounts, RegionKey, RingCounts, Settings, TOTAL_DROPPED_ENDED_PUSHES, TOTAL_DROPPED_PUSHES,
+    TOTAL_DROPPED_REGION_PUSHES, TOTAL_USERSPACE_EXITS_31, ThreadCounts as CpuThreadCounts,
 };
 use crate::preflight::{Sources, check_kernel, check_rights};
-use crate::{Error, Inventory, RingId, Vcpu, Vm, VmId};
+use crate::ring_index::RingIndices;
+use crate::{Error, Inventory, VcpuCounts, usize_of};
 
 const OBJECT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/profile.bpf.o"));
 
@@ -29,21 +30,41 @@ const VCPUS_MAX: u64 = 4096;
 /// Regions with pushes between two looks: 2 MiB each, so 32 GiB of memory that is being written.
 const REGIONS_MAX: u32 = 16384;
 
-/// How often a ring's counts are read until no CPU was just adding to them. A VM that does not run settles after as many
-/// reads as CPUs had it last; one that runs is told a moment later else.
-const READS_MAX: u32 = 8;
-
 /// What to count.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Options {
     /// Count VMs of this process only.
     pub only_pid: Option<u32>,
-    /// Count per region too, and which pages were pushed: about 60 ns more for each push.
-    pub regions: bool,
+    /// How pushes are counted.
+    pub counting: Counting,
     /// Load at most these of the optional programs; what the kernel lacks is left out in any case.
     pub sources: Option<Sources>,
     /// vCPUs that can be counted at a time. By default as many as fit 32 MiB, at least 256 and at most 4096.
     pub vcpus_max: Option<u32>,
+}
+
+/// How pushes to the dirty rings are counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Counting {
+    /// Each one, where it happens: exact for every vCPU, whenever it ends, and independent of the ring's own indices.
+    #[default]
+    EveryPush,
+    /// The same, and per region of guest memory, with a bit for each page.
+    EveryPushAndRegions,
+    /// By the rings' indices, when somebody looks: nothing runs at a push. Of a vCPU that ends, what it pushed after the
+    /// last look is not seen, nor after the last full ring or recycling.
+    Indices,
+}
+
+impl Counting {
+    /// The program that is attached to the push.
+    fn program(self) -> Option<&'static str> {
+        match self {
+            Self::EveryPush => Some("ring_push"),
+            Self::EveryPushAndRegions => Some("ring_push_regions"),
+            Self::Indices => None,
+        }
+    }
 }
 
 /// The programs, attached: they count until this is dropped.
@@ -54,44 +75,13 @@ pub struct Profiler {
     bitmap_links: Vec<Link>,
     inventory: Link,
     object: Object,
-    tallies: MapHandle,
-    rings: MapHandle,
+    maps: RingMaps,
+    indices: Option<RingIndices>,
     threads: MapHandle,
     regions: MapHandle,
-    ended_rings: MapHandle,
     totals: MapHandle,
-    ended: Vec<VcpuCounts>,
     watched: BTreeSet<u32>,
     sources: Sources,
-}
-
-/// What was counted for one vCPU since [`Profiler::attach`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct VcpuCounts {
-    /// The vCPU's ring: its identity while the VM lives.
-    pub ring: RingId,
-    /// Its VM.
-    pub vm: VmId,
-    /// The process that runs it.
-    pub pid: u32,
-    /// The thread that created the VM, by thread id: tells VMs of one process apart, if each has its own thread.
-    pub creator_tid: u32,
-    /// The number that the vCPU was created with.
-    pub vcpu: u32,
-    /// Entries that the kernel pushed.
-    pub pushes: u64,
-    /// Entries that were pushed over entries not yet recycled: so many are lost.
-    pub overwritten: u64,
-    /// How often the ring began to be overwritten.
-    pub overflows: u64,
-    /// Exits to user space because the ring was nearly full.
-    pub ring_full_exits: u64,
-    /// `KVM_RESET_DIRTY_RINGS` that visited the ring.
-    pub resets: u64,
-    /// The most entries that were in use at a time.
-    pub high_water_entries: u32,
-    /// The vCPU is gone.
-    pub ended: bool,
 }
 
 /// What was counted for one vCPU thread of a VM that logs into bitmaps, since it was given to
@@ -144,8 +134,14 @@ impl Profiler {
             let missing = || Error::Object { what: format!("map {name}") };
             MapHandle::try_from(&found.ok_or_else(missing)?).map_err(Error::bpf("open a map"))
         };
-        let (rings, threads, regions) = (map("rings")?, map("threads")?, map("regions")?);
-        let (ended_rings, totals, tallies) = (map("ended")?, map("totals")?, map("tallies")?);
+        let (threads, regions, totals) = (map("threads")?, map("regions")?, map("totals")?);
+        let maps = RingMaps {
+            tallies: map("tallies")?,
+            rings: map("rings")?,
+            marks: map("marks")?,
+            ended_rings: map("ended")?,
+            ended: Vec::new(),
+        };
         let attach = |name: &'static str| {
             with_messages("attach to a tracepoint", || {
                 let program = object.progs_mut().find(|program| program.name() == name);
@@ -156,23 +152,27 @@ impl Profiler {
             })
         };
         let inventory = attach("inventory")?;
-        let links = ["ring_push", "ring_reset", "ring_full", "userspace_exit"];
-        let links = links.into_iter().map(attach).collect::<Result<_, _>>()?;
-        Ok(Self {
+        let events =
+            ["ring_reset", "ring_full", "userspace_exit"].into_iter().chain(options.counting.program());
+        let links = events.map(attach).collect::<Result<_, _>>()?;
+        let mut profiler = Self {
             _links: links,
             bitmap_links: Vec::new(),
             inventory,
-            tallies,
-            rings,
+            maps,
+            indices: None,
             threads,
             regions,
-            ended_rings,
             totals,
-            ended: Vec::new(),
             watched: BTreeSet::new(),
             sources,
             object,
-        })
+        };
+        if options.counting == Counting::Indices {
+            profiler.indices = Some(RingIndices::begin(&profiler.inventory()?));
+            profiler.counts()?;
+        }
+        Ok(profiler)
     }
 
     /// The optional programs that were loaded.
@@ -198,74 +198,17 @@ impl Profiler {
     ///
     /// As those two.
     pub fn counts_and_inventory(&mut self) -> Result<(Vec<VcpuCounts>, Inventory), Error> {
-        self.take_ended()?;
-        let before = self.ended.len();
-        let mut all = self.live_counts()?;
-        self.take_ended()?;
-        // What ended meanwhile may be among the live ones: not told twice. If it was its successor, the next look tells.
-        all.retain(|live| !self.ended[before..].iter().any(|ended| ended.ring == live.ring));
+        let counts = self.maps.counts()?;
         // In this order: who has counts and is not in the inventory any more is gone for good.
         let inventory = self.inventory()?;
-        for counts in &mut all {
-            counts.ended = !counts.is_of_someone_in(&inventory);
-        }
-        all.extend_from_slice(&self.ended);
-        all.sort_by_key(|counts| (counts.pid, counts.vm, counts.vcpu, counts.ring));
-        Ok((all, inventory))
-    }
-
-    fn live_counts(&self) -> Result<Vec<VcpuCounts>, Error> {
-        let mut all = Vec::new();
-        // Keys of a map that changes meanwhile may start again from the first.
-        for key in self.rings.keys().take(usize_of(self.rings.max_entries()) * 2) {
-            let Ok(ring) = u64::read_from_bytes(&key) else { continue };
-            all.extend(self.ring_counts(ring)?);
-        }
-        all.sort_by_key(|counts| counts.ring);
-        all.dedup_by_key(|counts| counts.ring);
-        Ok(all)
-    }
-
-    /// The counts of one ring: what the CPUs have added to them, and what they have not yet.
-    fn ring_counts(&self, ring: u64) -> Result<Option<VcpuCounts>, Error> {
-        let doing = "read the counts";
-        let mut latest = None;
-        for _ in 0..READS_MAX {
-            let before = self.tallies()?;
-            let found =
-                self.rings.lookup_percpu(ring.as_bytes(), MapFlags::ANY).map_err(Error::bpf(doing))?;
-            let Some(cpus) = found else { return Ok(None) };
-            let after = self.tallies()?;
-            latest = sum_ring(ring, &cpus, &after);
-            // A CPU that turned to another ring meanwhile may have added its tally after we read what it adds to.
-            let moved = before.iter().zip(&after).any(|(before, after)| {
-                let concerned = before.ring == ring || after.ring == ring;
-                let settled =
-                    after.sequence % 2 == 0 && (before.ring != ring || before.sequence == after.sequence);
-                concerned && !settled
-            });
-            if !moved {
-                break;
+        let counts = match &mut self.indices {
+            None => self.maps.with_ends(counts, &inventory),
+            Some(indices) => {
+                let gone = indices.look(&inventory);
+                self.maps.by_index(counts, &gone, indices, &inventory)?
             }
-        }
-        Ok(latest)
-    }
-
-    fn tallies(&self) -> Result<Vec<Tally>, Error> {
-        let found = self.tallies.lookup_percpu(0_u32.as_bytes(), MapFlags::ANY);
-        let cpus = found.map_err(Error::bpf("read the counts"))?.unwrap_or_default();
-        Ok(cpus.iter().filter_map(|bytes| Tally::read_from_bytes(bytes).ok()).collect())
-    }
-
-    fn take_ended(&mut self) -> Result<(), Error> {
-        for _ in 0..self.ended_rings.max_entries() {
-            let taken = self.ended_rings.lookup_and_delete(&[]).map_err(Error::bpf("read the counts"))?;
-            let Some(bytes) = taken else { break };
-            let Ok(ended) = EndedRing::read_from_bytes(&bytes) else { continue };
-            let counts = VcpuCounts::of(RingId(ended.ring), &ended.counts);
-            self.ended.push(VcpuCounts { ended: true, ..counts });
-        }
-        Ok(())
+        };
+        Ok((counts, inventory))
     }
 
     /// Drops the counts of vCPUs that are gone, so that others can be counted in their place. One that is created in the
@@ -275,21 +218,7 @@ impl Profiler {
     ///
     /// If the map cannot be written.
     pub fn forget<'a>(&mut self, gone: impl IntoIterator<Item = &'a VcpuCounts>) -> Result<(), Error> {
-        for counts in gone {
-            let moved = self.ended.iter().position(|ended| ended == counts);
-            if let Some(index) = moved {
-                self.ended.swap_remove(index);
-                continue;
-            }
-            match self.rings.delete(counts.ring.0.as_bytes()) {
-                // It ended in the kernel's view as well, meanwhile.
-                Err(error) if error.kind() != libbpf_rs::ErrorKind::NotFound => {
-                    return Err(Error::bpf("drop the counts of a vCPU")(error));
-                }
-                _ => {}
-            }
-        }
-        Ok(())
+        gone.into_iter().try_for_each(|counts| self.maps.forget(counts))
     }
 
     /// The VMs, vCPUs and memory slots of the host, or of the one process that was asked for.
@@ -361,7 +290,7 @@ impl Profiler {
         }))
     }
 
-    /// Takes the regions that were written since the last call, with [`Options::regions`].
+    /// Takes the regions that were written since the last call, with [`Counting::EveryPushAndRegions`].
     ///
     /// # Errors
     ///
@@ -404,15 +333,23 @@ impl Profiler {
     ///
     /// If the number of CPUs is unknown.
     pub fn map_bytes(&self) -> Result<u64, Error> {
-        let cpus = u64::try_from(cpus()?).unwrap_or(u64::MAX);
-        Ok([&self.tallies, &self.rings, &self.threads, &self.ended_rings, &self.regions, &self.totals]
-            .into_iter()
-            .map(|map| {
-                let copies = if map.map_type().is_percpu() { cpus } else { 1 };
-                let entry = u64::from(map.key_size()) + u64::from(map.value_size()) * copies;
-                entry * u64::from(map.max_entries())
-            })
-            .sum())
+        let (maps, cpus) = (&self.maps, u64::try_from(cpus()?).unwrap_or(u64::MAX));
+        Ok([
+            &maps.tallies,
+            &maps.rings,
+            &maps.marks,
+            &maps.ended_rings,
+            &self.threads,
+            &self.regions,
+            &self.totals,
+        ]
+        .into_iter()
+        .map(|map| {
+            let copies = if map.map_type().is_percpu() { cpus } else { 1 };
+            let entry = u64::from(map.key_size()) + u64::from(map.value_size()) * copies;
+            entry * u64::from(map.max_entries())
+        })
+        .sum())
     }
 }
 
@@ -437,12 +374,12 @@ fn load(options: &Options, sources: Sources) -> Result<Object, Error> {
     let mut object =
         ObjectBuilder::default().open_memory(OBJECT).map_err(Error::bpf("open the eBPF object"))?;
     set_up_maps(&mut object, options)?;
-    let optional = ["set_spte", "fast_fault", "pml_full"];
     for mut program in object.progs_mut() {
         let name = program.name().to_str();
-        if optional.iter().any(|&optional| name == Some(optional)) && !sources.programs().contains(&name) {
-            program.set_autoload(false);
-        }
+        let optional = ["set_spte", "fast_fault", "pml_full", "ring_push", "ring_push_regions"].map(Some);
+        let wanted =
+            sources.programs().contains(&name) || (name.is_some() && name == options.counting.program());
+        program.set_autoload(!optional.contains(&name) || wanted);
     }
     object.load().map_err(Error::bpf("load the eBPF programs"))
 }
@@ -450,17 +387,17 @@ fn load(options: &Options, sources: Sources) -> Result<Object, Error> {
 fn set_up_maps(object: &mut OpenObject, options: &Options) -> Result<(), Error> {
     let settings = Settings {
         only_tgid: options.only_pid.unwrap_or(0),
-        count_regions: u32::from(options.regions),
+        by_index: u32::from(options.counting == Counting::Indices),
         cpus: u32::try_from(cpus()?).unwrap_or(u32::MAX),
     };
     let per_vcpu = u64::try_from(cpus()? * size_of::<RingCounts>()).unwrap_or(u64::MAX);
     let vcpus = (MAP_BYTES_MAX / per_vcpu).clamp(VCPUS_MIN, VCPUS_MAX);
     let vcpus = options.vcpus_max.unwrap_or(u32::try_from(vcpus).unwrap_or(u32::MAX)).max(1);
-    let regions = if options.regions { REGIONS_MAX } else { 1 };
+    let regions = if options.counting == Counting::EveryPushAndRegions { REGIONS_MAX } else { 1 };
     for mut map in object.maps_mut() {
         let name = map.name().to_string_lossy().into_owned();
         let result = match name.as_str() {
-            "rings" | "threads" => map.set_max_entries(vcpus),
+            "rings" | "marks" | "threads" => map.set_max_entries(vcpus),
             "regions" => map.set_max_entries(regions),
             _ if name.ends_with(".rodata") => map.set_initial_value(settings.as_bytes()),
             _ => Ok(()),
@@ -470,64 +407,8 @@ fn set_up_maps(object: &mut OpenObject, options: &Options) -> Result<(), Error> 
     Ok(())
 }
 
-/// The per-CPU copies of one ring's counts, and the tallies that belong to them, added up.
-fn sum_ring(ring: u64, cpus: &[Vec<u8>], tallies: &[Tally]) -> Option<VcpuCounts> {
-    let cpus: Vec<RingCounts> =
-        cpus.iter().filter_map(|bytes| RingCounts::read_from_bytes(bytes).ok()).collect();
-    let mut sum = *cpus.iter().find(|cpu| cpu.kvm != 0)?;
-    (sum.pushes, sum.overwritten, sum.overflows, sum.full_exits, sum.resets) = (0, 0, 0, 0, 0);
-    for cpu in &cpus {
-        sum.pushes += cpu.pushes;
-        sum.overwritten += cpu.overwritten;
-        sum.overflows += cpu.overflows;
-        sum.full_exits += cpu.full_exits;
-        sum.resets += cpu.resets;
-        sum.high_water = sum.high_water.max(cpu.high_water);
-    }
-    for tally in tallies.iter().filter(|tally| tally.ring == ring) {
-        sum.pushes += tally.pushes;
-        sum.overwritten += tally.overwritten;
-        sum.overflows += tally.overflows;
-        sum.high_water = sum.high_water.max(tally.high_water);
-    }
-    Some(VcpuCounts::of(RingId(ring), &sum))
-}
-
-impl VcpuCounts {
-    fn of(ring: RingId, sum: &RingCounts) -> Self {
-        Self {
-            ring,
-            vm: VmId(sum.kvm),
-            pid: sum.tgid,
-            creator_tid: sum.creator,
-            vcpu: sum.vcpu,
-            pushes: sum.pushes,
-            overwritten: sum.overwritten,
-            overflows: sum.overflows,
-            ring_full_exits: sum.full_exits,
-            resets: sum.resets,
-            high_water_entries: sum.high_water,
-            ended: false,
-        }
-    }
-
-    /// Whether the vCPU exists, rather than one that was given its memory. A ring without any push has no counts: they
-    /// are its predecessor's.
-    fn is_of_someone_in(&self, inventory: &Inventory) -> bool {
-        let is_it = |vm: &Vm, vcpu: &Vcpu| {
-            let vcpu_is = (vcpu.ring, vm.id, vcpu.vcpu, vm.creator_tid, vcpu.ring_touched);
-            vcpu_is == (self.ring, self.vm, self.vcpu, self.creator_tid, true)
-        };
-        inventory.vms.iter().any(|vm| vm.vcpus.iter().any(|vcpu| is_it(vm, vcpu)))
-    }
-}
-
-fn cpus() -> Result<usize, Error> {
+pub(crate) fn cpus() -> Result<usize, Error> {
     libbpf_rs::num_possible_cpus().map_err(Error::bpf("count the CPUs"))
-}
-
-fn usize_of(number: u32) -> usize {
-    usize::try_from(number).unwrap_or(usize::MAX)
 }
 
 /// What libbpf printed while something was done, for the error message. libbpf has one printer per process.

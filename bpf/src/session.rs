@@ -8,8 +8,8 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use crate::{
-    Error, Estimate, Inventory, Options, PageSampler, Profiler, RingId, Totals, Vcpu, VcpuCounts, Vm, VmId,
-    WorkingSet, vm_name,
+    Counting, Error, Estimate, Inventory, Options, PageSampler, Profiler, RingId, Totals, Vcpu, VcpuCounts,
+    Vm, VmId, WorkingSet, vm_name,
 };
 
 /// Entries of a page-modification log (`PML_LOG_NR_ENTRIES` of the kernel's VMX code).
@@ -53,6 +53,8 @@ pub struct SessionOptions {
     pub pid: Option<u32>,
     /// Also which regions are written, and the unique working set.
     pub regions: bool,
+    /// Count each push where it happens, rather than read the rings' indices; always so with `regions`.
+    pub every_push: bool,
     /// Estimate the rate of VMs that log nothing by sampling their pages.
     pub sample: bool,
 }
@@ -182,7 +184,12 @@ impl Session {
     ///
     /// As [`Profiler::attach`].
     pub fn start(options: SessionOptions) -> Result<Self, Error> {
-        let profiler = Options { only_pid: options.pid, regions: options.regions, ..Options::default() };
+        let counting = match options {
+            SessionOptions { regions: true, .. } => Counting::EveryPushAndRegions,
+            SessionOptions { every_push: true, .. } => Counting::EveryPush,
+            _ => Counting::Indices,
+        };
+        let profiler = Options { only_pid: options.pid, counting, ..Options::default() };
         let profiler = Profiler::attach_with(&profiler)?;
         let now = Instant::now();
         let mut session = Self {

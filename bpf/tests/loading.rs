@@ -8,14 +8,16 @@ use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use common::profiler;
-use ringferry_bpf::{KernelTypes, Options, Sources, check_kernel};
+use ringferry_bpf::{Counting, KernelTypes, Options, Sources, check_kernel};
 
 #[test]
 fn the_programs_load_under_every_combination_of_features() {
-    for features in 0..16_u32 {
+    let countings = [Counting::EveryPush, Counting::EveryPushAndRegions, Counting::Indices];
+    for (features, counting) in (0..8_u32).flat_map(|features| countings.map(|counting| (features, counting)))
+    {
         let bit = |index: u32| features >> index & 1 == 1;
         let sources = Sources { set_spte: bit(0), fast_fault: bit(1), pml_full: bit(2) };
-        let options = Options { regions: bit(3), sources: Some(sources), ..Options::default() };
+        let options = Options { counting, sources: Some(sources), ..Options::default() };
         let Some(mut profiler) = profiler(options) else { return };
         let loaded = profiler.sources();
         // What was not asked for is not there; what the kernel lacks is not there either.
@@ -32,7 +34,10 @@ fn the_programs_load_under_every_combination_of_features() {
 fn map_memory_is_bounded_whatever_the_number_of_vcpus_asked_for() {
     let Some(small) = profiler(Options { vcpus_max: Some(1), ..Options::default() }) else { return };
     assert!(small.map_bytes().unwrap() < 128 << 10);
-    let Some(usual) = profiler(Options { regions: true, ..Options::default() }) else { return };
+    let Some(usual) = profiler(Options { counting: Counting::EveryPushAndRegions, ..Options::default() })
+    else {
+        return;
+    };
     assert!(usual.map_bytes().unwrap() < 64 << 20, "{}", usual.map_bytes().unwrap());
 }
 

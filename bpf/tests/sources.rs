@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use common::bare::{CONTROL_PAGES, DATA, Privilege};
 use common::{Guest, my_counts, profiler};
 use ringferry::DirtySource;
-use ringferry_bpf::{Options, PAGES_PER_REGION, Profiler, Row, Session, SessionOptions, Source};
+use ringferry_bpf::{Counting, Options, PAGES_PER_REGION, Profiler, Row, Session, SessionOptions, Source};
 
 fn me() -> u32 {
     u32::try_from(nix::unistd::gettid().as_raw()).unwrap()
@@ -65,7 +65,16 @@ fn the_inventory_is_what_the_vmm_made() {
 
 #[test]
 fn a_ring_vm_is_unobservable_until_it_logs_and_exact_from_then_on() {
-    let Some(mut session) = session(SessionOptions::default()) else { return };
+    unobservable_then_exact(false);
+}
+
+#[test]
+fn the_same_when_every_push_is_counted_where_it_happens() {
+    unobservable_then_exact(true);
+}
+
+fn unobservable_then_exact(every_push: bool) {
+    let Some(mut session) = session(SessionOptions { every_push, ..Default::default() }) else { return };
     let Some(mut guest) = Guest::new(Some(4096), Privilege::User) else { return };
     guest.write(0, 500, 1);
     let row = my_row(&mut session);
@@ -235,6 +244,10 @@ fn forced_overflows_are_the_same_number_in_the_kernel_in_the_library_and_in_the_
     let Some(mut profiler) = profiler(Options::default()) else { return };
     // At CPL 0, where this KVM emulates: it looks at the limit after up to 1024 instructions, 205 writes of this guest.
     let Some(mut guest) = Guest::new(Some(512), Privilege::Kernel) else { return };
+    let Some(mut by_index) = common::profiler(Options { counting: Counting::Indices, ..Options::default() })
+    else {
+        return;
+    };
     let warnings = Warnings::default();
     let writer = warnings.clone();
     let mut just_full = 0;
@@ -264,12 +277,41 @@ fn forced_overflows_are_the_same_number_in_the_kernel_in_the_library_and_in_the_
             assert_eq!(warnings.of_overflows(), figures.vcpus[0].overflows, "{context}");
             let overwritten = counts[0].overflows..=counts[0].overflows * 88;
             assert!(overwritten.contains(&counts[0].overwritten), "{context}");
+            let of_indices = my_counts(&mut by_index)[0];
+            assert_eq!(of_indices.pushes, counts[0].pushes);
+            assert_eq!(of_indices.overflows, counts[0].overflows, "{of_indices:?} {context}");
+            assert_eq!(of_indices.overwritten, counts[0].overwritten, "{of_indices:?} {context}");
         }
     });
     match my_counts(&mut profiler)[0].overflows {
         0 => ringferry_testvm::skip("this KVM emulates no kernel-mode guest, so its rings do not overflow"),
         overflows => assert!(overflows >= 5, "{overflows} of 20"),
     }
+}
+
+#[test]
+fn both_ways_of_counting_agree_in_every_figure() {
+    let Some(mut pushes) = profiler(Options::default()) else { return };
+    let Some(mut indices) = profiler(Options { counting: Counting::Indices, ..Options::default() }) else {
+        return;
+    };
+    let Some(mut guest) = Guest::new(Some(1024), Privilege::User) else { return };
+    guest.tracker.start().unwrap();
+    for (first, pages, stride) in [(0, 700, 1), (0, 5000, 2), (7, 100, 100), (0, 16000, 1)] {
+        guest.write(first, pages, stride);
+        let (by_push, by_index) = (my_counts(&mut pushes)[0], my_counts(&mut indices)[0]);
+        assert_eq!(by_index.pushes, by_push.pushes);
+        assert_eq!((by_index.ring_full_exits, by_index.resets), (by_push.ring_full_exits, by_push.resets));
+        assert_eq!((by_index.overflows, by_index.overwritten), (0, 0));
+        guest.harvest();
+        // Between two looks at them the indices tell the most at each exit and each recycling.
+        assert_eq!(my_counts(&mut indices)[0].high_water_entries, by_push.high_water_entries);
+    }
+    let id = my_counts(&mut pushes)[0].ring;
+    drop(guest);
+    let (by_push, by_index) = (my_counts(&mut pushes), my_counts(&mut indices));
+    assert!(by_push[0].ended && by_index[0].ended);
+    assert_eq!((by_index.len(), by_index[0].ring, by_index[0].pushes), (1, id, by_push[0].pushes));
 }
 
 #[test]

@@ -7,7 +7,8 @@
 struct settings {
 	/* 0: every VM. */
 	u32 only_tgid;
-	u32 count_regions;
+	/* Overflows and high-water marks are found from the indices, because no program runs at each push. */
+	u32 by_index;
 	u32 cpus;
 };
 
@@ -42,6 +43,12 @@ struct ring_counts {
 	u32 creator;
 	u32 vcpu;
 	u32 high_water;
+};
+
+/* The indices of a ring when they were last looked at. */
+struct mark {
+	u32 dirty_index;
+	u32 reset_index;
 };
 
 /* What was counted for a ring whose address a new ring has taken: the sum over all CPUs. */

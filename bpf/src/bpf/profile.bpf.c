@@ -34,6 +34,14 @@ struct {
 	__type(value, struct ring_counts);
 } rings SEC(".maps");
 
+/* One per ring, not one per CPU: the vCPU's thread and one that resets take turns. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1);
+	__type(key, u64);
+	__type(value, struct mark);
+} marks SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_QUEUE);
 	__uint(max_entries, 1024);
@@ -217,8 +225,8 @@ static __always_inline void count_region(u64 kvm, u32 slot, u64 offset)
 	__sync_fetch_and_or(&counts->pages[(page >> 6) & 7], 1ULL << (page & 63));
 }
 
-SEC("tp_btf/kvm_dirty_ring_push")
-int BPF_PROG(ring_push, struct kvm_dirty_ring *ring, u32 slot, u64 offset)
+/* Counts a push. Returns the VM's address, 0 if the VM is not to be counted. */
+static __always_inline u64 count_push(const struct kvm_dirty_ring *ring)
 {
 	/* Free-running, and this push is already in the first of them. */
 	u32 pushed = ring->dirty_index, recycled = ring->reset_index;
@@ -238,9 +246,64 @@ int BPF_PROG(ring_push, struct kvm_dirty_ring *ring, u32 slot, u64 offset)
 		if (used == size + 1)
 			tally->overflows++;
 	}
-	if (settings.count_regions)
-		count_region(tally->kvm, slot, offset);
+	return tally->kvm;
+}
+
+/* One of these two, or none. Not one that asks for its settings: each page of memory touched here costs 25 ns. */
+SEC("tp_btf/kvm_dirty_ring_push")
+int BPF_PROG(ring_push, struct kvm_dirty_ring *ring, u32 slot, u64 offset)
+{
+	count_push(ring);
 	return 0;
+}
+
+SEC("tp_btf/kvm_dirty_ring_push")
+int BPF_PROG(ring_push_regions, struct kvm_dirty_ring *ring, u32 slot, u64 offset)
+{
+	u64 kvm = count_push(ring);
+
+	if (kvm)
+		count_region(kvm, slot, offset);
+	return 0;
+}
+
+/*
+ * What the indices tell about the pushes since they were last looked at: each was over a live entry if it was more than
+ * the ring's size ahead of the last recycled one. Looked at before every recycling is over, so that all of them were
+ * made against the reset index in the mark; only pushes during a recycling may be taken for overwriting when they are not.
+ */
+static __always_inline void note_indices(u64 address, u32 dirty, u32 reset, u32 size, struct ring_counts *counts)
+{
+	struct mark *mark = bpf_map_lookup_elem(&marks, &address);
+	u32 limit, from, used;
+
+	if (!mark) {
+		struct mark first = { .dirty_index = reset, .reset_index = reset };
+
+		bpf_map_update_elem(&marks, &address, &first, BPF_NOEXIST);
+		mark = bpf_map_lookup_elem(&marks, &address);
+		if (!mark)
+			return;
+	}
+	if ((s32)(mark->dirty_index - dirty) > (s32)size) {
+		/* Indices do not go back: it is the mark of a ring that was here before. */
+		mark->dirty_index = reset;
+		mark->reset_index = reset;
+	}
+	used = dirty - mark->reset_index;
+	limit = mark->reset_index + size;
+	/* Whoever swaps the mark accounts for the pushes in between. */
+	from = __sync_lock_test_and_set(&mark->dirty_index, dirty);
+	mark->reset_index = reset;
+	if (used > counts->high_water)
+		counts->high_water = used;
+	if ((s32)(dirty - limit) <= 0)
+		return;
+	if ((s32)(from - limit) <= 0) {
+		from = limit;
+		counts->overflows++;
+	}
+	counts->overwritten += dirty - from;
 }
 
 /* Once per ring that a KVM_RESET_DIRTY_RINGS visits, in the thread that called it. */
@@ -255,21 +318,29 @@ int BPF_PROG(ring_reset, struct kvm_dirty_ring *ring)
 		return 0;
 	/* Makes no entry: a VM that is being taken down is still recycled when its vCPUs are closed already. */
 	counts = bpf_map_lookup_elem(&rings, &address);
-	if (counts)
-		counts->resets++;
+	if (!counts)
+		return 0;
+	counts->resets++;
+	if (settings.by_index)
+		note_indices(address, ring->dirty_index, ring->reset_index, ring->size, counts);
 	return 0;
 }
 
 SEC("tp_btf/kvm_dirty_ring_exit")
 int BPF_PROG(ring_full, struct kvm_vcpu *vcpu)
 {
+	u64 address = (u64)vcpu + bpf_core_field_offset(struct kvm_vcpu, dirty_ring);
 	struct ring_counts *counts;
 
 	if (not_wanted())
 		return 0;
-	counts = counts_of((u64)vcpu + bpf_core_field_offset(struct kvm_vcpu, dirty_ring));
-	if (counts)
-		counts->full_exits++;
+	counts = counts_of(address);
+	if (!counts)
+		return 0;
+	counts->full_exits++;
+	if (settings.by_index)
+		note_indices(address, vcpu->dirty_ring.dirty_index, vcpu->dirty_ring.reset_index,
+			     vcpu->dirty_ring.size, counts);
 	return 0;
 }
 
