@@ -11,6 +11,7 @@
 mod atomic;
 #[cfg(test)]
 mod tests;
+mod words;
 
 use std::fmt;
 
@@ -82,7 +83,7 @@ impl PageSet {
     /// What lies beyond [`RAM_END_MAX`] is outside every set.
     pub fn new(end: PageIndex) -> Self {
         let end = end.min(RAM_END_MAX).0;
-        Self { end, len: 0, ignored: 0, levels: level_words(end).map(|words| vec![0; words]) }
+        Self { end, len: 0, ignored: 0, levels: level_words(end).map(words::zeroed) }
     }
 
     /// One past the highest page that the set can hold.
