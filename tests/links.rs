@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use memmap2::{MmapMut, MmapRaw};
 use ringferry::transport::{DataListener, MigrationToken, Receiver, SendOptions, Sender};
 use ringferry::{GuestMemory, PAGE_SIZE, PageIndex, PageRun, PageSet, Region, SlotId};
+use ringferry_testvm::skip;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 const TOKEN: MigrationToken = MigrationToken([42; 16]);
@@ -138,7 +139,7 @@ fn two_unequal_links_are_both_used_and_one_that_falls_silent_costs_its_share_and
     let links = match Links::new("cut", &["1gbit", "500mbit"]) {
         Ok(links) => links,
         Err(reason) => {
-            return eprintln!("SKIPPED: namespaces with shaped links cannot be made here: {reason}");
+            return skip(&format!("namespaces with shaped links cannot be made here: {reason}"));
         }
     };
     let (source, target) = (Ram::new(), Ram::new());

@@ -13,7 +13,7 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-pub use report::SourceReport;
+pub use report::{ChannelReport, LossReport, SourceReport};
 
 use self::steering::{Steering, switchover_overhead};
 use crate::converge::{Action, LastCheck, Why};
@@ -468,6 +468,7 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Source<'a, V, D> {
         });
         self.count_round(&sent?, pages_to_send);
         self.publish_round();
+        self.report.channel_reports = report::channel_reports(&sender.counters());
         // Nothing is on its way any more: the connections end here, before the destination ends them.
         drop(sender);
         let timeout = self.options.answer_timeout;

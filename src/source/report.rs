@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::progress::{Prediction, RoundReport};
+use crate::transport::{ChannelSnapshot, SendCounters};
 
 /// The figures of a completed migration. Times in milliseconds, by the source's monotonic clock.
 #[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
@@ -38,6 +39,76 @@ pub struct SourceReport {
     pub zero_copy_sends: u64,
     /// Sends that were copied, by our choice or by the kernel's.
     pub copied_sends: u64,
+    /// What each data connection did.
+    pub channel_reports: Vec<ChannelReport>,
     /// Whether the RAM digests of both sides are equal; `None` if they were not compared.
     pub ram_digest_match: Option<bool>,
+}
+
+/// One channel's part in a migration.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+pub struct ChannelReport {
+    /// The channel, as a user writes it.
+    pub channel: String,
+    /// Pages whose contents it sent.
+    pub pages_sent: u64,
+    /// Bytes of frames, headers counted.
+    pub bytes_sent: u64,
+    /// Sends that the kernel reported as zero-copied.
+    pub zero_copy_sends: u64,
+    /// Sends that were copied, by our choice or by the kernel's.
+    pub copied_sends: u64,
+    /// Bytes of guest RAM registered with the kernel.
+    pub registered_bytes: u64,
+    /// Why a better way of sending was given up.
+    pub fallback: Option<String>,
+    /// Bytes per second that its link was measured to carry.
+    pub bytes_per_s: f64,
+    /// One standard error of it.
+    pub uncertainty_bytes_per_s: f64,
+    /// The times that its connection died.
+    pub losses: Vec<LossReport>,
+    /// The times that it was connected again.
+    pub reconnects: u64,
+}
+
+/// A data connection that died.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+pub struct LossReport {
+    /// When, after the data connections were made.
+    pub at_ms: f64,
+    /// The round that was being sent.
+    pub round: u32,
+    /// Pages that were under way and were sent again by others.
+    pub pages_sent_again: u64,
+    /// Why.
+    pub reason: String,
+}
+
+/// What the channels did so far.
+pub(super) fn channel_reports(counters: &SendCounters) -> Vec<ChannelReport> {
+    let losses = counters.losses();
+    let report = |channel: ChannelSnapshot| ChannelReport {
+        channel: channel.channel.to_string(),
+        pages_sent: channel.totals.pages_sent,
+        bytes_sent: channel.totals.bytes_sent,
+        zero_copy_sends: channel.totals.zero_copy_sends,
+        copied_sends: channel.totals.copied_sends,
+        registered_bytes: channel.sending.registered_bytes,
+        fallback: channel.sending.fallback,
+        bytes_per_s: channel.bandwidth.bytes_per_s,
+        uncertainty_bytes_per_s: channel.bandwidth.uncertainty_bytes_per_s,
+        losses: losses
+            .iter()
+            .filter(|loss| loss.index == channel.index)
+            .map(|loss| LossReport {
+                at_ms: loss.at.as_secs_f64() * 1e3,
+                round: loss.round,
+                pages_sent_again: loss.pages_returned,
+                reason: loss.reason.clone(),
+            })
+            .collect(),
+        reconnects: channel.totals.reconnects,
+    };
+    counters.channels().into_iter().map(report).collect()
 }

@@ -78,6 +78,7 @@ pub(super) fn run(shared: &Shared, index: usize, first: Connected) {
         counters.pages_returned.add(pages_returned);
         tracing::warn!(channel = %counters.spec, pages_returned, %error, "channel lost");
         let loss = ChannelLoss {
+            index,
             channel: counters.spec.clone(),
             at: shared.begun.elapsed(),
             round: shared.dealer.round(),

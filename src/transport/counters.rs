@@ -72,6 +72,8 @@ impl ChannelCounters {
 /// One channel's figures at one moment.
 #[derive(Clone, PartialEq, Debug)]
 pub struct ChannelSnapshot {
+    /// Its place among the channels that the sender was given.
+    pub index: usize,
     /// The channel.
     pub channel: ChannelSpec,
     /// Whether it has a connection.
@@ -142,6 +144,8 @@ pub struct SendCounters {
 /// A connection that died, and what that cost.
 #[derive(Clone, PartialEq, Debug)]
 pub struct ChannelLoss {
+    /// Its place among the channels that the sender was given.
+    pub index: usize,
     /// The channel.
     pub channel: ChannelSpec,
     /// When, after the sender connected.
@@ -176,7 +180,9 @@ impl SendCounters {
     pub fn channels(&self) -> Vec<ChannelSnapshot> {
         self.channels
             .iter()
-            .map(|channel| ChannelSnapshot {
+            .enumerate()
+            .map(|(index, channel)| ChannelSnapshot {
+                index,
                 channel: channel.spec.clone(),
                 connected: channel.connected.load(Ordering::Relaxed),
                 totals: Totals {

@@ -197,6 +197,18 @@ impl Dealer {
         self.changed.notify_all();
     }
 
+    /// A connection ended without having sent anything.
+    pub(super) fn left(&self) {
+        self.state.lock().live_channels -= 1;
+    }
+
+    /// Waits, at most `timeout`, until no channel has a connection.
+    pub(super) fn wait_none_live(&self, timeout: Duration) {
+        let deadline = Instant::now() + timeout;
+        let mut state = self.state.lock();
+        while state.live_channels > 0 && !self.changed.wait_until(&mut state, deadline).timed_out() {}
+    }
+
     /// Something is wrong that no other channel could do better.
     pub(super) fn fail(&self, failure: TransportError) {
         self.state.lock().failure.get_or_insert(failure);

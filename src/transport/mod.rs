@@ -40,7 +40,7 @@ pub use send::{CancelHandle, RoundSent, SendOptions, Sender};
 pub use spec::{ChannelSpec, SpecError};
 pub use uring::UringSupport;
 
-/// What every data connection of a migration shows at its door: 128 random bits that the destination chose and
+/// What every data connection of a migration shows at its door: 128 random bits that the source chose and
 /// said on the control connection. It keeps other migrations and strays apart; it is no protection against
 /// somebody who can read the control connection.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]

@@ -4,7 +4,6 @@ use std::fmt;
 use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::layout::GuestMemory;
@@ -15,6 +14,9 @@ use crate::transport::{
     ChannelLoss, ChannelSpec, MaxBandwidth, MigrationToken, SendCounters, Totals, TransportError, ZeroCopy,
 };
 use crate::wire::CHANNELS_MAX;
+
+/// The end of a sender waits no longer than this for its threads; only one that panicked takes so long.
+const END_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How to send.
 #[derive(Clone, Debug)]
@@ -81,7 +83,6 @@ impl Shared {
 /// connections.
 pub struct Sender {
     shared: Arc<Shared>,
-    threads: Vec<JoinHandle<()>>,
 }
 
 impl fmt::Debug for Sender {
@@ -148,7 +149,7 @@ impl Sender {
             begun: Instant::now(),
             registered: channel::SharedRegistration::default(),
         });
-        let mut sender = Self { shared: Arc::clone(&shared), threads: Vec::new() };
+        let sender = Self { shared: Arc::clone(&shared) };
         for index in 0..channels.len() {
             let connected = channel::connect(&shared, index, shared.options.connect_timeout)?;
             shared.dealer.joined();
@@ -157,7 +158,10 @@ impl Sender {
             let spawned = std::thread::Builder::new()
                 .name(name.clone())
                 .spawn(move || channel::run(&of_channel, index, connected));
-            sender.threads.push(spawned.map_err(|source| TransportError::Thread { name, source })?);
+            if let Err(source) = spawned {
+                shared.dealer.left();
+                return Err(TransportError::Thread { name, source });
+            }
         }
         Ok(sender)
     }
@@ -223,10 +227,9 @@ impl Sender {
 
 impl Drop for Sender {
     fn drop(&mut self) {
+        // Whoever has a connection ends within a millisecond or two. A thread that is trying to reconnect is not
+        // awaited: it will find that there is nothing to do, and has nothing of ours until then.
         self.shared.dealer.stop();
-        for thread in self.threads.drain(..) {
-            // A channel thread that panicked has already said so; its connection is closed either way.
-            let _ = thread.join();
-        }
+        self.shared.dealer.wait_none_live(END_TIMEOUT);
     }
 }

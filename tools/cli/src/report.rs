@@ -90,6 +90,21 @@ impl MigrationReport {
                 "the guest's writes were not checked"
             ),
         );
+        for channel in &self.source.channel_reports {
+            for loss in &channel.losses {
+                text.push_str(&format!(
+                    "channel {} was lost after {:.0} ms, in round {}: {}; {} pages were sent again\n",
+                    channel.channel,
+                    loss.at_ms,
+                    loss.round,
+                    loss.reason,
+                    HumanCount(loss.pages_sent_again),
+                ));
+            }
+            if let Some(fallback) = &channel.fallback {
+                text.push_str(&format!("channel {}: {fallback}\n", channel.channel));
+            }
+        }
         text.push_str(
             "  vCPU      dirtied  ring full  longest stall   throttled       before       during        after       lost\n",
         );

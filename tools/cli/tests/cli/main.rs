@@ -4,6 +4,7 @@
 mod bench_send;
 mod bench_track;
 mod doctor;
+mod links;
 mod migration;
 mod support;
 mod usage;

@@ -86,8 +86,16 @@ const LIMIT: Duration = Duration::from_secs(120);
 impl Running {
     /// Starts it.
     pub fn start(args: &[&str]) -> Self {
-        let mut command = Command::new(PROGRAM);
-        command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        Self::start_as(Command::new(PROGRAM).args(args))
+    }
+
+    /// Starts it in a network namespace.
+    pub fn start_in(namespace: &str, args: &[&str]) -> Self {
+        Self::start_as(Command::new("ip").args(["netns", "exec", namespace, PROGRAM]).args(args))
+    }
+
+    fn start_as(command: &mut Command) -> Self {
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let (stdout, mut stderr) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
         let (sender, lines) = mpsc::channel();
