@@ -7,8 +7,9 @@
 //! how it had held them. The code under test is the one that migrations send with, and the same arrangement
 //! measures what each way of sending costs the sender.
 
-use std::process::{Command, Stdio};
+use std::io;
 
+use ringferry_testvm::links::{Links, MTU};
 use ringferry_testvm::skip;
 
 use super::*;
@@ -18,75 +19,40 @@ use crate::transport::uring::{Completion, RegisteredBuffers, SendMethod, SendOut
 
 const PAGES: u64 = 16;
 
-fn ip(arguments: &str) -> Result<(), String> {
-    let output = Command::new("ip").args(arguments.split_whitespace()).stdin(Stdio::null()).output();
-    match output {
-        Ok(output) if output.status.success() => Ok(()),
-        Ok(output) => Err(format!("ip {arguments}: {}", String::from_utf8_lossy(&output.stderr).trim())),
-        Err(error) => Err(format!("ip {arguments}: {error}")),
-    }
-}
-
-/// Two namespaces: a bridge in the near one, whose only port leads to the far one.
-struct Bridge {
-    near: String,
-    far: String,
-}
+/// A bridge in the near namespace, whose only port leads to the far one.
+struct Bridge(Links);
 
 impl Bridge {
-    fn new(test: &str) -> Result<Self, String> {
-        let of = |side: &str| format!("ringferry-{test}-{side}-{}", std::process::id());
-        let bridge = Self { near: of("near"), far: of("far") };
-        let Self { near, far } = &bridge;
+    fn new(test: &str) -> io::Result<Self> {
+        let links = Links::new(test)?;
+        links.add(1, None, MTU)?;
+        let (near, far) = (Links::near_address(1), Links::far_address(1));
         for command in [
-            format!("netns add {near}"),
-            format!("netns add {far}"),
-            format!("link add port netns {near} type veth peer name eth netns {far}"),
-            format!("-n {near} link add bridge address 02:00:00:00:00:01 type bridge"),
-            format!("-n {near} link set port master bridge"),
-            format!("-n {near} address add 10.78.0.1/24 dev bridge"),
-            format!("-n {far} link set eth address 02:00:00:00:00:02"),
-            format!("-n {far} address add 10.78.0.2/24 dev eth"),
-            format!("-n {near} link set port up"),
-            format!("-n {near} link set bridge up"),
-            format!("-n {far} link set eth up"),
-            format!(
-                "-n {near} neighbour replace 10.78.0.2 lladdr 02:00:00:00:00:02 nud permanent dev bridge"
-            ),
+            format!("address delete {near}/24 dev v1"),
+            "link add bridge type bridge".to_owned(),
+            "link set v1 master bridge".to_owned(),
+            "link set bridge up".to_owned(),
+            format!("address add {near}/24 dev bridge"),
         ] {
-            ip(&command)?;
+            links.ip_near(&command)?;
         }
-        Ok(bridge)
+        // Known for good, so that nobody is asked for it when there is nobody to ask.
+        let neighbour = format!("neighbour replace {far} lladdr 02:00:00:00:00:02 nud permanent dev bridge");
+        links.ip_near(&neighbour)?;
+        links.ip_far("link set v1 address 02:00:00:00:00:02")?;
+        Ok(Self(links))
     }
 
     /// A connection that leads nowhere from now on, and its other end.
     fn connect(&self) -> (Arc<TcpStream>, TcpListener) {
-        ip(&format!("-n {} link set port master bridge", self.near)).unwrap();
-        let listener = Self::inside(&self.far, || TcpListener::bind("10.78.0.2:0")).unwrap();
+        let Self(links) = self;
+        links.ip_near("link set v1 master bridge").unwrap();
+        let listener = links.at_far(|| TcpListener::bind((Links::far_address(1), 0))).unwrap().unwrap();
         let address = listener.local_addr().unwrap();
         let connect = || TcpStream::connect_timeout(&address, Duration::from_secs(10));
-        let stream = Arc::new(Self::inside(&self.near, connect).unwrap());
-        ip(&format!("-n {} link set port nomaster", self.near)).unwrap();
+        let stream = Arc::new(links.at_near(connect).unwrap().unwrap());
+        links.ip_near("link set v1 nomaster").unwrap();
         (stream, listener)
-    }
-
-    fn inside<T: Send>(name: &str, work: impl FnOnce() -> T + Send) -> T {
-        let namespace = std::fs::File::open(format!("/run/netns/{name}")).unwrap();
-        thread::scope(|scope| {
-            let inside = scope.spawn(move || {
-                let network = Some(rustix::thread::LinkNameSpaceType::Network);
-                rustix::thread::move_into_link_name_space(std::os::fd::AsFd::as_fd(&namespace), network)
-                    .unwrap();
-                work()
-            });
-            inside.join().unwrap()
-        })
-    }
-}
-
-impl Drop for Bridge {
-    fn drop(&mut self) {
-        let _ = (ip(&format!("netns delete {}", self.near)), ip(&format!("netns delete {}", self.far)));
     }
 }
 

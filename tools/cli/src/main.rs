@@ -22,7 +22,6 @@ mod interrupt;
 mod machine;
 mod migrate;
 mod monitor;
-mod namespace;
 mod output;
 mod receive;
 mod report;

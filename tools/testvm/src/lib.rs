@@ -6,6 +6,8 @@
 //!
 //! [`bare`] has a guest that dirties exactly the pages it is told to.
 //!
+//! [`links`] are wires between network namespaces, for what has to cross one.
+//!
 //! [`ThreadVm`] does the same work in host threads, where there is no KVM.
 
 pub mod bare;
@@ -19,6 +21,7 @@ mod gate;
 mod guest;
 mod image;
 mod kick;
+pub mod links;
 mod machine;
 mod memory;
 mod multiboot;

@@ -4,15 +4,15 @@ use std::process::ExitCode;
 use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use ringferry::progress::{Event, Update};
+use ringferry_testvm::links::{JUMBO_MTU, Links};
 use serde::Serialize;
 
 use crate::display::Display;
 use crate::guest::BackendArg;
 use crate::interrupt;
 use crate::migrate::{MigrateArgs, PolicyName};
-use crate::namespace::ShapedLink;
 use crate::output::Output;
 use crate::report::MigrationReport;
 use crate::scenario::Scenario;
@@ -107,8 +107,10 @@ pub fn run(args: &Args, output: Output) -> Result<ExitCode> {
         output.line(format_args!("{}: {}", args.scenario, scenario.description.trim()))?;
         output.line(format_args!("the least that it can take: {:.1} s", scenario.floor_ms() / 1e3))?;
     }
-    let link = ShapedLink::new(scenario.link.rate.bytes_per_s)?;
-    link.enter_near()?;
+    let links = Links::new("bench")
+        .and_then(|links| links.add(1, Some(scenario.link.rate.bytes_per_s), JUMBO_MTU).map(|()| links))
+        .context("cannot make a link of its own for the measurement (as root, with iproute2?)")?;
+    links.enter_near()?;
     let mut all_ended = true;
     for run in 0..args.repeat {
         for policy in &args.policy {
@@ -118,22 +120,17 @@ pub fn run(args: &Args, output: Output) -> Result<ExitCode> {
             if !output.json() {
                 output.line(format_args!("\nrun {} of {}, policy {policy}", run + 1, args.repeat))?;
             }
-            all_ended &= one(args, &scenario, policy, &link, output)?;
+            all_ended &= one(args, &scenario, policy, &links, output)?;
         }
     }
     Ok(if all_ended { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// One migration; false if it did not end.
-fn one(
-    args: &Args,
-    scenario: &Scenario,
-    policy: &PolicyName,
-    link: &ShapedLink,
-    output: Output,
-) -> Result<bool> {
+fn one(args: &Args, scenario: &Scenario, policy: &PolicyName, links: &Links, output: Output) -> Result<bool> {
     let guest = scenario.guest_args(args.backend, args.ring_entries)?;
-    let listen = Listen { address: (ShapedLink::FAR, 7000).into(), namespace: Some(link.far().to_owned()) };
+    let listen =
+        Listen { address: (Links::far_address(1), 7000).into(), namespace: Some(links.far().to_owned()) };
     let mut crossing = Crossing::prepare(&guest, &listen)?;
     let migrate = MigrateArgs {
         channels: args.channels,

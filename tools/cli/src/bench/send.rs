@@ -8,7 +8,7 @@ mod memory;
 mod raw;
 mod remote;
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail, ensure};
 use clap::ValueEnum;
 use ringferry::transport::{ChannelSpec, MaxBandwidth, SendOptions, Sender, ZeroCopy};
+use ringferry_testvm::links::{Links, MTU};
 use serde::Serialize;
 
 use crate::output::Output;
@@ -31,6 +32,7 @@ use remote::{Case, Cpu, Remote};
 Examples:
   ringferry bench send
   ringferry bench send --mode copy,zc,zc_fixed --channels 1,2 --run-pages 1,16,256
+  ringferry bench send --link 1Gbit/s,500Mbit/s --mtu 9000           as root, with iproute2
   ringferry bench send --listen 192.0.2.9:4400                       on one host, then on the other:
   ringferry bench send --to 192.0.2.9:4400 --channel 192.0.2.1%eth1=192.0.2.9:4401")]
 pub struct Args {
@@ -66,6 +68,14 @@ pub struct Args {
     #[arg(long)]
     populated: bool,
 
+    /// Send over links of these rates, one channel each, made of network namespaces, veth and tbf for the occasion
+    #[arg(long, value_delimiter = ',', value_name = "RATE", conflicts_with_all = ["to", "listen", "channels"])]
+    link: Vec<Rate>,
+
+    /// Largest packet on these links
+    #[arg(long, default_value_t = MTU, value_name = "BYTES")]
+    mtu: u32,
+
     /// The control address of a receiving process that runs elsewhere with --listen
     #[arg(long, value_name = "ADDRESS:PORT", conflicts_with = "listen")]
     to: Option<SocketAddr>,
@@ -82,6 +92,10 @@ pub struct Args {
     #[arg(long, requires = "listen", hide = true)]
     once: bool,
 }
+
+/// Of links made for the occasion, the one for control, and the port for data on the others.
+const CONTROL_LINK: u8 = 200;
+const DATA_PORT: u16 = 4401;
 
 /// A way of sending.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum, Serialize)]
@@ -154,15 +168,20 @@ impl Measured {
     }
 }
 
-pub fn run(args: Args, output: Output) -> anyhow::Result<ExitCode> {
+pub fn run(mut args: Args, output: Output) -> anyhow::Result<ExitCode> {
     if let Some(address) = args.listen {
         remote::serve(address, args.once, output)?;
         return Ok(ExitCode::SUCCESS);
     }
     ensure!(args.repeat > 0 && args.bytes.bytes >= 1 << 20, "at least one measurement of 1MiB is needed");
-    let mut remote = match args.to {
-        Some(address) => Remote::connect(address)?,
-        None => Remote::spawn()?,
+    let links = (!args.link.is_empty()).then(|| links(&args.link, args.mtu)).transpose()?;
+    let mut remote = match (&links, args.to) {
+        (Some((links, channels)), _) => {
+            args.channel.clone_from(channels);
+            Remote::spawn_at(SocketAddr::from((Links::far_address(CONTROL_LINK), 0)), Some(links.far()))?
+        }
+        (None, Some(address)) => Remote::connect(address)?,
+        (None, None) => Remote::spawn_at(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), None)?,
     };
     if args.to.is_some() && args.channel.is_empty() {
         bail!("--to needs at least one --channel: the way that the data takes");
@@ -195,6 +214,22 @@ pub fn run(args: Args, output: Output) -> anyhow::Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Makes links, moves to their near end, and says which way channels over them go.
+fn links(rates: &[Rate], mtu: u32) -> anyhow::Result<(Links, Vec<ChannelSpec>)> {
+    ensure!(rates.len() < usize::from(CONTROL_LINK), "at most {} links", CONTROL_LINK - 1);
+    let needs = "cannot make links for the measurement (as root, with iproute2?)";
+    let links = Links::new("bench-send").context(needs)?;
+    links.add(CONTROL_LINK, None, mtu).context(needs)?;
+    let mut channels = Vec::new();
+    for (n, rate) in (1..).zip(rates) {
+        links.add(n, Some(rate.bytes_per_s), mtu).context(needs)?;
+        let remote = SocketAddr::from((Links::far_address(n), DATA_PORT));
+        channels.push(format!("{}%v{n}={remote}", Links::near_address(n)).parse()?);
+    }
+    links.enter_near()?;
+    Ok((links, channels))
 }
 
 fn print(case: &BenchSend, output: Output) -> anyhow::Result<()> {

@@ -1,5 +1,8 @@
 //! `ringferry bench send`: one truthful object per case.
 
+use ringferry_testvm::links::Links;
+use ringferry_testvm::skip;
+
 use crate::support::ringferry;
 
 #[test]
@@ -37,6 +40,35 @@ fn each_case_is_one_object_and_on_loopback_nothing_is_called_zero_copied() {
         let registered = object["registered_bytes"].as_u64().unwrap() > 0;
         assert_eq!(registered, object["mode"] == "zc_fixed", "{object}");
     }
+}
+
+#[test]
+fn links_are_made_for_the_occasion_and_each_is_a_channel() {
+    if let Err(reason) = Links::new("can-make") {
+        return skip(&format!("network namespaces cannot be made here: {reason}"));
+    }
+    let run = ringferry(&[
+        "bench",
+        "send",
+        "--json",
+        "--bytes",
+        "8MiB",
+        "--repeat",
+        "1",
+        "--mode",
+        "auto",
+        "--link",
+        "1Gbit/s,500Mbit/s",
+    ]);
+    assert_eq!(run.code, Some(0), "{}", run.stderr);
+    let object = &run.objects()[0];
+    assert_eq!(
+        (object["channels"].as_u64(), object["lost_channels"].as_u64()),
+        (Some(2), Some(0)),
+        "{object}"
+    );
+    let bytes = object["per_channel_bytes"].as_array().unwrap();
+    assert!(bytes.len() == 2 && bytes.iter().all(|bytes| bytes.as_u64() > Some(0)), "{object}");
 }
 
 #[test]

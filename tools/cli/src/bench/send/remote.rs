@@ -125,11 +125,19 @@ pub struct Remote {
 }
 
 impl Remote {
-    /// Starts one on this host.
-    pub fn spawn() -> anyhow::Result<Self> {
+    /// Starts one on this host, at this address, in this network namespace if not in ours.
+    pub fn spawn_at(address: SocketAddr, namespace: Option<&str>) -> anyhow::Result<Self> {
         let program = std::env::current_exe().context("finding this program, to start it as receiver")?;
-        let mut child = Command::new(program)
-            .args(["bench", "send", "--listen", "127.0.0.1:0", "--once", "--json"])
+        let mut command = match namespace {
+            Some(namespace) => {
+                let mut command = Command::new("ip");
+                command.args(["netns", "exec", namespace]).arg(program);
+                command
+            }
+            None => Command::new(program),
+        };
+        let mut child = command
+            .args(["bench", "send", "--listen", &address.to_string(), "--once", "--json"])
             .stdout(Stdio::piped())
             .stdin(Stdio::null())
             .spawn()
