@@ -81,6 +81,9 @@ struct Args {
     prometheus: Option<SocketAddr>,
 }
 
+/// The kernel is looked at as often as this even if the interval is longer.
+const KEEP_UP_EVERY: Duration = Duration::from_secs(10);
+
 const EXAMPLES: &str = "\
 Examples:
   ringferry-profile                      a live table; on a pipe, lines
@@ -142,9 +145,16 @@ fn run(args: &Args) -> anyhow::Result<()> {
             break End::Counted;
         }
         next += args.interval;
-        let asked_to_stop = match &mut table {
-            Some(table) => table.wait(next, &stop)?,
-            None => wait(next, &stop),
+        let asked_to_stop = loop {
+            let until = next.min(Instant::now() + KEEP_UP_EVERY);
+            let asked_to_stop = match &mut table {
+                Some(table) => table.wait(until, &stop)?,
+                None => wait(until, &stop),
+            };
+            if asked_to_stop || until == next {
+                break asked_to_stop;
+            }
+            session.keep_up()?;
         };
         let look = session.look()?;
         if let Some(metrics) = &metrics {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use ringferry_bpf::{Look, Row};
+use ringferry_bpf::{Look, Row, Totals};
 
 use super::mib;
 
@@ -125,10 +125,22 @@ pub(crate) fn headline(look: &Look) -> String {
         plural(vcpus),
         mib(rate)
     );
-    if look.totals.dropped_pushes > 0 {
-        line += &format!(", {} pushes not counted: too many vCPUs", look.totals.dropped_pushes);
+    if let Some(left_out) = not_counted(&look.totals) {
+        line += &format!(", {left_out}");
     }
     line
+}
+
+/// What the totals say is missing from the counts; `None` if nothing is.
+pub(crate) fn not_counted(totals: &Totals) -> Option<String> {
+    let parts = [
+        (totals.dropped_pushes, "pushes (too many vCPUs)"),
+        (totals.dropped_ring_full_exits, "full rings and their overflows (too many vCPUs)"),
+        (totals.dropped_region_pushes, "pushes in regions (too many regions)"),
+    ];
+    let parts: Vec<String> =
+        parts.iter().filter(|(count, _)| *count > 0).map(|(count, of)| format!("{count} {of}")).collect();
+    (!parts.is_empty()).then(|| format!("not counted: {}", parts.join(", ")))
 }
 
 fn plural(count: usize) -> &'static str {
