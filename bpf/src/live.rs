@@ -13,7 +13,7 @@ use ratatui::widgets::{Cell, Row as TableRow, Table as Widget};
 use ratatui::{DefaultTerminal, Frame};
 use ringferry_bpf::{Look, RingId, Row, bars};
 
-use crate::output::{COLUMNS, Choice, Column, headline, region_lines, sampling_line};
+use crate::output::{COLUMNS, Choice, Column, headline, region_lines, sampling_line, that_fit};
 
 /// Intervals that the trend shows.
 const TREND: usize = 12;
@@ -22,14 +22,19 @@ const TICK: Duration = Duration::from_millis(100);
 /// The column sorted by at first.
 const PAGES_PER_S: usize = 4;
 
-const KEYS: &str = " q quit   p pause   < > sort by   r reverse   / filter   Esc clear ";
+const KEYS: &str = " q quit  p pause  < > sort by  r reverse  / filter";
 
 /// What is on the screen, and how the user wants it.
 #[derive(Debug)]
 struct View {
     choice: Choice,
     look: Option<Look>,
+    /// Of every look, also those that a pause keeps from the screen.
     trends: HashMap<RingId, VecDeque<u64>>,
+    /// The trends as they are shown.
+    trend_bars: HashMap<RingId, String>,
+    /// Indices of the columns that the terminal has room for.
+    columns: Vec<usize>,
     sort: usize,
     ascending: bool,
     filter: String,
@@ -96,6 +101,8 @@ impl View {
             choice,
             look: None,
             trends: HashMap::new(),
+            trend_bars: HashMap::new(),
+            columns: (0..COLUMNS.len()).collect(),
             sort: PAGES_PER_S,
             ascending: false,
             filter: String::new(),
@@ -115,6 +122,16 @@ impl View {
         }
         if !self.paused {
             self.look = Some(look.clone());
+            self.trend_bars =
+                self.trends.iter_mut().map(|(id, trend)| (*id, bars(trend.make_contiguous()))).collect();
+        }
+    }
+
+    /// Moves the sort order by so many of the columns that are seen.
+    fn sort_by_another(&mut self, steps: usize) {
+        let at = self.columns.iter().position(|&column| column == self.sort).unwrap_or(0);
+        if let Some(&column) = self.columns.get((at + steps) % self.columns.len().max(1)) {
+            self.sort = column;
         }
     }
 
@@ -136,8 +153,8 @@ impl View {
         match key.code {
             KeyCode::Char('q') => return true,
             KeyCode::Char('p' | ' ') => self.paused = !self.paused,
-            KeyCode::Char('>') | KeyCode::Right => self.sort = (self.sort + 1) % COLUMNS.len(),
-            KeyCode::Char('<') | KeyCode::Left => self.sort = (self.sort + COLUMNS.len() - 1) % COLUMNS.len(),
+            KeyCode::Char('>') | KeyCode::Right => self.sort_by_another(1),
+            KeyCode::Char('<') | KeyCode::Left => self.sort_by_another(self.columns.len().saturating_sub(1)),
             KeyCode::Char('r') => self.ascending = !self.ascending,
             KeyCode::Char('/') => self.typing = true,
             KeyCode::Esc => self.filter.clear(),
@@ -162,7 +179,8 @@ impl View {
         rows
     }
 
-    fn draw(&self, frame: &mut Frame) {
+    fn draw(&mut self, frame: &mut Frame) {
+        self.columns = that_fit(frame.area().width.into());
         let strips: Vec<Line> =
             self.look.iter().flat_map(|look| &look.vms).flat_map(below).map(Line::from).collect();
         // The strips take at most half of the screen.
@@ -195,15 +213,21 @@ impl View {
     fn bottom_line(&self) -> Line<'static> {
         if self.typing {
             Line::from(format!(" filter: {}_   Enter keep   Esc clear", self.filter)).reversed()
-        } else if self.filter.is_empty() {
-            Line::from(KEYS).reversed()
         } else {
-            Line::from(format!("{KEYS}  filter: {} ", self.filter)).reversed()
+            let mut text = KEYS.to_owned();
+            if !self.filter.is_empty() {
+                text += &format!("  filter: {} (Esc clears)", self.filter);
+            }
+            if self.columns.len() < COLUMNS.len() {
+                text += &format!("  {} more columns in a wider window", COLUMNS.len() - self.columns.len());
+            }
+            Line::from(text).reversed()
         }
     }
 
     fn table<'a>(&'a self, look: &'a Look) -> Widget<'a> {
-        let titles = COLUMNS.iter().enumerate().map(|(index, column)| {
+        let columns = || self.columns.iter().map(|&index| (index, &COLUMNS[index]));
+        let titles = columns().map(|(index, column)| {
             let arrow = if index != self.sort {
                 ""
             } else if self.ascending {
@@ -216,15 +240,15 @@ impl View {
         });
         let titles = titles.chain([Cell::from("TREND")]);
         let rows = self.rows(look).into_iter().map(|row| {
-            let trend: Vec<u64> =
-                self.trends.get(&row.id).map(|trend| trend.iter().copied().collect()).unwrap_or_default();
-            let cells = COLUMNS.iter().map(|column| cell(column, (column.cell)(row, look.interval)));
-            TableRow::new(cells.chain([Cell::from(bars(&trend)).style(Style::new().fg(Color::Green))]))
+            let cells = columns().map(|(_, column)| cell(column, (column.cell)(row, look.interval)));
+            let trend = self.trend_bars.get(&row.id).cloned().unwrap_or_default();
+            TableRow::new(cells.chain([Cell::from(trend).style(Style::new().fg(Color::Green))]))
                 .style(style(row))
         });
         let widths =
-            COLUMNS.iter().map(|column| Constraint::Length(u16::try_from(column.width).unwrap_or(16)));
-        let trend = Constraint::Length(u16::try_from(TREND).unwrap_or(12));
+            columns().map(|(_, column)| Constraint::Length(u16::try_from(column.width).unwrap_or(16)));
+        // What is left to it.
+        let trend = Constraint::Max(u16::try_from(TREND).unwrap_or(12));
         Widget::new(rows, widths.chain([trend])).header(TableRow::new(titles).add_modifier(Modifier::BOLD))
     }
 }
@@ -240,7 +264,7 @@ fn cell(column: &Column, text: String) -> Cell<'static> {
 }
 
 fn style(row: &Row) -> Style {
-    if row.overflows > 0 {
+    if row.overflows_so_far > 0 {
         Style::new().fg(Color::Red).add_modifier(Modifier::BOLD)
     } else if row.dirty_pages.is_none() || row.ended {
         Style::new().fg(Color::DarkGray)

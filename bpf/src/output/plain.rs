@@ -36,7 +36,7 @@ impl Plain {
         for row in rows {
             let cells: Vec<String> =
                 COLUMNS.iter().map(|column| column.padded(&(column.cell)(row, look.interval))).collect();
-            let style = if row.overflows > 0 { ALARM } else { Style::new() };
+            let style = if row.overflows_so_far > 0 { ALARM } else { Style::new() };
             writeln!(out, "{style}{time} {}{style:#}", cells.join(" ").trim_end())?;
             self.lines += 1;
         }
