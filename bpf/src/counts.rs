@@ -74,6 +74,10 @@ impl RingMaps {
         for counts in &mut counts {
             counts.ended = !counts.is_of_someone_in(inventory);
         }
+        self.with_ended(counts)
+    }
+
+    fn with_ended(&self, mut counts: Vec<VcpuCounts>) -> Vec<VcpuCounts> {
         counts.extend_from_slice(&self.ended);
         counts.sort_by_key(|counts| (counts.pid, counts.vm, counts.vcpu, counts.ring));
         counts
@@ -115,7 +119,7 @@ impl RingMaps {
             self.ended.push(VcpuCounts { pushes, ended: true, ..counts });
             self.delete(ring)?;
         }
-        Ok(self.with_ends(all, inventory))
+        Ok(self.with_ended(all))
     }
 
     /// Makes the entries of a ring before its first event, which is then judged by the indices of now.

@@ -15,8 +15,10 @@ use ringferry_bpf::{Look, RingId, Row, bars};
 
 use crate::output::{COLUMNS, Choice, Column, headline, region_lines, sampling_line, that_fit};
 
-/// Intervals that the trend shows.
+/// Intervals that the trend shows where there is room.
 const TREND: usize = 12;
+/// Less than this says nothing.
+const TREND_MIN: usize = 6;
 /// How soon a signal or a resize is noticed.
 const TICK: Duration = Duration::from_millis(100);
 /// The column sorted by at first.
@@ -35,6 +37,8 @@ struct View {
     trend_bars: HashMap<RingId, String>,
     /// Indices of the columns that the terminal has room for.
     columns: Vec<usize>,
+    /// Intervals of the trend that there is room for beside them.
+    trend_cells: usize,
     sort: usize,
     ascending: bool,
     filter: String,
@@ -103,6 +107,7 @@ impl View {
             trends: HashMap::new(),
             trend_bars: HashMap::new(),
             columns: (0..COLUMNS.len()).collect(),
+            trend_cells: 0,
             sort: PAGES_PER_S,
             ascending: false,
             filter: String::new(),
@@ -180,7 +185,11 @@ impl View {
     }
 
     fn draw(&mut self, frame: &mut Frame) {
-        self.columns = that_fit(frame.area().width.into());
+        let width = usize::from(frame.area().width);
+        self.columns = that_fit(width);
+        let used: usize = self.columns.iter().map(|&index| COLUMNS[index].width + 1).sum();
+        self.trend_cells =
+            Some(width.saturating_sub(used)).filter(|&left| left >= TREND_MIN).unwrap_or(0).min(TREND);
         let strips: Vec<Line> =
             self.look.iter().flat_map(|look| &look.vms).flat_map(below).map(Line::from).collect();
         // The strips take at most half of the screen.
@@ -241,14 +250,15 @@ impl View {
         let titles = titles.chain([Cell::from("TREND")]);
         let rows = self.rows(look).into_iter().map(|row| {
             let cells = columns().map(|(_, column)| cell(column, (column.cell)(row, look.interval)));
-            let trend = self.trend_bars.get(&row.id).cloned().unwrap_or_default();
+            let trend: Vec<char> =
+                self.trend_bars.get(&row.id).map_or_else(Vec::new, |bars| bars.chars().collect());
+            let trend: String = trend[trend.len().saturating_sub(self.trend_cells)..].iter().collect();
             TableRow::new(cells.chain([Cell::from(trend).style(Style::new().fg(Color::Green))]))
                 .style(style(row))
         });
         let widths =
             columns().map(|(_, column)| Constraint::Length(u16::try_from(column.width).unwrap_or(16)));
-        // What is left to it.
-        let trend = Constraint::Max(u16::try_from(TREND).unwrap_or(12));
+        let trend = Constraint::Length(u16::try_from(self.trend_cells).unwrap_or(0));
         Widget::new(rows, widths.chain([trend])).header(TableRow::new(titles).add_modifier(Modifier::BOLD))
     }
 }

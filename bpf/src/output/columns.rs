@@ -10,6 +10,7 @@ use super::mib;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Column {
     pub title: &'static str,
+    /// One more than the title, for the arrow of the sort order.
     pub width: usize,
     /// Where there is no room for all, those of the least worth go first.
     pub worth: u8,
@@ -41,7 +42,7 @@ pub(crate) const COLUMNS: [Column; 15] = [
         cell: |row, _| row.vm.clone(),
         rank: |row| f64::from(row.pid),
     },
-    number("VCPU", 4, 15, |row, _| row.vcpu.to_string(), |row| f64::from(row.vcpu)),
+    number("VCPU", 5, 15, |row, _| row.vcpu.to_string(), |row| f64::from(row.vcpu)),
     number(
         "TID",
         7,
@@ -74,14 +75,14 @@ pub(crate) const COLUMNS: [Column; 15] = [
     ),
     number(
         "AVGMiB/s",
-        8,
+        9,
         1,
         |row, _| tenth(row.average_pages_per_s.map(mib)),
         |row| row.average_pages_per_s.unwrap_or(-1.0),
     ),
     number(
         "SHARE",
-        5,
+        6,
         7,
         |row, _| row.share.map_or_else(|| NONE.to_owned(), |share| format!("{:.0}%", share * 100.0)),
         |row| row.share.unwrap_or(-1.0),
@@ -107,10 +108,10 @@ pub(crate) const COLUMNS: [Column; 15] = [
         |row, interval| rate(row, row.ring_full_exits, interval),
         |row| row.ring_full_exits as f64,
     ),
-    number("RESET/s", 7, 2, |row, interval| rate(row, row.resets, interval), |row| row.resets as f64),
+    number("RESET/s", 8, 2, |row, interval| rate(row, row.resets, interval), |row| row.resets as f64),
     number(
         "OVERFLOW",
-        8,
+        9,
         13,
         |row, _| if row.ring.is_some() { row.overflows_so_far.to_string() } else { NONE.to_owned() },
         |row| row.overflows_so_far as f64,
