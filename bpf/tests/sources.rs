@@ -386,18 +386,14 @@ fn a_nearly_full_ring_that_is_recycled_while_its_vcpu_runs_on_is_no_overflow() {
         let mine = vms.iter().find(|vm| vm.creator_tid == me()).expect("the VM is there");
         mine.vcpus[0].ring_used
     };
-    let mut nearly_full = 0;
-    for _ in 0..8 {
+    // How much is pushed before the kernel begins to recycle depends on the machine: it is met in some of the rounds.
+    for nearly_full in (60_000..65_000).step_by(500) {
         let end = Instant::now() + Duration::from_secs(2);
-        while used(&indices) < 65_000 && Instant::now() < end {
-            std::thread::sleep(Duration::from_micros(100));
-        }
-        nearly_full += u32::from(used(&indices) >= 65_000);
+        while used(&indices) < nearly_full && Instant::now() < end {}
         harvest_for(&mut tracker, &vm, 1, Duration::ZERO, || {});
     }
     writer.stop();
     tracker.stop().unwrap();
-    eprintln!("{nearly_full} times nearly full");
     let (by_push, by_index) = (my_counts(&mut pushes)[0], my_counts(&mut indices)[0]);
     assert_eq!((by_push.pushes, by_push.overflows), (by_index.pushes, 0));
     assert_eq!((by_index.overflows, by_index.overwritten), (0, 0), "{by_index:?}");
