@@ -2,9 +2,12 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
+use std::os::fd::AsFd;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
 use ratatui::layout::{Alignment, Constraint, Layout};
 use ratatui::style::{Color, Modifier, Style, Stylize};
@@ -49,13 +52,14 @@ struct View {
 /// The terminal in its alternate screen; dropping this gives it back.
 #[derive(Debug)]
 pub(crate) struct Table {
-    terminal: DefaultTerminal,
+    /// Until it is dropped.
+    terminal: Option<DefaultTerminal>,
     view: View,
 }
 
 impl Table {
     pub(crate) fn open(choice: Choice) -> io::Result<Self> {
-        let mut table = Self { terminal: ratatui::try_init()?, view: View::new(choice) };
+        let mut table = Self { terminal: Some(ratatui::try_init()?), view: View::new(choice) };
         table.draw()?;
         Ok(table)
     }
@@ -66,17 +70,17 @@ impl Table {
         self.draw()
     }
 
-    /// Handles keys until then; returns whether the user wants to quit.
+    /// Handles keys until then; returns whether the user wants to quit, or has hung up.
     pub(crate) fn wait(&mut self, until: Instant, stop: &Receiver<()>) -> io::Result<bool> {
         loop {
             let left = until.saturating_duration_since(Instant::now());
-            if stop.try_recv().is_ok() {
+            if stop.try_recv().is_ok() || is_gone_within(left.min(TICK))? {
                 return Ok(true);
             }
             if left.is_zero() {
                 return Ok(false);
             }
-            if event::poll(left.min(TICK))? {
+            while event::poll(Duration::ZERO)? {
                 if let Event::Key(key) = event::read()?
                     && key.kind == KeyEventKind::Press
                     && self.view.press(key)
@@ -89,13 +93,33 @@ impl Table {
     }
 
     fn draw(&mut self) -> io::Result<()> {
-        self.terminal.draw(|frame| self.view.draw(frame)).map(|_| ())
+        let drawn =
+            self.terminal.as_mut().map(|terminal| terminal.draw(|frame| self.view.draw(frame)).map(drop));
+        drawn.unwrap_or(Ok(()))
     }
 }
 
 impl Drop for Table {
     fn drop(&mut self) {
-        ratatui::restore();
+        match self.terminal.take() {
+            // It cannot be given back, and ratatui would panic when it cannot even say so.
+            Some(terminal) if is_gone_within(Duration::ZERO).unwrap_or(true) => std::mem::forget(terminal),
+            _ => ratatui::restore(),
+        }
+    }
+}
+
+/// Waits so long for input or a signal. Returns whether the terminal is gone: crossterm would read its end for ever.
+fn is_gone_within(time: Duration) -> io::Result<bool> {
+    let stdin = io::stdin();
+    let mut terminal = [PollFd::new(stdin.as_fd(), PollFlags::POLLIN)];
+    match poll(&mut terminal, PollTimeout::try_from(time).unwrap_or(PollTimeout::ZERO)) {
+        Ok(_) => Ok(terminal[0].revents().is_some_and(|events| {
+            events.intersects(PollFlags::POLLHUP | PollFlags::POLLERR | PollFlags::POLLNVAL)
+        })),
+        // A resize, or the end.
+        Err(Errno::EINTR) => Ok(false),
+        Err(error) => Err(error.into()),
     }
 }
 

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use clap::Parser;
+use nix::errno::Errno;
 use ringferry_bpf::{Inventory, Look, Session, SessionOptions, vm_name};
 
 mod live;
@@ -97,8 +98,8 @@ Exit codes: 0 success, 1 failure, 2 wrong usage.";
 fn main() -> ExitCode {
     match run(&Args::parse()) {
         Ok(()) => ExitCode::SUCCESS,
-        // Whoever read us has seen enough: `ringferry-profile | head`.
-        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        // Whoever read us has seen enough: `ringferry-profile | head`, or a terminal that was closed.
+        Err(error) if nobody_reads(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
@@ -234,8 +235,10 @@ fn parse_interval(text: &str) -> Result<Duration, String> {
     }
 }
 
-fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+fn nobody_reads(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|error| {
+        error.kind() == io::ErrorKind::BrokenPipe || error.raw_os_error() == Some(Errno::EIO as i32)
+    })
 }
 
 /// The vCPUs of a look that were asked for, those that dirty most first if only some are, and how many are left out.
