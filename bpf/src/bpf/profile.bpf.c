@@ -511,8 +511,9 @@ int inventory(struct bpf_iter__task_file *ctx)
 		record.vcpu.ring = (u64)vcpu + bpf_core_field_offset(struct kvm_vcpu, dirty_ring);
 		record.vcpu.vcpu = BPF_CORE_READ(vcpu, vcpu_id);
 		record.vcpu.tid = BPF_CORE_READ(vcpu, pid, numbers[0].nr);
-		record.vcpu.dirty_index = BPF_CORE_READ(vcpu, dirty_ring.dirty_index);
+		/* In this order: a reset index that is read later may be beyond the dirty one. */
 		record.vcpu.reset_index = BPF_CORE_READ(vcpu, dirty_ring.reset_index);
+		record.vcpu.dirty_index = BPF_CORE_READ(vcpu, dirty_ring.dirty_index);
 		record.vcpu.ring_entries = BPF_CORE_READ(kvm, dirty_ring_size) ? BPF_CORE_READ(vcpu, dirty_ring.size) : 0;
 		record.vcpu.creator = BPF_CORE_READ(kvm, userspace_pid);
 		bpf_seq_write(ctx->meta->seq, &record, sizeof(record));
