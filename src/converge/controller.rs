@@ -293,6 +293,7 @@ impl Controller {
             let dirtied_bytes = self.dirty_now() * PAGE_SIZE as f64;
             self.rule.on_sync(at, dirtied_bytes, seen.bytes_acked as f64, parameters);
         }
+        self.plan(now);
         match self.switch_if_it_fits(now, self.dirty_now() + self.dirtied_until_stopped()) {
             Action::Continue => self.must_end(now, true).unwrap_or(Action::Continue),
             action => action,

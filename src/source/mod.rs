@@ -6,6 +6,7 @@
 //! [`SourceError::Unconfirmed`].
 
 mod report;
+mod slice;
 mod steering;
 
 use std::sync::atomic::AtomicBool;
@@ -15,6 +16,7 @@ use std::time::{Duration, Instant};
 
 pub use report::{ChannelReport, LossReport, SourceReport};
 
+use self::slice::ShortSlice;
 use self::steering::{Steering, switchover_overhead};
 use crate::converge::{Action, LastCheck, Why};
 use crate::layout::{GuestMemory, PAGE_SIZE, PageRun};
@@ -294,6 +296,7 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Source<'a, V, D> {
     /// Sends rounds while the guest runs, until the controller says that it is time. Returns with the guest
     /// standing still, and with what is left to send.
     fn precopy(&mut self, sender: &mut Sender, populated: PageSet) -> Result<PageSet, SourceError> {
+        let _looks_in_time = ShortSlice::for_this_thread();
         let verified_pages = if self.options.verify { populated.len() } else { 0 };
         let overhead = switchover_overhead(verified_pages);
         let vcpus = self.tracker.vcpus();
@@ -311,17 +314,19 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Source<'a, V, D> {
                 round.pages_dirtied = dirty.len();
             }
             self.publish_round();
-            if self.standstill.is_some() {
-                break dirty;
-            }
-            let action = steering.round_ended(&observed, dirty.len(), counters.totals());
+            let action = match self.standstill {
+                Some(_) => None,
+                None => Some(steering.round_ended(&observed, dirty.len(), counters.totals())),
+            };
             if self.report.rounds.len() == 1 {
                 self.report.prediction_after_round_1 = steering.prediction();
             }
             match action {
-                Action::Continue => {}
-                Action::GiveUp(_) => return Err(SourceError::GaveUp),
-                Action::SwitchOver(why) => {
+                // Stopped in the middle of the round.
+                None => break dirty,
+                Some(Action::Continue) => {}
+                Some(Action::GiveUp(_)) => return Err(SourceError::GaveUp),
+                Some(Action::SwitchOver(why)) => {
                     self.stop_guest(&mut steering, &mut dirty)?;
                     if self.stays_stopped(&mut steering, why, dirty.len())? {
                         break dirty;
