@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::curve::Curve;
 use super::model::{Brake, Forecast, Model, Outcome, Round, Terms};
 use super::plan::SHRINKING;
-use super::throttle::{LONGEST_STALL, LONGEST_STALL_EVER, Throttle};
+use super::throttle::{LONGEST_STALL, LONGEST_STALL_EVER, SHORTEST_RUN, Throttle};
 use super::units::{duration, sane, whole};
 use super::{
     Action, AtTimeout, AutoConverge, Change, DirtyLimit, Event, FairShare, Gate, LastCheck, Observation,
@@ -28,6 +28,8 @@ const RAW_PAGE_BYTES: f64 = PAGE_SIZE as f64 + 16.0;
 /// Time between two observations, and while vCPUs are held back by pages.
 const LOOK: Duration = Duration::from_millis(1);
 const LOOK_WHILE_BRAKING: Duration = Duration::from_micros(200);
+/// And while one of them has come out of a stall and, as likely as not, has to go into the next one.
+const LOOK_BETWEEN_STALLS: Duration = Duration::from_micros(100);
 /// Pages that say what a page costs.
 const ENOUGH_PAGES: f64 = 16_384.0;
 /// Time between two rounds, until it is measured.
@@ -44,7 +46,9 @@ const LONGEST_GATE_S: f64 = 0.1;
 /// A switchover that had to be called off lowers the next one's limit to this share.
 const CAREFUL: f64 = 0.9;
 /// Longer stalls are used if they end the migration in less than this share of the time.
-const WORTH_LONGER: f64 = 0.6;
+const WORTH_LONGER: f64 = 0.5;
+/// Braking for this long must not have changed that: a busy moment is no reason.
+const LONGER_WANTED: Duration = Duration::from_millis(150);
 /// A braked round is let go if another plan costs the guest so much less: this share, and this many seconds.
 const LET_GO_SHARE: f64 = 0.75;
 const LET_GO_S: f64 = 0.25;
@@ -98,8 +102,11 @@ pub struct Controller {
     /// From a vCPU's overdraft to its gate being closed on it, as measured.
     gate_s: f64,
     gate_measured: bool,
+    looked_at: Duration,
     look_due: Duration,
     longest_stall: Duration,
+    /// Since when braking wants longer stalls.
+    longer_wanted: Option<Duration>,
     called_off: u32,
     sequence: u64,
     events: VecDeque<Event>,
@@ -112,6 +119,7 @@ impl Controller {
             told_downtime: settings.limits.downtime,
             gate_s: settings.gate_latency.as_secs_f64(),
             gate_measured: false,
+            looked_at: Duration::ZERO,
             look_due: Duration::MAX,
             settings,
             model: Model::default(),
@@ -134,6 +142,7 @@ impl Controller {
             told_throttling: (0, 0),
             told_late: false,
             longest_stall: LONGEST_STALL,
+            longer_wanted: None,
             called_off: 0,
             sequence: 0,
             events: VecDeque::new(),
@@ -186,8 +195,15 @@ impl Controller {
     /// How long to wait until the next observation. While someone is held back by pages, what it overdraws is what
     /// it dirties between two looks.
     pub fn next_look(&self) -> Duration {
-        let by_pages = |share: &Share| matches!(share.quota, Some(Quota::Pages(_)));
-        if self.shares.iter().any(by_pages) { LOOK_WHILE_BRAKING } else { LOOK }
+        let now = self.looked_at;
+        let of_vcpu = |((share, throttle), gate): ((&Share, &Throttle), &Gate)| match (share.quota, gate) {
+            (Some(Quota::Pages(_)), Gate::ClosedUntil(until)) => until.saturating_sub(now) + SHORTEST_RUN,
+            (Some(Quota::Pages(_)), Gate::Open) if throttle.is_between_stalls(now) => LOOK_BETWEEN_STALLS,
+            (Some(Quota::Pages(_)), Gate::Open) => LOOK_WHILE_BRAKING,
+            _ => LOOK,
+        };
+        let vcpus = self.shares.iter().zip(&self.throttles).zip(&self.gates);
+        vcpus.map(of_vcpu).fold(LOOK, Duration::min)
     }
 
     /// λ of the current round, if it is braked.
@@ -268,6 +284,7 @@ impl Controller {
                 self.gate_s += NEWEST_GATE * (overrun_s.min(LONGEST_GATE_S) - self.gate_s);
             }
         }
+        self.looked_at = now;
         self.look_due = now + self.next_look();
         self.downtime_limit_told(now);
         let left = (self.round.pages - self.round.done).max(0.0) + self.dirty_now();
@@ -548,11 +565,11 @@ impl Controller {
             &timed
         };
         // Longer stalls, if nothing else ends, or ends much later: a guest that cannot be held within short ones
-        // would never arrive.
+        // would never arrive. They are counted on at once, and used when it is certain that it takes them.
         let mut terms = *terms;
         let mut plan = plan::plan(model, &terms, round, &rules);
         let brakes = |plan: plan::Plan| plan.forecast.lost_s > plan.forecast.downtime_s;
-        if later_round && plan.is_none_or(brakes) {
+        if plan.is_none_or(brakes) {
             let longest = Terms { longest_stall_s: LONGEST_STALL_EVER.as_secs_f64(), ..terms };
             let best = plan::plan(model, &longest, round, &rules);
             let finish = |plan: Option<plan::Plan>| plan.map_or(f64::INFINITY, |plan| plan.forecast.finish_s);
@@ -591,7 +608,9 @@ impl Controller {
         self.set_shares(now, &terms, round, &allowed, fair_share.min_share);
         if plan.is_some() {
             let longest = duration(terms.longest_stall_s);
-            if longest > self.longest_stall {
+            let wanted = longest > self.longest_stall && target.is_some();
+            self.longer_wanted = wanted.then(|| self.longer_wanted.unwrap_or(now));
+            if self.longer_wanted.is_some_and(|since| now.saturating_sub(since) >= LONGER_WANTED) {
                 self.longest_stall = longest;
                 self.tell(now, Change::LongestStall(longest));
             }

@@ -12,14 +12,18 @@ use super::units::{Pages, duration, sane};
 /// Buckets are refilled this often.
 pub const SLICE: Duration = Duration::from_millis(5);
 
-/// No gate stays closed for longer at a stretch, whatever a vCPU has overdrawn.
-pub const LONGEST_STALL: Duration = Duration::from_millis(10);
+/// No gate stays closed for longer at a stretch, whatever a vCPU has overdrawn: with the time that a busy host takes to
+/// let the vCPU run again, its guest feels some 10 ms.
+pub const LONGEST_STALL: Duration = Duration::from_millis(8);
 
 /// Where a guest cannot be held within such stalls, they may become as long as this (and the controller says so).
 pub const LONGEST_STALL_EVER: Duration = Duration::from_millis(160);
 
-/// After a stall a vCPU runs at least this long before its gate may close again, so that two stalls are two.
-const SHORTEST_RUN: Duration = Duration::from_micros(200);
+/// After a stall a vCPU has this long, and dirties a page, before its gate may close again, so that two stalls are two: on
+/// a busy host it may have to wait for a CPU first.
+pub(crate) const SHORTEST_RUN: Duration = Duration::from_micros(100);
+/// It is expected to have done so by then.
+const USUAL_RUN: Duration = Duration::from_millis(2);
 
 /// QEMU's auto-converge lets a vCPU run this long between two sleeps (`CPU_THROTTLE_TIMESLICE_NS`).
 const QEMU_TIMESLICE: Duration = Duration::from_millis(10);
@@ -114,8 +118,8 @@ impl TokenBucket {
 pub struct Throttle {
     quota: Option<Quota>,
     bucket: Option<TokenBucket>,
-    /// When the last stall began and ends.
-    stall: Option<(Duration, Duration)>,
+    /// When the last stall ends, and the pages dirtied when last seen in it.
+    stall: Option<(Duration, Pages)>,
     /// The pages dirtied when the last stall began, if it was as long as may be.
     full_stall: Option<Pages>,
     overrun: Option<Pages>,
@@ -162,11 +166,14 @@ impl Throttle {
             (Quota::QemuTime(share), _) => duty_cycle(now, QEMU_TIMESLICE, sane(share).min(0.99)),
         };
         let bounded = !matches!(quota, Quota::QemuTime(_));
-        if let Some((_, until)) = self.stall {
-            if now < until {
-                return Gate::ClosedUntil(until);
+        if let Some((until, seen)) = &mut self.stall {
+            if now < *until {
+                *seen = dirtied;
+                return Gate::ClosedUntil(*until);
             }
-            if now < until + SHORTEST_RUN {
+            let by_pages = matches!(quota, Quota::Pages(_));
+            let ran = now >= *until + SHORTEST_RUN && (dirtied != *seen || !by_pages);
+            if !ran {
                 return Gate::Open;
             }
         }
@@ -179,7 +186,7 @@ impl Throttle {
                     bucket.forgive(until - now);
                 }
                 self.measure(dirtied, until < wanted);
-                self.stall = Some((now, until));
+                self.stall = Some((until, dirtied));
                 Gate::ClosedUntil(until)
             }
             _ => {
@@ -195,6 +202,11 @@ impl Throttle {
         let before = self.full_stall.filter(|before| *before <= dirtied);
         self.overrun = before.map(|before| Pages(dirtied.0 - before.0));
         self.full_stall = cut_short.then_some(dirtied);
+    }
+
+    /// Whether it has come out of a stall a moment ago, and may have to go into the next one.
+    pub fn is_between_stalls(&self, now: Duration) -> bool {
+        self.stall.is_some_and(|(until, _)| until <= now && now < until + USUAL_RUN)
     }
 
     /// Pages that the vCPU dirtied between its last two stalls, if it should not have dirtied any.

@@ -8,7 +8,7 @@ use crate::converge::{
 };
 use crate::layout::{GuestMemory, PAGE_SIZE};
 use crate::progress::{self, Event, Progress};
-use crate::track::{DirtySource, Observed, SeenDirty, TrackError, VcpuHandle};
+use crate::track::{self, DirtySource, Observed, SeenDirty, TrackError, VcpuHandle};
 use crate::transport::{SendHandle, Totals};
 use crate::vm::Vm;
 
@@ -22,6 +22,7 @@ pub(super) struct Steering {
     vcpus: Vec<SteeredVcpu>,
     samples: Vec<VcpuSample>,
     seen: SeenDirty,
+    look_took: Duration,
     last_look: (Duration, Vec<u64>),
     totals_before_round: Totals,
 }
@@ -31,7 +32,20 @@ struct SteeredVcpu {
     handle: VcpuHandle,
     throttled_before: Duration,
     gate: Gate,
+    /// When its gate opens by itself, which is no later than 10 ms after it was closed.
+    opens_at: Duration,
 }
+
+impl SteeredVcpu {
+    fn close(&mut self, until: Duration, now: Duration) {
+        let wait = until.saturating_sub(now).min(track::Gate::CLOSED_MAX);
+        self.handle.gate().close_for(wait);
+        self.opens_at = now + wait;
+    }
+}
+
+/// A stall that is to last longer than a gate stays closed is renewed this long before the gate opens.
+const RENEW_BEFORE: Duration = Duration::from_millis(4);
 
 impl Steering {
     /// Takes the wheel of a migration of `memory` that began at `started`. `overhead` is what the switchover takes
@@ -56,6 +70,7 @@ impl Steering {
         let steered = |handle: VcpuHandle| SteeredVcpu {
             throttled_before: handle.gate().throttled(),
             gate: Gate::Open,
+            opens_at: Duration::ZERO,
             handle,
         };
         Self {
@@ -65,6 +80,7 @@ impl Steering {
             terms_version,
             samples: Vec::with_capacity(vcpus.len()),
             seen: SeenDirty::new(memory.end()),
+            look_took: Duration::ZERO,
             vcpus: vcpus.into_iter().map(steered).collect(),
             last_look: (Duration::ZERO, Vec::new()),
             totals_before_round: Totals::default(),
@@ -100,6 +116,7 @@ impl Steering {
                 settings.switchover_bandwidth = terms.switchover_bandwidth;
             });
         }
+        let began = Instant::now();
         let observed = if self.controller.leaves_redirtied() {
             let observed = tracker.observe_into(&mut self.seen)?;
             sender.strike_off(|undealt| self.seen.strike_off(undealt));
@@ -110,6 +127,7 @@ impl Steering {
         };
         let action = self.act(&observed, sender.totals(), None);
         self.apply_gates(vm);
+        self.look_took = began.elapsed();
         Ok(action)
     }
 
@@ -125,9 +143,9 @@ impl Steering {
         check
     }
 
-    /// When to look again.
+    /// When to look again: when the controller wants, but looking is not to be all that this thread does.
     pub fn next_look(&self) -> Duration {
-        self.controller.next_look()
+        self.controller.next_look().max(self.look_took * 2)
     }
 
     /// What was expected at the last look.
@@ -183,14 +201,16 @@ impl Steering {
         let now = self.started.elapsed();
         for (index, (vcpu, wanted)) in self.vcpus.iter_mut().zip(self.controller.gates()).enumerate() {
             match *wanted {
-                // A gate opens by itself after a while; a longer stall is renewed at each look.
-                Gate::ClosedUntil(until) if *wanted == vcpu.gate && until > now => {
-                    vcpu.handle.gate().close_for(until.saturating_sub(now));
+                // A gate opens by itself after a while: a longer stall is renewed shortly before.
+                Gate::ClosedUntil(until) if *wanted == vcpu.gate => {
+                    if until > vcpu.opens_at && now + RENEW_BEFORE > vcpu.opens_at {
+                        vcpu.close(until, now);
+                    }
                 }
                 wanted if wanted == vcpu.gate => {}
                 Gate::Open => vcpu.handle.gate().open(),
                 Gate::ClosedUntil(until) => {
-                    vcpu.handle.gate().close_for(until.saturating_sub(now));
+                    vcpu.close(until, now);
                     vm.kick(index);
                 }
             }

@@ -10,9 +10,6 @@ use std::time::Duration;
 
 use super::figures::Counter;
 
-/// The longest that one closing may last: a vCPU that waits longer looks hung to its guest.
-const CLOSED_MAX: Duration = Duration::from_millis(10);
-
 /// A time that nobody waits for.
 const LONG_PAST: u64 = 1;
 
@@ -42,10 +39,13 @@ pub struct Gate {
 }
 
 impl Gate {
+    /// The longest that one closing may last: a vCPU that waits longer looks hung to its guest.
+    pub const CLOSED_MAX: Duration = Duration::from_millis(10);
+
     /// Keeps the vCPU out of the guest for `wait` from now, 10 ms at most; what was set before no longer counts.
     /// A vCPU that is inside must be kicked to notice.
     pub fn close_for(&self, wait: Duration) {
-        let wait_ns = u64::try_from(wait.min(CLOSED_MAX).as_nanos()).unwrap_or(u64::MAX);
+        let wait_ns = u64::try_from(wait.min(Self::CLOSED_MAX).as_nanos()).unwrap_or(u64::MAX);
         self.set(now_ns() + wait_ns);
     }
 
@@ -192,7 +192,7 @@ mod tests {
     #[test]
     fn opening_wakes_a_waiting_vcpu() {
         let gate = Gate::default();
-        gate.close_for(CLOSED_MAX);
+        gate.close_for(Gate::CLOSED_MAX);
         thread::scope(|scope| {
             let vcpu = scope.spawn(|| gate.pass());
             gate.open();

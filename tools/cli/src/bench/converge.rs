@@ -50,7 +50,7 @@ pub struct Args {
     timeout: Time,
 
     /// Time from a kick to its vCPU having stopped
-    #[arg(long, value_name = "TIME", default_value = "400us")]
+    #[arg(long, value_name = "TIME", default_value = "250us")]
     kick: Time,
 }
 
