@@ -7,9 +7,9 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use super::curve::Curve;
-use super::model::{Brake, Forecast, Model, Outcome, Round, Terms};
+use super::model::{Brake, FAIR, Forecast, Model, Outcome, Round, Terms};
 use super::plan::SHRINKING;
-use super::throttle::{LONGEST_STALL, LONGEST_STALL_EVER, SHORTEST_RUN, Throttle};
+use super::throttle::{LONGEST_STALL, SHORTEST_RUN, Throttle};
 use super::units::{duration, sane, whole};
 use super::{
     Action, AtTimeout, AutoConverge, Change, DirtyLimit, Event, FairShare, Gate, LastCheck, Observation,
@@ -45,9 +45,7 @@ const NEWEST_LOOK: f64 = 0.02;
 const LONGEST_GATE_S: f64 = 0.1;
 /// A switchover that had to be called off lowers the next one's limit to this share.
 const CAREFUL: f64 = 0.9;
-/// Longer stalls are used if they end the migration in less than this share of the time.
-const WORTH_LONGER: f64 = 0.5;
-/// Braking for this long must not have changed that: a busy moment is no reason.
+/// Stalls become longer when braking has wanted that for so long: a busy moment is no reason.
 const LONGER_WANTED: Duration = Duration::from_millis(150);
 /// A braked round is let go if another plan costs the guest so much less: this share, and this many seconds.
 const LET_GO_SHARE: f64 = 0.75;
@@ -420,6 +418,7 @@ impl Controller {
             overhead_s: self.settings.switchover_overhead.as_secs_f64(),
             round_overhead_s: ROUND_OVERHEAD_S,
             longest_stall_s: self.longest_stall.as_secs_f64(),
+            fair: FAIR,
             gate_s: self.gate_s,
             ram: self.settings.ram.as_f64(),
         })
@@ -564,26 +563,11 @@ impl Controller {
             timed = Model { curves, held, ..Model::default() };
             &timed
         };
-        // Longer stalls, if nothing else ends, or ends much later: a guest that cannot be held within short ones
-        // would never arrive. They are counted on at once, and used when it is certain that it takes them.
-        let mut terms = *terms;
-        let mut plan = plan::plan(model, &terms, round, &rules);
-        let brakes = |plan: plan::Plan| plan.forecast.lost_s > plan.forecast.downtime_s;
-        if plan.is_none_or(brakes) {
-            let longest = Terms { longest_stall_s: LONGEST_STALL_EVER.as_secs_f64(), ..terms };
-            let best = plan::plan(model, &longest, round, &rules);
-            let finish = |plan: Option<plan::Plan>| plan.map_or(f64::INFINITY, |plan| plan.forecast.finish_s);
-            while finish(best) < WORTH_LONGER * finish(plan)
-                && terms.longest_stall_s < longest.longest_stall_s
-            {
-                terms.longest_stall_s *= 2.0;
-                plan = plan::plan(model, &terms, round, &rules);
-            }
-        }
+        let (mut plan, mut terms) = plan::plan_on_terms(model, *terms, round, &rules);
         let late = remaining.is_some() && plan.is_none_or(|plan| !plan.in_time);
         if late && seen && !later_round {
             rules.brake_now = true;
-            plan = plan::plan(model, &terms, round, &rules);
+            (plan, terms) = plan::plan_on_terms(model, terms, round, &rules);
         }
         // A round once braked stays braked, to the depth first chosen, unless that misses the deadline, or the link
         // turned out so much better that it need not be.

@@ -14,7 +14,7 @@ use super::units::{Pages, sane};
 /// round for nothing.
 pub(crate) const AIM: f64 = 0.9;
 /// A vCPU is within its fair share if rounds would shrink at least by a quarter were all like it.
-const SHRINKS: f64 = 0.75;
+pub(crate) const FAIR: f64 = 0.75;
 /// What a vCPU dirties in this time after a recycle says how fast it dirties whenever it is let run.
 const FRESH_S: f64 = 0.01;
 /// Rounds that anyone is ready to predict, or to wait for.
@@ -59,6 +59,8 @@ pub(crate) struct Terms {
     pub gate_s: f64,
     /// Nobody is stopped for longer at a stretch.
     pub longest_stall_s: f64,
+    /// The share of a round's pages that it may leave without anybody being held back.
+    pub fair: f64,
     /// No round is larger.
     pub ram: f64,
 }
@@ -294,7 +296,7 @@ impl Model {
             if held(index) { UNKNOWN_DEMAND } else { curve.by_the_end(round, seconds) }
         };
         let demands: Vec<f64> = self.curves.iter().enumerate().map(demand).collect();
-        let levels = Levels::new(&demands, others, target, (terms.fits * AIM).max(round.of * SHRINKS));
+        let levels = Levels::new(&demands, others, target, (terms.fits * AIM).max(round.of * terms.fair));
         (demands, levels)
     }
 

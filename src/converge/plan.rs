@@ -6,6 +6,7 @@ use std::cmp::Ordering;
 
 use super::model::{AIM, Brake, Forecast, Model, Round, Terms, no_progress};
 use super::policy::FairShare;
+use super::throttle::LONGEST_STALL_EVER;
 use super::units::sane;
 
 /// Free rounds that a plan may begin with.
@@ -20,6 +21,11 @@ const ABOVE: [f64; 5] = [0.0, 0.2, 0.4, 0.6, 0.8];
 const PREFER_LATER: f64 = 0.05;
 /// A round that is not smaller than this share of the one before is nothing to wait for.
 pub(crate) const SHRINKING: f64 = 0.9;
+
+/// Longer stalls are used if they end the migration in less than this share of the time.
+const WORTH_LONGER: f64 = 0.5;
+/// Shares of a round's pages that it may leave, where a deadline cannot be kept with the fair one.
+const LESS_THAN_FAIR: [f64; 3] = [0.5, 0.25, 0.0];
 
 /// What to do in this round, and what comes of it.
 #[derive(Clone, Copy, Debug)]
@@ -76,8 +82,39 @@ struct Candidate {
     forecast: Forecast,
 }
 
+/// The best plan from here, and the terms that it needs.
+///
+/// Longer stalls, if nothing else ends, or ends much later: a guest that cannot be held within short ones would
+/// never arrive. And less than a fair share, if only that keeps the deadline: whoever sets one wants it kept.
+pub(crate) fn plan_on_terms(
+    model: &Model,
+    mut terms: Terms,
+    now: Round,
+    rules: &Rules,
+) -> (Option<Plan>, Terms) {
+    let mut best = plan(model, &terms, now, rules);
+    let brakes = |plan: Plan| plan.forecast.lost_s > plan.forecast.downtime_s;
+    if best.is_none_or(brakes) {
+        let longest_s = LONGEST_STALL_EVER.as_secs_f64();
+        let ideal = plan(model, &Terms { longest_stall_s: longest_s, ..terms }, now, rules);
+        let finish = |plan: Option<Plan>| plan.map_or(f64::INFINITY, |plan| plan.forecast.finish_s);
+        while finish(ideal) < WORTH_LONGER * finish(best) && terms.longest_stall_s < longest_s {
+            terms.longest_stall_s *= 2.0;
+            best = plan(model, &terms, now, rules);
+        }
+    }
+    for fair in LESS_THAN_FAIR {
+        if rules.deadline_s.is_none() || best.is_some_and(|plan| plan.in_time) {
+            break;
+        }
+        terms.fair = fair;
+        best = plan(model, &terms, now, rules);
+    }
+    (best, terms)
+}
+
 /// The best plan from here; `None` if no plan ends.
-pub(crate) fn plan(model: &Model, terms: &Terms, now: Round, rules: &Rules) -> Option<Plan> {
+fn plan(model: &Model, terms: &Terms, now: Round, rules: &Rules) -> Option<Plan> {
     let mut plans = Vec::new();
     let mut consider = |free: u32, braked: bool, target: Option<f64>, forecast: Option<Forecast>| {
         let Some(forecast) = forecast else { return };
