@@ -469,7 +469,8 @@ impl Simulation<'_> {
         self.now += self.machine.switchover.as_secs_f64();
         let bytes = left * WIRE_PAGE_BYTES;
         let mut to_go = if check == LastCheck::GoOn { bytes } else { 0.0 };
-        while to_go > 0.0 && self.now < patience * 2.0 {
+        // A rest of less than a byte is rounding.
+        while to_go >= 1.0 && self.now < patience * 2.0 {
             let rate = self.link.rate(self.now);
             let step = if rate > 0.0 { (to_go / rate).min(1e-3) } else { 1e-3 };
             to_go -= rate * step;

@@ -289,10 +289,11 @@ proptest! {
         let guest = Guest { ram: Pages(1 << 20), populated: Pages(150_000), writers };
         let link = Link { ripple, ..Link::steady(bytes_per_s) };
         let machine = Machine { look: Duration::from_millis(1), ..Machine::default() };
-        let done = simulate(&guest, &link, &machine, settings("fair-share"), PATIENCE);
+        let done = simulate(&guest, &link, &machine, settings("fair-share"), PATIENCE * 5);
         prop_assert_eq!(done.ended, Some(Why::Fits));
-        // A ripple of a fifth may fall into the final phase.
-        prop_assert!(done.downtime <= Duration::from_millis(500).mul_f64(1.0 + ripple), "{:?}", done.downtime);
+        // Measured on a crest of the ripple, sent in a trough.
+        let varies = (1.0 + ripple) / (1.0 - ripple);
+        prop_assert!(done.downtime <= Duration::from_millis(500).mul_f64(varies), "{:?}", done.downtime);
         let longer = done.events.iter().filter_map(|event| match event.change {
             Change::LongestStall(longest) => Some(longest),
             _ => None,
