@@ -18,6 +18,10 @@ use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabiliti
 
 const PAGES: u64 = 2000;
 
+/// Room for the rings, whose memory counts too, but not to pin a frame of 4 MiB, let alone to register 8 MiB.
+const LIMIT_BYTES: u64 = 1 << 20;
+const FRAME_PAGES: u32 = 1024;
+
 fn ram() -> GuestMemory {
     let mapping = MmapMut::map_anon(usize::try_from(PAGES).unwrap() * PAGE_SIZE).unwrap();
     let mapping = Arc::new(MmapRaw::from(mapping));
@@ -42,7 +46,7 @@ fn send_unprivileged(zero_copy: ZeroCopy) -> (RoundSent, ChannelSnapshot) {
         let held = capabilities(None).unwrap();
         let effective = held.effective - CapabilitySet::IPC_LOCK;
         set_capabilities(None, CapabilitySets { effective, ..held }).unwrap();
-        let options = SendOptions { zero_copy, ..SendOptions::default() };
+        let options = SendOptions { zero_copy, frame_pages_max: FRAME_PAGES, ..SendOptions::default() };
         let mut sender = Sender::connect(&[channel], token, source, options).unwrap();
         let mut pages = PageSet::new(PageIndex(PAGES));
         pages.insert_run(PageRun { first: PageIndex(0), pages: PAGES });
@@ -56,10 +60,8 @@ fn send_unprivileged(zero_copy: ZeroCopy) -> (RoundSent, ChannelSnapshot) {
 
 #[test]
 fn without_memlock_pages_are_copied_and_the_report_says_what_to_raise() {
-    let limit = Rlimit { current: Some(64 << 10), maximum: Some(64 << 10) };
+    let limit = Rlimit { current: Some(LIMIT_BYTES), maximum: Some(LIMIT_BYTES) };
     setrlimit(Resource::Memlock, limit).unwrap();
-
-    // 64 KiB are not enough to register 8 MiB, nor to pin a frame.
     for zero_copy in [ZeroCopy::AlwaysRegistered, ZeroCopy::Always, ZeroCopy::Auto] {
         let (sent, channel) = send_unprivileged(zero_copy);
         assert_eq!((sent.totals.pages_sent, sent.totals.zero_copy_sends), (PAGES, 0));
