@@ -279,7 +279,7 @@ impl<'a> Connection<'a> {
             self.method.fall_back(reason);
         }
         *self.counters.bandwidth.lock() = self.link.bandwidth();
-        *self.counters.sending.lock() = self.method.sending();
+        *self.counters.sending.lock() = self.method.sending(self.link.window_bytes());
         Ok(())
     }
 
