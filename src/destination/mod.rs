@@ -344,7 +344,8 @@ impl Incoming {
     ) -> Result<Receiver, DestinationError> {
         let beside_control = [SocketAddr::new(self.local.ip(), 0)];
         let addresses = if addresses.is_empty() { &beside_control } else { addresses };
-        if let Some(exposed) = addresses.iter().find(|address| !self.insecure && !address.ip().is_loopback()) {
+        let is_exposed = |address: &&SocketAddr| !self.insecure && !address.ip().is_loopback();
+        if let Some(exposed) = addresses.iter().find(is_exposed) {
             return Err(DestinationError::Exposed(*exposed));
         }
         let listener = DataListener::bind(addresses)?;

@@ -241,7 +241,8 @@ fn an_address_that_others_can_reach_needs_the_word_insecure() {
     if !kvm() {
         return;
     }
-    for listen in [&["--listen", "0.0.0.0:0"][..], &["--listen", "127.0.0.1:0", "--data-listen", "0.0.0.0:0"]] {
+    let exposed_data = ["--listen", "127.0.0.1:0", "--data-listen", "0.0.0.0:0"];
+    for listen in [&["--listen", "0.0.0.0:0"][..], &exposed_data] {
         let run = ringferry(&[&["receive"], listen, &SMALL[..]].concat());
         assert_failed(&run, &["neither encrypted nor authenticated", "--insecure"]);
     }
