@@ -14,7 +14,7 @@ use ringferry::transport::{
     TransportError, ZeroCopy,
 };
 use ringferry::{GuestMemory, PAGE_SIZE, PageIndex, PageRun, PageSet, Region, SlotId};
-use rustix::process::{Resource, Rlimit, setrlimit};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 
 const PAGES: u64 = 2000;
@@ -41,7 +41,8 @@ fn send_unprivileged(
     zero_copy: ZeroCopy,
     locked_bytes: u64,
 ) -> Result<(RoundSent, ChannelSnapshot), TransportError> {
-    let limit = Rlimit { current: Some(locked_bytes), maximum: None };
+    // The upper limit stays: whether it may be raised again depends on the machine.
+    let limit = Rlimit { current: Some(locked_bytes), ..getrlimit(Resource::Memlock) };
     setrlimit(Resource::Memlock, limit).unwrap();
     let (source, target) = (ram(), ram());
     for page in 0..usize::try_from(PAGES).unwrap() {
