@@ -66,7 +66,7 @@ fn send_unprivileged(
         let mut sender = Sender::connect(&[channel], token, source, options)?;
         let mut pages = PageSet::new(PageIndex(PAGES));
         pages.insert_run(PageRun { first: PageIndex(0), pages: PAGES });
-        let sent = sender.send_round(1, Arc::new(pages))?;
+        let sent = sender.send_round(1, pages)?;
         Ok((sent, sender.counters().channels().remove(0)))
     };
     let sent = thread::spawn(send).join().unwrap();
