@@ -6,8 +6,8 @@
 //! is read may mix old and new bytes of the page. That is harmless where the page is tracked: a page that
 //! changed while it was read is dirty again and will be sent again.
 //!
-//! Whether a page is zero is asked with the widest loads that the CPU at hand has. On pages that come from memory,
-//! all widths reach what memory gives; on pages that a cache holds, wide ones win (`cargo bench --bench page`).
+//! Whether a page is zero is asked with the widest loads that the CPU at hand has: AVX-512, AVX2, or 8 bytes. What
+//! memory gives is the limit for pages that come from there (`cargo bench --bench page`).
 #![expect(
     unsafe_code,
     reason = "guest memory is read through raw pointers, as no Rust reference to it may exist"
