@@ -12,13 +12,14 @@ use std::thread;
 use std::time::Duration;
 
 use memmap2::MmapMut;
+use proptest::prelude::*;
 use ringferry::destination::{Destination, DestinationError, DestinationOptions, DestinationReport};
 use ringferry::layout::{GuestMemory, PAGE_SIZE, PageIndex, PageRun, Region, SlotId};
 use ringferry::progress::{Parameters, Progress};
 use ringferry::source::{Source, SourceError, SourceOptions, SourceReport};
 use ringferry::track::{Observed, TrackError};
 use ringferry::vm::VmError;
-use ringferry::wire::control::{HEAD_BYTES, Head, Message};
+use ringferry::wire::control::{HEAD_BYTES, Head, Hello, Message, PROTOCOL};
 use ringferry::{DirtySource, PageSet, Paused, Vm};
 
 const PAGES: u64 = 64;
@@ -358,4 +359,80 @@ fn a_peer_that_does_not_speak_the_protocol_is_named() {
     let error = Source::new(&mut vm, &mut tracker, &ram.memory, options, progress).run().unwrap_err();
     assert!(error.to_string().contains("does not speak Ringferry"), "{error}");
     assert!(running.load(Ordering::SeqCst));
+}
+
+/// One side's messages in their order, with one byte of them changed or the rest of them missing.
+fn damaged(messages: Vec<Message>) -> impl Strategy<Value = Vec<u8>> {
+    let bytes: Vec<u8> = messages.iter().flat_map(|message| message.encode().unwrap()).collect();
+    (any::<prop::sample::Index>(), 0..=8_u32).prop_map(move |(at, bit)| {
+        let (mut bytes, at) = (bytes.clone(), at.index(bytes.len()));
+        if bit == 8 {
+            bytes.truncate(at)
+        } else {
+            bytes[at] ^= 1 << bit
+        }
+        bytes
+    })
+}
+
+fn noise() -> impl Strategy<Value = Vec<u8>> {
+    prop::collection::vec(any::<u8>(), 0..300)
+}
+
+/// What a source says from beginning to end.
+fn of_a_source() -> Vec<Message> {
+    let hello = Hello {
+        protocol: PROTOCOL,
+        page_bytes: u32::try_from(PAGE_SIZE).unwrap(),
+        vcpus: 1,
+        channels: 1,
+        ram: vec![PageRun { first: PageIndex(0), pages: PAGES }],
+        ..Hello::default()
+    };
+    let state = Message::State(b"state".to_vec());
+    vec![Message::Hello(hello), state, Message::Prepare { ram_digest: 0 }, Message::Commit]
+}
+
+fn of_a_destination() -> Vec<Message> {
+    let accept = Message::Accept { protocol: PROTOCOL, data_port: 1 };
+    vec![accept, Message::Prepared { ram_digest: 0 }, Message::Running]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn whatever_a_destination_says_the_vm_runs_on_at_the_source(bytes in prop_oneof![damaged(of_a_destination()), noise()]) {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        let destination = listener.local_addr().unwrap().to_string();
+        thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let _ = stream.write_all(&bytes).and_then(|()| stream.shutdown(std::net::Shutdown::Write));
+            let _ = std::io::copy(&mut stream, &mut std::io::sink());
+        });
+        let ram = Ram::new(PAGES);
+        let (mut vm, running) = TestVm::new(true);
+        let options = SourceOptions { destination, answer_timeout: SHORT, ..SourceOptions::default() };
+        let (mut tracker, progress) = (TestSource::default(), Progress::new(Parameters::default()));
+        let result = Source::new(&mut vm, &mut tracker, &ram.memory, options, progress).run();
+        prop_assert!(result.is_err());
+        prop_assert!(running.load(Ordering::SeqCst) && !tracker.tracking);
+    }
+
+    #[test]
+    fn whatever_a_source_says_the_vm_does_not_run_at_the_destination(bytes in prop_oneof![damaged(of_a_source()), noise()]) {
+        let destination = Destination::bind(SocketAddr::from(([127, 0, 0, 1], 0)), false).unwrap();
+        let mut source = TcpStream::connect(destination.local_addr().unwrap()).unwrap();
+        source.write_all(&bytes).unwrap();
+        source.shutdown(std::net::Shutdown::Write).unwrap();
+        let ram = Ram::new(PAGES);
+        let (mut vm, running) = TestVm::new(false);
+        let options = DestinationOptions { silence: SHORT, commit: SHORT, ..DestinationOptions::default() };
+        let never = AtomicBool::new(false);
+        let result = destination
+            .accept(None, &never)
+            .and_then(|incoming| incoming.receive(&mut vm, 1, &ram.memory, &options, &never));
+        prop_assert!(result.is_err(), "{:?}", result);
+        prop_assert!(!running.load(Ordering::SeqCst));
+    }
 }

@@ -1,22 +1,30 @@
-//! Zero-copy without the right to lock memory: the fallbacks, and what is said about them.
+//! Sending without the right to lock memory: the fallbacks, and what is said about them.
 //!
 //! A test binary of its own: `RLIMIT_MEMLOCK` is the process's, and is changed here.
 #![cfg(feature = "migrate")]
 #![expect(clippy::unwrap_used, reason = "a test that fails says where")]
 #![expect(unsafe_code, reason = "guest RAM of the test is anonymous memory behind raw pointers")]
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use memmap2::{MmapMut, MmapRaw};
 use ringferry::transport::{
-    ChannelSnapshot, ChannelSpec, DataListener, MigrationToken, RoundSent, SendOptions, Sender, ZeroCopy,
+    ChannelSnapshot, ChannelSpec, DataListener, MigrationToken, RoundSent, SendOptions, Sender,
+    TransportError, ZeroCopy,
 };
 use ringferry::{GuestMemory, PAGE_SIZE, PageIndex, PageRun, PageSet, Region, SlotId};
-use rustix::process::{Resource, Rlimit, setrlimit};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 
 const PAGES: u64 = 2000;
+
+/// The limit is the process's: one test at a time.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+/// Room for the rings, whose memory counts too, but not to pin a frame of 4 MiB, let alone to register 8 MiB.
+const LIMIT_BYTES: u64 = 1 << 20;
+const FRAME_PAGES: u32 = 1024;
 
 fn ram() -> GuestMemory {
     let mapping = MmapMut::map_anon(usize::try_from(PAGES).unwrap() * PAGE_SIZE).unwrap();
@@ -27,8 +35,15 @@ fn ram() -> GuestMemory {
     unsafe { GuestMemory::new(vec![region]) }.unwrap().kept_by(mapping)
 }
 
-/// Sends a round by a thread (and channel threads that inherit from it) without `CAP_IPC_LOCK`.
-fn send_unprivileged(zero_copy: ZeroCopy) -> (RoundSent, ChannelSnapshot) {
+/// Sends a round by a thread (and channel threads that inherit from it) without `CAP_IPC_LOCK`, with `locked_bytes`
+/// of memory that it may lock all the same.
+fn send_unprivileged(
+    zero_copy: ZeroCopy,
+    locked_bytes: u64,
+) -> Result<(RoundSent, ChannelSnapshot), TransportError> {
+    // The upper limit stays: whether it may be raised again depends on the machine.
+    let limit = Rlimit { current: Some(locked_bytes), ..getrlimit(Resource::Memlock) };
+    setrlimit(Resource::Memlock, limit).unwrap();
     let (source, target) = (ram(), ram());
     for page in 0..usize::try_from(PAGES).unwrap() {
         // SAFETY: inside the mapping.
@@ -42,26 +57,28 @@ fn send_unprivileged(zero_copy: ZeroCopy) -> (RoundSent, ChannelSnapshot) {
         let held = capabilities(None).unwrap();
         let effective = held.effective - CapabilitySet::IPC_LOCK;
         set_capabilities(None, CapabilitySets { effective, ..held }).unwrap();
-        let options = SendOptions { zero_copy, ..SendOptions::default() };
-        let mut sender = Sender::connect(&[channel], token, source, options).unwrap();
+        let options = SendOptions {
+            zero_copy,
+            frame_pages_max: FRAME_PAGES,
+            reconnect: false,
+            ..SendOptions::default()
+        };
+        let mut sender = Sender::connect(&[channel], token, source, options)?;
         let mut pages = PageSet::new(PageIndex(PAGES));
         pages.insert_run(PageRun { first: PageIndex(0), pages: PAGES });
-        let sent = sender.send_round(1, pages).unwrap();
-        (sent, sender.counters().channels().remove(0))
+        let sent = sender.send_round(1, pages)?;
+        Ok((sent, sender.counters().channels().remove(0)))
     };
     let sent = thread::spawn(send).join().unwrap();
-    assert_eq!(receiver.close().pages, PAGES);
+    assert_eq!(receiver.close().pages, if sent.is_ok() { PAGES } else { 0 });
     sent
 }
 
 #[test]
 fn without_memlock_pages_are_copied_and_the_report_says_what_to_raise() {
-    let limit = Rlimit { current: Some(64 << 10), maximum: Some(64 << 10) };
-    setrlimit(Resource::Memlock, limit).unwrap();
-
-    // 64 KiB are not enough to register 8 MiB, nor to pin a frame.
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     for zero_copy in [ZeroCopy::AlwaysRegistered, ZeroCopy::Always, ZeroCopy::Auto] {
-        let (sent, channel) = send_unprivileged(zero_copy);
+        let (sent, channel) = send_unprivileged(zero_copy, LIMIT_BYTES).unwrap();
         assert_eq!((sent.totals.pages_sent, sent.totals.zero_copy_sends), (PAGES, 0));
         assert!(sent.losses.is_empty() && sent.totals.copied_sends > 0, "{sent:?}");
         assert_eq!(channel.sending.registered_bytes, 0);
@@ -69,4 +86,12 @@ fn without_memlock_pages_are_copied_and_the_report_says_what_to_raise() {
         assert!(fallback.contains("RLIMIT_MEMLOCK"), "{zero_copy:?}: `{fallback}`");
         assert!(channel.sending.copies, "{zero_copy:?}");
     }
+}
+
+#[test]
+fn where_not_even_a_ring_may_be_locked_the_error_says_what_to_raise() {
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let error = send_unprivileged(ZeroCopy::Never, 0).unwrap_err();
+    assert!(matches!(error, TransportError::NoChannelLeft { .. }), "{error}");
+    assert!(error.to_string().contains("raise it (ulimit -l) or give CAP_IPC_LOCK"), "{error}");
 }

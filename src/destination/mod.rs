@@ -114,6 +114,7 @@ impl Default for DestinationOptions {
 #[derive(Debug)]
 pub struct Destination {
     listener: TcpListener,
+    insecure: bool,
 }
 
 impl Destination {
@@ -130,7 +131,7 @@ impl Destination {
         let listen = |source| DestinationError::Listen { address, source };
         let listener = TcpListener::bind(address).map_err(listen)?;
         listener.set_nonblocking(true).map_err(listen)?;
-        Ok(Self { listener })
+        Ok(Self { listener, insecure })
     }
 
     /// Where it listens; with the port that the kernel chose, if none was asked for.
@@ -179,7 +180,7 @@ impl Destination {
             Message::Hello(hello) => hello,
             other => return Err(DestinationError::Unexpected { expected: "Hello", got: other.name() }),
         };
-        let mut incoming = Incoming { control, hello, local };
+        let mut incoming = Incoming { control, hello, local, insecure: self.insecure };
         match incoming.objection() {
             Some(objection) => Err(incoming.refuse(objection)),
             None => Ok(incoming),
@@ -193,6 +194,7 @@ pub struct Incoming {
     control: ControlConnection,
     hello: Hello,
     local: SocketAddr,
+    insecure: bool,
 }
 
 impl Incoming {
@@ -342,6 +344,10 @@ impl Incoming {
     ) -> Result<Receiver, DestinationError> {
         let beside_control = [SocketAddr::new(self.local.ip(), 0)];
         let addresses = if addresses.is_empty() { &beside_control } else { addresses };
+        let is_exposed = |address: &&SocketAddr| !self.insecure && !address.ip().is_loopback();
+        if let Some(exposed) = addresses.iter().find(is_exposed) {
+            return Err(DestinationError::Exposed(*exposed));
+        }
         let listener = DataListener::bind(addresses)?;
         let data_port = listener.addresses().first().map_or(0, SocketAddr::port);
         let receiver = listener.receive(MigrationToken(self.hello.token), memory.clone())?;

@@ -6,8 +6,8 @@
 //! is read may mix old and new bytes of the page. That is harmless where the page is tracked: a page that
 //! changed while it was read is dirty again and will be sent again.
 //!
-//! Sixteen bytes a load, which every x86-64 can do. Wider ones gain nothing where it counts: on pages that come
-//! from memory, this test, AVX2 and AVX-512 all reach the same 28 to 32 GB/s (`cargo bench --bench page`).
+//! Whether a page is zero is asked with the widest loads that the CPU at hand has: AVX-512, AVX2, or 8 bytes. What
+//! memory gives is the limit for pages that come from there (`cargo bench --bench page`).
 #![expect(
     unsafe_code,
     reason = "guest memory is read through raw pointers, as no Rust reference to it may exist"
@@ -28,48 +28,74 @@ const BLOCK: usize = 256;
 /// `page` is page-aligned and its [`PAGE_SIZE`] bytes are mapped readable. Anybody may write them meanwhile.
 #[inline]
 pub unsafe fn is_zero(page: *const u8) -> bool {
-    (0..PAGE_SIZE).step_by(BLOCK).all(|at| {
-        // SAFETY: the block lies inside the page, and is as aligned as the page up to 256 bytes.
-        unsafe { block_is_zero(page.add(at)) }
-    })
+    // The CPU is asked once; what it said is a load and a test from then on.
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx512f") {
+            // SAFETY: the caller's promise; the CPU has AVX-512F.
+            return unsafe { is_zero_avx512(page) };
+        }
+        if is_x86_feature_detected!("avx2") {
+            // SAFETY: the caller's promise; the CPU has AVX2.
+            return unsafe { is_zero_avx2(page) };
+        }
+    }
+    // SAFETY: the caller's promise.
+    unsafe { is_zero_portable(page) }
 }
 
 /// # Safety
 ///
-/// [`BLOCK`] bytes from `block` on are readable, and `block` is 16-byte-aligned.
+/// As [`is_zero`], and the CPU has AVX-512F.
 #[cfg(target_arch = "x86_64")]
-#[inline]
-unsafe fn block_is_zero(block: *const u8) -> bool {
-    use std::arch::x86_64::{__m128i, _mm_cmpeq_epi8, _mm_movemask_epi8, _mm_or_si128, _mm_setzero_si128};
-    let words = block.cast::<__m128i>();
-    // SAFETY: SSE2 is part of x86-64.
-    let mut any = unsafe { _mm_setzero_si128() };
-    for i in 0..BLOCK / size_of::<__m128i>() {
-        // SAFETY:
-        // * Inside the block and aligned, by the caller's promise.
-        // * Volatile, because the guest may write the bytes meanwhile; any value is an answer.
-        // * SSE2 is part of x86-64.
-        any = unsafe { _mm_or_si128(any, read_volatile(words.add(i))) };
+#[target_feature(enable = "avx512f")]
+unsafe fn is_zero_avx512(page: *const u8) -> bool {
+    use std::arch::x86_64::{__m512i, _mm512_or_si512, _mm512_setzero_si512, _mm512_test_epi64_mask};
+    let words = page.cast::<__m512i>();
+    for block in (0..PAGE_SIZE / size_of::<__m512i>()).step_by(BLOCK / size_of::<__m512i>()) {
+        let mut any = _mm512_setzero_si512();
+        for i in block..block + BLOCK / size_of::<__m512i>() {
+            // SAFETY: inside the page and aligned; volatile, because any value is an answer.
+            any = _mm512_or_si512(any, unsafe { read_volatile(words.add(i)) });
+        }
+        if _mm512_test_epi64_mask(any, any) != 0 {
+            return false;
+        }
     }
-    // SAFETY: SSE2 is part of x86-64.
-    unsafe { _mm_movemask_epi8(_mm_cmpeq_epi8(any, _mm_setzero_si128())) == 0xffff }
+    true
 }
 
 /// # Safety
 ///
-/// [`BLOCK`] bytes from `block` on are readable, and `block` is 8-byte-aligned.
-#[cfg(not(target_arch = "x86_64"))]
-#[inline]
-unsafe fn block_is_zero(block: *const u8) -> bool {
-    let words = block.cast::<u64>();
-    let mut any = 0;
-    for i in 0..BLOCK / size_of::<u64>() {
-        // SAFETY:
-        // * Inside the block and aligned, by the caller's promise.
-        // * Volatile, because the guest may write the bytes meanwhile; any value is an answer.
-        any |= unsafe { read_volatile(words.add(i)) };
+/// As [`is_zero`], and the CPU has AVX2.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+unsafe fn is_zero_avx2(page: *const u8) -> bool {
+    use std::arch::x86_64::{__m256i, _mm256_or_si256, _mm256_setzero_si256, _mm256_testz_si256};
+    let words = page.cast::<__m256i>();
+    for block in (0..PAGE_SIZE / size_of::<__m256i>()).step_by(BLOCK / size_of::<__m256i>()) {
+        let mut any = _mm256_setzero_si256();
+        for i in block..block + BLOCK / size_of::<__m256i>() {
+            // SAFETY: inside the page and aligned; volatile, because any value is an answer.
+            any = _mm256_or_si256(any, unsafe { read_volatile(words.add(i)) });
+        }
+        if _mm256_testz_si256(any, any) == 0 {
+            return false;
+        }
     }
-    any == 0
+    true
+}
+
+/// # Safety
+///
+/// As [`is_zero`].
+unsafe fn is_zero_portable(page: *const u8) -> bool {
+    let words = page.cast::<u64>();
+    (0..PAGE_SIZE / size_of::<u64>()).step_by(BLOCK / size_of::<u64>()).all(|block| {
+        // SAFETY: inside the page and aligned; volatile, because any value is an answer.
+        let word = |i| unsafe { read_volatile(words.add(i)) };
+        (block..block + BLOCK / size_of::<u64>()).fold(0, |any, i| any | word(i)) == 0
+    })
 }
 
 /// Copies a page out, so that whoever compresses, compares or hashes it sees bytes that hold still.
@@ -116,20 +142,39 @@ mod tests {
     #[derive(Clone)]
     struct Page([u8; PAGE_SIZE]);
 
-    #[test]
-    fn one_set_bit_anywhere_makes_a_page_not_zero() {
-        let mut page = Box::new(Page([0; PAGE_SIZE]));
-        let is_zero = |page: &Page| {
-            // SAFETY: a page of our own.
-            unsafe { is_zero(page.0.as_ptr()) }
-        };
-        assert!(is_zero(&page));
-        for at in 0..PAGE_SIZE {
-            page.0[at] = 1 << (at % 8);
-            assert!(!is_zero(&page), "byte {at}");
-            page.0[at] = 0;
+    /// A way to look at a page, by name.
+    type Look = (&'static str, unsafe fn(*const u8) -> bool);
+
+    /// Every width that this CPU has.
+    fn looks() -> Vec<Look> {
+        let mut looks: Vec<Look> = vec![("widest", is_zero), ("portable", is_zero_portable)];
+        #[cfg(target_arch = "x86_64")]
+        {
+            if is_x86_feature_detected!("avx2") {
+                looks.push(("AVX2", is_zero_avx2));
+            }
+            if is_x86_feature_detected!("avx512f") {
+                looks.push(("AVX-512", is_zero_avx512));
+            }
         }
-        assert!(is_zero(&page));
+        looks
+    }
+
+    #[test]
+    fn one_set_bit_anywhere_makes_a_page_not_zero_at_every_width() {
+        let mut page = Box::new(Page([0; PAGE_SIZE]));
+        for (width, look) in looks() {
+            let is_zero = |page: &Page| {
+                // SAFETY: a page of our own; the CPU has this width.
+                unsafe { look(page.0.as_ptr()) }
+            };
+            assert!(is_zero(&page), "{width}");
+            for at in 0..PAGE_SIZE {
+                page.0[at] = 1 << (at % 8);
+                assert!(!is_zero(&page), "{width}, byte {at}");
+                page.0[at] = 0;
+            }
+        }
     }
 
     #[test]

@@ -66,7 +66,8 @@ impl Estimator {
     pub(super) fn look(&mut self, now: Instant, acknowledged: u64, busy: bool) {
         if let Some((begun, before)) = self.begun {
             let time = now.saturating_duration_since(begun);
-            if busy && time < SAMPLE_MIN {
+            // On a long link, bytes arrive in bursts a round trip apart: the pauses count, too.
+            if busy && (time < SAMPLE_MIN || acknowledged == before) {
                 return;
             }
             // What a short end of a round brought says little, and says it too noisily.
@@ -128,6 +129,16 @@ mod tests {
         let found = link.bandwidth();
         assert!((found.bytes_per_s - 1e8).abs() < 1.0, "{found:?}");
         assert!(found.uncertainty_bytes_per_s < 1.0, "{found:?}");
+    }
+
+    #[test]
+    fn pauses_between_bursts_count_while_there_is_something_to_send() {
+        let (start, mut link) = (Instant::now(), Estimator::default());
+        // 2 MB at once, every 100 ms.
+        for i in 0..2000 {
+            link.look(start + after(i), i / 100 * 2_000_000, true);
+        }
+        assert!((link.bandwidth().bytes_per_s - 2e7).abs() < 2e6, "{:?}", link.bandwidth());
     }
 
     #[test]

@@ -49,6 +49,9 @@ pub struct Sending {
     pub registered_bytes: u64,
     /// Why a better way was given up, in words.
     pub fallback: Option<String>,
+    /// Bytes that may be under way, unacknowledged, at most: what the link needs to stay full, and what anything that
+    /// comes next waits for.
+    pub window_bytes: u64,
 }
 
 impl ChannelCounters {

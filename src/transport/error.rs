@@ -45,7 +45,7 @@ pub enum TransportError {
         limit: u16,
     },
     /// io_uring does not do what the transport needs.
-    #[error("io_uring: {what}: {source}; needed is Linux 6.1, and kernel.io_uring_disabled=0")]
+    #[error("io_uring: {what}: {source}; {}", ring_advice(source))]
     Ring {
         /// What was tried.
         what: &'static str,
@@ -101,6 +101,20 @@ pub enum TransportError {
     /// The migration was cancelled.
     #[error("cancelled")]
     Cancelled,
+}
+
+fn ring_advice(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::ENOMEM) => {
+            "a ring's memory counts against RLIMIT_MEMLOCK, with all rings and locked memory of this user: raise it \
+             (ulimit -l) or give CAP_IPC_LOCK"
+        }
+        Some(libc::EPERM | libc::EACCES) => {
+            "it is not allowed: set kernel.io_uring_disabled=0, or let seccomp pass io_uring_setup"
+        }
+        Some(libc::EMFILE | libc::ENFILE) => "too many files are open: raise RLIMIT_NOFILE (ulimit -n)",
+        _ => "needed is Linux 6.1 with io_uring",
+    }
 }
 
 fn connect_advice(error: &io::Error) -> &'static str {

@@ -118,7 +118,18 @@ impl fmt::Display for ChannelSpec {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        #[test]
+        fn whatever_is_written_is_refused_or_reads_back_as_itself(text in "[0-9a-f:.%=\\[\\]eth/ ]{0,40}|.{0,40}") {
+            if let Ok(channel) = text.parse::<ChannelSpec>() {
+                prop_assert_eq!(channel.to_string().parse(), Ok(channel));
+            }
+        }
+    }
 
     #[test]
     fn every_way_to_write_a_channel_reads_back_as_itself() {

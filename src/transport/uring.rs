@@ -31,6 +31,15 @@ pub(super) const LOOK_UP: Duration = Duration::from_millis(20);
 /// Ends of rings: no operation is awaited longer than this after its connection was aborted, for none can last.
 const DRAIN: Duration = Duration::from_secs(2);
 
+/// Completions that wait for us at most, without the kernel's having to put them aside: a frame has three, and the
+/// notifications of all that are unacknowledged may come at once.
+const COMPLETIONS: u32 = 256;
+
+/// Without `CAP_IPC_LOCK`, a ring's memory counts against `RLIMIT_MEMLOCK`, and so does for a moment that of a ring
+/// that was just closed: the kernel releases it in the background. It is asked again this often.
+const SETUP_RETRIES: u32 = 50;
+const SETUP_PAUSE: Duration = Duration::from_millis(20);
+
 /// A submission and a completion queue of this thread's own.
 struct Ring {
     io: IoUring,
@@ -40,13 +49,23 @@ struct Ring {
 
 impl Ring {
     fn new(entries: u32) -> Result<Self, TransportError> {
-        let io = IoUring::builder()
-            .setup_single_issuer()
-            .setup_defer_taskrun()
-            // A send has a completion and a notification, and notifications come late.
-            .setup_cqsize(entries * 8)
-            .build(entries)
-            .map_err(|source| TransportError::Ring { what: "io_uring_setup", source })?;
+        let setup = || {
+            IoUring::builder()
+                .setup_single_issuer()
+                .setup_defer_taskrun()
+                .setup_cqsize(COMPLETIONS)
+                .build(entries)
+        };
+        let mut ring = setup();
+        for _ in 0..SETUP_RETRIES {
+            match &ring {
+                Err(error) if error.raw_os_error() == Some(libc::ENOMEM) => {}
+                _ => break,
+            }
+            std::thread::sleep(SETUP_PAUSE);
+            ring = setup();
+        }
+        let io = ring.map_err(|source| TransportError::Ring { what: "io_uring_setup", source })?;
         Ok(Self { io, in_flight: 0 })
     }
 

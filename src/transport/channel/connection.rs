@@ -12,7 +12,7 @@ use rustix::time::{ClockId, clock_gettime};
 use super::Connected;
 use super::link::Link;
 use super::method::{Choice, Method};
-use crate::layout::{HostRun, PageRun};
+use crate::layout::{HostRun, PAGE_SIZE, PageRun};
 use crate::transport::TransportError;
 use crate::transport::counters::ChannelCounters;
 use crate::transport::deal::{Unacknowledged, Work};
@@ -78,6 +78,8 @@ pub(super) struct Connection<'a> {
     in_flight_bytes: u64,
     in_flight_pages: u64,
     sequence: u64,
+    /// Waiting for room in the window.
+    full: bool,
     /// Waiting for the limit.
     paced: bool,
     acknowledgement: Vec<u8>,
@@ -106,6 +108,7 @@ impl<'a> Connection<'a> {
             in_flight_bytes: 0,
             in_flight_pages: 0,
             sequence: 0,
+            full: false,
             paced: false,
             acknowledgement: Vec::with_capacity(Acknowledgement::BYTES),
             last_progress: now,
@@ -224,6 +227,9 @@ impl<'a> Connection<'a> {
             }
         }
         self.in_flight_pages -= pages;
+        if std::mem::take(&mut self.full) {
+            self.link.emptied_to(self.in_flight_bytes, self.frame_pages() * PAGE_SIZE as u64);
+        }
         self.last_progress = Instant::now();
         if self.in_flight.is_empty() {
             self.sample(self.last_progress)?;
@@ -259,9 +265,9 @@ impl<'a> Connection<'a> {
         Ok(())
     }
 
-    /// Whether time counts: something is under way, or would be if the limit allowed it.
+    /// Whether time counts: something is under way, or about to be, or would be if the limit allowed it.
     fn is_busy(&self) -> bool {
-        self.paced || !self.in_flight.is_empty()
+        self.paced || self.prepared.is_some() || !self.in_flight.is_empty()
     }
 
     fn sample(&mut self, now: Instant) -> Result<(), TransportError> {
@@ -273,7 +279,7 @@ impl<'a> Connection<'a> {
             self.method.fall_back(reason);
         }
         *self.counters.bandwidth.lock() = self.link.bandwidth();
-        *self.counters.sending.lock() = self.method.sending();
+        *self.counters.sending.lock() = self.method.sending(self.link.window_bytes());
         Ok(())
     }
 
@@ -288,8 +294,11 @@ impl<'a> Connection<'a> {
     /// Prepares the next frame if there is room and work for one. When the limit says wait, for how long; zero
     /// duration is never returned.
     fn prepare(&mut self, now: Instant) -> Result<Option<Duration>, TransportError> {
-        let full = self.in_flight.len() >= SLOTS || self.in_flight_bytes >= self.link.window_bytes();
-        if self.prepared.is_some() || full {
+        if self.prepared.is_some() {
+            return Ok(None);
+        }
+        self.full = self.in_flight.len() >= SLOTS || self.in_flight_bytes >= self.link.window_bytes();
+        if self.full {
             return Ok(None);
         }
         if let Err(wait) = self.shared.options.max_bandwidth.ask(now) {

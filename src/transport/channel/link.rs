@@ -1,5 +1,10 @@
 //! What a channel's link is given: frames of a few milliseconds, so that a slow link never sits on much, and no
 //! more under way than its bandwidth-delay product needs.
+//!
+//! What is under way cannot be taken back: it delays whatever comes next, the switchover before all. Twice the round
+//! trip is what the link itself needs. Beyond that, a slack of a few milliseconds covers the time until our thread and
+//! the destination's have had their turn on their CPUs. How long that is differs with the machine and the hour, so
+//! the slack is found out: it shrinks slowly as long as the link never runs dry, and grows at once when it did.
 
 use std::io;
 use std::net::TcpStream;
@@ -12,27 +17,49 @@ use crate::transport::socket::{self, Buffer};
 
 /// A frame holds what the link carries in this time, so that the channels end a round together.
 const FRAME_TIME: Duration = Duration::from_millis(2);
-const FRAME_PAGES_MIN: u64 = 16;
+const FRAME_PAGES_MIN: u64 = 4;
+/// On a link that nothing is known about yet.
+const FRAME_PAGES_UNSURE: u64 = 64;
 /// Larger frames do not send faster, and leave the second-level cache between zero scan and copy.
 const FRAME_PAGES_MAX: u64 = 128;
 
-/// What may be unacknowledged on a link that nothing is known about yet, and at least.
-const WINDOW_BYTES_MIN: u64 = 1 << 20;
+/// What may be unacknowledged at least on a link of which fewer than [`SURE_SAMPLES`] are known.
+const WINDOW_BYTES_UNSURE: u64 = 1 << 20;
+const SURE_SAMPLES: u64 = 10;
+const WINDOW_BYTES_MIN: u64 = 64 << 10;
 const WINDOW_BYTES_MAX: u64 = 128 << 20;
-/// Beyond twice the round trip, what covers the destination's own delays.
-const WINDOW_SLACK: Duration = Duration::from_millis(30);
+
+const SLACK_MIN: Duration = Duration::from_millis(5);
+const SLACK_FIRST: Duration = Duration::from_millis(10);
+const SLACK_MAX: Duration = Duration::from_millis(50);
+/// It balances where the link runs dry once in some fifty times that the window was full.
+const SLACK_GROWTH: f64 = 1.25;
+const SLACK_DECAY: f64 = 1.0 - 1.0 / 256.0;
 
 /// Beyond twice the round trip, what covers the time until our thread fills the socket's buffer again.
 const BUFFER_SLACK: Duration = Duration::from_millis(1);
 
 /// What is known of a link, all of it from the kernel's own counts.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Link {
     estimator: Estimator,
     min_rtt: Duration,
     bytes_acked: u64,
     /// What the link holds under way, the largest seen.
     held_bytes: u32,
+    slack: Duration,
+}
+
+impl Default for Link {
+    fn default() -> Self {
+        Self {
+            estimator: Estimator::default(),
+            min_rtt: Duration::ZERO,
+            bytes_acked: 0,
+            held_bytes: 0,
+            slack: SLACK_FIRST,
+        }
+    }
 }
 
 impl Link {
@@ -84,7 +111,7 @@ impl Link {
     /// Pages for the next frame, under a limit of `limit` bytes per second, if there is one.
     pub(super) fn frame_pages(&self, limit: Option<u64>) -> u64 {
         let pages_in = |bytes: u64| bytes / PAGE_SIZE as u64;
-        let by_link = self.carries(FRAME_TIME).map_or(FRAME_PAGES_MIN * 4, pages_in);
+        let by_link = self.carries(FRAME_TIME).map_or(FRAME_PAGES_UNSURE, pages_in);
         // A limit shall be smooth, whatever the link could swallow at once.
         let by_limit = limit.map_or(FRAME_PAGES_MAX, |bytes_per_s| pages_in(bytes_per_s / 200));
         by_link.min(by_limit).clamp(FRAME_PAGES_MIN, FRAME_PAGES_MAX)
@@ -92,8 +119,17 @@ impl Link {
 
     /// Bytes that may be unacknowledged.
     pub(super) fn window_bytes(&self) -> u64 {
-        let bytes = self.carries(self.min_rtt * 2 + WINDOW_SLACK).unwrap_or(0);
-        bytes.clamp(WINDOW_BYTES_MIN, WINDOW_BYTES_MAX)
+        let sure = self.estimator.bandwidth().samples >= SURE_SAMPLES;
+        let min = if sure { WINDOW_BYTES_MIN } else { WINDOW_BYTES_UNSURE };
+        self.carries(self.min_rtt * 2 + self.slack).unwrap_or(0).clamp(min, WINDOW_BYTES_MAX)
+    }
+
+    /// The window was full, and when we came to look, `left` bytes of it were still under way, in frames of
+    /// `frame_bytes`.
+    pub(super) fn emptied_to(&mut self, left: u64, frame_bytes: u64) {
+        let dry = left <= self.carries(self.min_rtt).unwrap_or(0) + frame_bytes;
+        let factor = if dry { SLACK_GROWTH } else { SLACK_DECAY };
+        self.slack = self.slack.mul_f64(factor).clamp(SLACK_MIN, SLACK_MAX);
     }
 
     /// Bytes that the link carries in `time`, once it is known.
@@ -128,13 +164,29 @@ mod tests {
         assert_eq!((slow.frame_pages(None), slow.window_bytes()), (FRAME_PAGES_MIN, WINDOW_BYTES_MIN));
         let gigabit = link(125_000_000, Duration::from_micros(200));
         assert_eq!(gigabit.frame_pages(None), 61);
-        assert!((3_700_000..3_900_000).contains(&gigabit.window_bytes()), "{}", gigabit.window_bytes());
-        // 25 Gbit/s over 5 ms hold 15.6 MB; twice that, and 30 ms more.
+        assert!((1_290_000..1_310_000).contains(&gigabit.window_bytes()), "{}", gigabit.window_bytes());
+        // 25 Gbit/s over 5 ms hold 15.6 MB; twice that, and 10 ms more.
         let long = link(3_125_000_000, ms(5));
         assert_eq!(long.frame_pages(None), FRAME_PAGES_MAX);
-        assert!((120_000_000..130_000_000).contains(&long.window_bytes()), "{}", long.window_bytes());
+        assert!((62_000_000..63_000_000).contains(&long.window_bytes()), "{}", long.window_bytes());
         // 100 MB/s: 5 ms of it, although the link would take more.
         assert_eq!(long.frame_pages(Some(100_000_000)), 122);
         assert_eq!(long.frame_pages(Some(1_000)), FRAME_PAGES_MIN);
+    }
+
+    #[test]
+    fn the_window_shrinks_to_milliseconds_while_the_link_stays_full_and_grows_when_it_ran_dry() {
+        let mut link = link(100_000_000, Duration::from_micros(100));
+        let frame = 200_000;
+        (0..1000).for_each(|_| link.emptied_to(link.window_bytes() - frame, frame));
+        assert_eq!(link.window_bytes(), 520_000);
+        (0..20).for_each(|_| link.emptied_to(0, frame));
+        assert_eq!(link.window_bytes(), 5_020_000);
+        // Dry once in a hundred times: that costs less than a longer queue would.
+        for _ in 0..20 {
+            (0..99).for_each(|_| link.emptied_to(link.window_bytes() - frame, frame));
+            link.emptied_to(0, frame);
+        }
+        assert!(link.window_bytes() < 700_000, "{}", link.window_bytes());
     }
 }

@@ -96,13 +96,14 @@ impl Method {
         self.fallback = Some(reason);
     }
 
-    /// For reports.
-    pub(super) fn sending(&self) -> Sending {
+    /// For reports, beside `window_bytes` that may be under way.
+    pub(super) fn sending(&self, window_bytes: u64) -> Sending {
         Sending {
             copies: self.policy.copies(),
             zero_copy_from_pages: self.policy.threshold_pages(),
             registered_bytes: self.registered_bytes,
             fallback: self.fallback.clone(),
+            window_bytes,
         }
     }
 

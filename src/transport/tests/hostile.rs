@@ -1,6 +1,7 @@
 //! Peers that break the rules: each is answered with a typed error, nothing they send lands, and memory, threads
 //! and waits stay bounded.
 
+use proptest::prelude::*;
 use zerocopy::IntoBytes;
 
 use super::*;
@@ -154,6 +155,127 @@ fn a_frame_with_any_byte_of_header_or_run_list_changed_never_lands() {
     }
     wait_for("a failure for each", || receiver.failures().len() == expected);
     assert_eq!((receiver.received().pages, target.resident_bytes()), (0, 0));
+}
+
+/// A piece of what a hostile source sends.
+#[derive(Clone, Debug)]
+enum Piece {
+    Noise(Vec<u8>),
+    /// A frame whose checksum is right, whatever its fields say, and so much payload.
+    Frame {
+        kind: FrameKind,
+        sequence: u64,
+        argument: u32,
+        stated: u32,
+        runs: Vec<FrameRun>,
+        payload: usize,
+    },
+}
+
+fn pieces() -> impl Strategy<Value = Piece> {
+    let run = (0..120_u64, prop_oneof![0..4_u32, any::<u32>()], any::<bool>())
+        .prop_map(|(first, pages, zero)| run(first, pages, if zero { RunKind::Zero } else { RunKind::Data }));
+    let kind = prop_oneof![4 => Just(FrameKind::Pages), 1 => Just(FrameKind::Retire)];
+    let frame = (
+        kind,
+        0..4_u64,
+        any::<u32>(),
+        prop_oneof![0..5_u32, any::<u32>()],
+        prop::collection::vec(run, 0..4),
+        0..20_000_usize,
+    );
+    prop_oneof![
+        1 => prop::collection::vec(any::<u8>(), 0..200).prop_map(Piece::Noise),
+        4 => frame.prop_map(|(kind, sequence, argument, stated, runs, payload)| {
+            let stated = stated.wrapping_mul(4096);
+            Piece::Frame { kind, sequence, argument, stated, runs, payload }
+        }),
+    ]
+}
+
+fn bytes_of(pieces: &[Piece]) -> Vec<u8> {
+    let mut all = Vec::new();
+    for piece in pieces {
+        match piece {
+            Piece::Noise(noise) => all.extend_from_slice(noise),
+            Piece::Frame { kind, sequence, argument, stated, runs, payload } => {
+                let mut bytes = Vec::new();
+                let frame = Frame {
+                    kind: *kind,
+                    sequence: *sequence,
+                    round: 1,
+                    argument: *argument,
+                    run_count: u32::try_from(runs.len()).unwrap(),
+                    payload_bytes: *stated,
+                };
+                write_frame(&mut bytes, &frame, runs);
+                all.append(&mut bytes);
+                all.resize(all.len() + payload, 0xee);
+            }
+        }
+    }
+    all
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn whatever_a_welcomed_source_sends_it_writes_guest_ram_or_nothing_and_an_honest_one_goes_on(
+        streams in prop::collection::vec(prop::collection::vec(pieces(), 0..6), 1..3),
+    ) {
+        let source = Ram::new(&[(0, 100)]);
+        let (target, receiver, address) = destination(&source);
+        for (number, pieces) in (1000..).zip(&streams) {
+            let mut hostile = Source::connect(address, number);
+            // The receiver may have hung up by then.
+            let _ = hostile.stream.write_all(&bytes_of(pieces)).and_then(|()| hostile.stream.shutdown(Shutdown::Write));
+            let answered = io::copy(&mut hostile.stream, &mut io::sink()).unwrap_or(0);
+            prop_assert!(answered <= (pieces.len() * Acknowledgement::BYTES) as u64);
+        }
+        prop_assert!(receiver.failures().len() <= streams.len());
+        prop_assert!(receiver.received().pages <= 100 * streams.len() as u64 * 6);
+        source.fill(1);
+        let mut honest = sender(&[address], &source, options());
+        honest.send_round(2, source.pages()).unwrap();
+        drop((honest, receiver));
+        prop_assert_eq!(source.digest(), target.digest());
+    }
+
+    #[test]
+    fn whatever_a_stranger_says_at_the_door_it_is_not_let_in(bytes in prop::collection::vec(any::<u8>(), 0..100)) {
+        let (target, receiver, address) = destination(&Ram::new(&[(0, 100)]));
+        let mut stranger = TcpStream::connect(address).unwrap();
+        let _ = stranger.write_all(&bytes).and_then(|()| stranger.shutdown(Shutdown::Write));
+        let mut answer = Vec::new();
+        let _ = stranger.read_to_end(&mut answer);
+        prop_assert!(answer.first_chunk().is_none_or(|answer| DataWelcome::read(answer) != Ok(Verdict::Welcome)));
+        wait_for("a failure on record", || receiver.failures().len() == 1);
+        prop_assert_eq!((receiver.received().connections, target.resident_bytes()), (0, 0));
+    }
+
+    #[test]
+    fn whatever_a_destination_answers_the_round_ends_in_an_error_and_guest_ram_is_as_it_was(
+        noise in prop::collection::vec(any::<u8>(), 0..100),
+        sequences in prop::collection::vec(any::<u64>(), 0..4),
+    ) {
+        let ram = Ram::new(&[(0, 50)]);
+        ram.fill(1);
+        let before = ram.digest();
+        let address = fake_destination(welcome(), move |stream| {
+            // No frame is acknowledged as number 0, and none beyond the last.
+            for sequence in &sequences {
+                let _ = stream.write_all(Acknowledgement::new(sequence | 1 << 40).as_bytes());
+            }
+            let _ = stream.write_all(&noise).and_then(|()| stream.shutdown(Shutdown::Write));
+            let _ = io::copy(stream, &mut io::sink());
+        });
+        let mut sender = sender(&[address], &ram, SendOptions { reconnect: false, ..options() });
+        let error = sender.send_round(1, ram.pages()).unwrap_err();
+        let no_channel_left = matches!(error, TransportError::NoChannelLeft { .. });
+        prop_assert!(no_channel_left, "{}", error);
+        prop_assert_eq!(before, ram.digest());
+    }
 }
 
 #[test]

@@ -122,11 +122,13 @@ fn sends_into_a_bridge_without_ports_are_reported_as_zero_copied_and_the_same_on
     }
 }
 
+/// Frames of 4 MiB in runs of every length, into a bridge whose port is gone. What the sending thread paid is printed
+/// for `kernel-notes/zero-copy.md`, and believed only from a release build on a quiet machine; the kernel's reports
+/// are what is proven.
 #[test]
-#[ignore = "a measurement, for kernel-notes/zero-copy.md"]
-fn what_a_byte_costs_the_sender_by_each_method_and_run_length() {
+fn frames_of_every_run_length_are_zero_copied_out_of_plain_and_registered_memory() {
     const CONTENT_PAGES: u64 = 1024;
-    const SAMPLES: usize = 9;
+    const SAMPLES: usize = 3;
     let bridge = match Bridge::new("costs") {
         Ok(bridge) => bridge,
         Err(reason) => {
@@ -135,32 +137,30 @@ fn what_a_byte_costs_the_sender_by_each_method_and_run_length() {
     };
     let ram = Ram::new(&[(0, 2 * CONTENT_PAGES)]);
     ram.fill(1);
-    eprintln!(
-        "{:>9} {:>12} {:>12} {:>12}   CPU of the sending thread, ns per page",
-        "run pages", "copy", "zc", "zc_fixed"
-    );
-    for run_pages in [1, 2, 4, 8, 16, 64, 256, 1024] {
+    eprintln!("CPU of the sending thread, ns per page");
+    eprintln!("{:>9} {:>12} {:>12} {:>12}", "run pages", "copy", "zc", "zc_fixed");
+    for run_pages in [1, 4, 16, 256, 1024] {
         let runs = (0..CONTENT_PAGES / run_pages).map(|n| n * run_pages * 2);
         let run = |first| PageRun { first: PageIndex(first), pages: run_pages };
         let payload: Vec<HostRun> =
             runs.flat_map(|first| ram.memory.host_runs(run(first)).unwrap()).collect();
-        let mut medians = Vec::new();
-        for which in 0..3 {
-            let sample = || {
+        let costs = [None, Some(0), Some(1)].map(|zero_copy| {
+            let sample = |_| {
                 let (stream, _listener) = bridge.connect();
                 socket::make_room(&stream, socket::Buffer::Send, 32 << 20).unwrap();
                 let mut ring = SendRing::new(Arc::clone(&stream), &ram.memory).unwrap();
-                let [zero_copy, fixed] = methods(&ring, &ram, &payload);
-                let method = [SendMethod::Copy, zero_copy, fixed][which];
+                let method = zero_copy.map(|which| methods(&ring, &ram, &payload)[which]);
                 let before = thread_cpu_ns();
-                copied(&mut ring, &stream, &payload, method);
-                (thread_cpu_ns() - before) / CONTENT_PAGES
+                let report = copied(&mut ring, &stream, &payload, method.unwrap_or(SendMethod::Copy));
+                let cost = (thread_cpu_ns() - before) / CONTENT_PAGES;
+                assert_eq!(report, method.map(|_| false), "runs of {run_pages}, {method:?}");
+                cost
             };
-            let mut samples: Vec<u64> = (0..SAMPLES).map(|_| sample()).collect();
-            samples.sort_unstable();
-            medians.push(samples[SAMPLES / 2]);
-        }
-        eprintln!("{run_pages:>9} {:>12} {:>12} {:>12}", medians[0], medians[1], medians[2]);
+            let mut costs: Vec<u64> = (0..SAMPLES).map(sample).collect();
+            costs.sort_unstable();
+            costs[SAMPLES / 2]
+        });
+        eprintln!("{run_pages:>9} {:>12} {:>12} {:>12}", costs[0], costs[1], costs[2]);
     }
 }
 

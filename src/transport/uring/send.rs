@@ -111,7 +111,7 @@ impl SendRing {
         memory: &GuestMemory,
     ) -> Result<Self, TransportError> {
         Ok(Self {
-            ring: Ring::new(128)?,
+            ring: Ring::new(8)?,
             stream,
             _memory: memory.clone(),
             outgoing: Box::new(Outgoing {

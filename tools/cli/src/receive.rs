@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
-use ringferry::destination::{Destination, DestinationOptions, DestinationReport};
+use ringferry::destination::{Destination, DestinationError, DestinationOptions, DestinationReport};
 use ringferry::vm::VmError;
 use ringferry::{Paused, Vm};
 use ringferry_testvm::{Guest, check};
@@ -76,6 +76,10 @@ pub enum Told {
 /// Runs the command.
 pub fn run(args: Args, output: Output) -> Result<ExitCode> {
     let interrupted = interrupt::flag()?;
+    // Said before a source has come.
+    if let Some(exposed) = args.data_listen.iter().find(|at| !args.insecure && !at.ip().is_loopback()) {
+        bail!(DestinationError::Exposed(*exposed));
+    }
     // Built first: if this machine cannot hold the VM, nobody needs to connect.
     let vm = Machine::new(args.vm.kind(), args.vm.destination())?;
     let memory = vm.memory().clone();

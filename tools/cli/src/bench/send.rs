@@ -10,17 +10,20 @@ mod remote;
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, ensure};
 use clap::ValueEnum;
 use ringferry::transport::{ChannelSpec, MaxBandwidth, SendOptions, Sender, ZeroCopy};
 use ringferry_testvm::links::{Links, MTU};
 use serde::Serialize;
 
+use crate::interrupt;
 use crate::output::Output;
 use crate::sizes::{Rate, Size};
-use memory::BenchMemory;
+use memory::{BenchMemory, CHUNK_BYTES};
 use remote::{Case, Cpu, Remote};
 
 /// Measure the transport alone: throughput and CPU against plain send and receive
@@ -36,7 +39,7 @@ Examples:
   ringferry bench send --to 192.0.2.9:4400 --channel 192.0.2.1%eth1=192.0.2.9:4401")]
 pub struct Args {
     /// How much to send in each measurement
-    #[arg(long, default_value = "256MiB", value_name = "SIZE")]
+    #[arg(long, default_value = "256MiB", value_name = "SIZE", value_parser = bytes)]
     bytes: Size,
 
     /// How to send, one measurement each
@@ -44,7 +47,7 @@ pub struct Args {
     mode: Vec<Mode>,
 
     /// How many channels, one measurement each
-    #[arg(long, value_delimiter = ',', default_values_t = [1, 2], value_name = "N")]
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 2], value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     channels: Vec<u16>,
 
     /// Length of runs in pages, each followed by a gap of the same length; 0 is one run without a gap
@@ -52,15 +55,15 @@ pub struct Args {
     run_pages: Vec<u64>,
 
     /// Measurements of each case, of which the median is shown
-    #[arg(long, default_value_t = 3, value_name = "N")]
-    repeat: usize,
+    #[arg(long, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    repeat: u32,
 
     /// Limit over all channels, such as 100MB/s
-    #[arg(long, value_name = "RATE")]
+    #[arg(long, value_name = "RATE", value_parser = rate)]
     max_bandwidth: Option<Rate>,
 
     /// Pages in a frame, at most 1024, instead of what the measured bandwidth suggests
-    #[arg(long, default_value_t = 0, hide_default_value = true, value_name = "PAGES")]
+    #[arg(long, default_value_t = 0, hide_default_value = true, value_name = "PAGES", value_parser = clap::value_parser!(u32).range(0..=1024))]
     frame_pages: u32,
 
     /// Send into memory that is populated already, as in every round of a migration but the first
@@ -68,19 +71,19 @@ pub struct Args {
     populated: bool,
 
     /// Send over links of these rates, one channel each, made of network namespaces, veth and tbf for the occasion
-    #[arg(long, value_delimiter = ',', value_name = "RATE", conflicts_with_all = ["to", "listen", "channels"])]
+    #[arg(long, value_delimiter = ',', value_name = "RATE", value_parser = rate, conflicts_with_all = ["to", "listen", "channels"])]
     link: Vec<Rate>,
 
     /// Largest packet on these links
-    #[arg(long, default_value_t = MTU, value_name = "BYTES")]
+    #[arg(long, default_value_t = MTU, value_name = "BYTES", requires = "link", value_parser = clap::value_parser!(u32).range(576..=65_535))]
     mtu: u32,
 
     /// The control address of a receiving process that runs elsewhere with --listen
-    #[arg(long, value_name = "ADDRESS:PORT", conflicts_with = "listen")]
+    #[arg(long, value_name = "ADDRESS:PORT", conflicts_with = "listen", requires = "channel")]
     to: Option<SocketAddr>,
 
     /// A channel to the receiving process, [LOCAL][%DEVICE]=REMOTE:PORT; several make several channels
-    #[arg(long, value_name = "CHANNEL", requires = "to")]
+    #[arg(long, value_name = "CHANNEL", requires = "to", conflicts_with = "channels")]
     channel: Vec<ChannelSpec>,
 
     /// Receive: serve measurements on this control address, one source after the other, until interrupted
@@ -90,6 +93,17 @@ pub struct Args {
     /// Serve one source and end
     #[arg(long, requires = "listen", hide = true)]
     once: bool,
+}
+
+fn bytes(text: &str) -> Result<Size, String> {
+    let size: Size = text.parse().map_err(|error: crate::sizes::ParseError| error.to_string())?;
+    let least = Size { bytes: CHUNK_BYTES as u64 };
+    (size >= least).then_some(size).ok_or_else(|| format!("at least {least} is needed to measure anything"))
+}
+
+fn rate(text: &str) -> Result<Rate, String> {
+    let rate: Rate = text.parse().map_err(|error: crate::sizes::ParseError| error.to_string())?;
+    (rate.bytes_per_s > 0).then_some(rate).ok_or_else(|| "nothing would ever arrive".to_owned())
 }
 
 /// Of links made for the occasion, the one for control, and the port for data on the others.
@@ -147,6 +161,7 @@ struct BenchSend {
     estimate_uncertainty_bytes_per_s: f64,
     per_channel_bytes: Vec<u64>,
     lost_channels: usize,
+    in_flight_bytes_max: u64,
 }
 
 /// What one transfer took.
@@ -172,26 +187,27 @@ pub fn run(mut args: Args, output: Output) -> anyhow::Result<ExitCode> {
         remote::serve(address, args.once, output)?;
         return Ok(ExitCode::SUCCESS);
     }
-    ensure!(args.repeat > 0 && args.bytes.bytes >= 1 << 20, "at least one measurement of 1MiB is needed");
-    let links = (!args.link.is_empty()).then(|| links(&args.link, args.mtu)).transpose()?;
-    let mut remote = match (&links, args.to) {
-        (Some((links, channels)), _) => {
-            args.channel.clone_from(channels);
-            Remote::spawn_at(SocketAddr::from((Links::far_address(CONTROL_LINK), 0)), Some(links.far()))?
-        }
-        (None, Some(address)) => Remote::connect(address)?,
-        (None, None) => Remote::spawn_at(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), None)?,
+    // Dropped after `remote`, whose process lives on them.
+    let mut guarded = None;
+    let mut remote = if !args.link.is_empty() {
+        let interrupted = interrupt::flag()?;
+        let (links, channels) = links(&args.link, args.mtu)?;
+        let far = links.far().to_owned();
+        args.channel = channels;
+        guarded = Some(LinksGuard::new(links, interrupted, output));
+        Remote::spawn_at(SocketAddr::from((Links::far_address(CONTROL_LINK), 0)), Some(&far))?
+    } else if let Some(address) = args.to {
+        Remote::connect(address)?
+    } else {
+        Remote::spawn_at(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), None)?
     };
-    if args.to.is_some() && args.channel.is_empty() {
-        bail!("--to needs at least one --channel: the way that the data takes");
-    }
     let channel_counts = match u16::try_from(args.channel.len())? {
         0 => args.channels.clone(),
         count => vec![count],
     };
     if !output.json() {
         output.line(format_args!(
-            "{:>8} {:>8} {:>9} {:>10} {:>10} {:>7} {:>9} {:>9} {:>9} {:>7}",
+            "{:>8} {:>8} {:>9} {:>10} {:>10} {:>7} {:>10} {:>10} {:>9} {:>7}",
             "mode",
             "channels",
             "run pages",
@@ -212,7 +228,40 @@ pub fn run(mut args: Args, output: Output) -> anyhow::Result<ExitCode> {
             }
         }
     }
+    drop((remote, guarded));
     Ok(ExitCode::SUCCESS)
+}
+
+/// Network namespaces do not go with the process that made them: Ctrl-C takes them down before it ends it.
+struct LinksGuard(Arc<Mutex<Option<Links>>>);
+
+impl LinksGuard {
+    fn new(links: Links, interrupted: &'static AtomicBool, output: Output) -> Self {
+        let links = Arc::new(Mutex::new(Some(links)));
+        let watched = Arc::clone(&links);
+        std::thread::spawn(move || {
+            loop {
+                std::thread::sleep(Duration::from_millis(50));
+                let mut links = watched.lock().unwrap_or_else(PoisonError::into_inner);
+                if links.is_none() {
+                    return;
+                }
+                // Relaxed: the flag carries no data.
+                if interrupted.load(Ordering::Relaxed) {
+                    links.take();
+                    output.error(&anyhow!("interrupted"));
+                    std::process::exit(1);
+                }
+            }
+        });
+        Self(links)
+    }
+}
+
+impl Drop for LinksGuard {
+    fn drop(&mut self) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
 }
 
 /// Makes links, moves to their near end, and says which way channels over them go.
@@ -351,6 +400,7 @@ fn send(
         estimate_uncertainty_bytes_per_s: bandwidth.uncertainty_bytes_per_s,
         per_channel_bytes: channels.iter().map(|channel| channel.totals.bytes_sent).collect(),
         lost_channels: sent.losses.len(),
+        in_flight_bytes_max: channels.iter().map(|channel| channel.sending.window_bytes).sum(),
     };
     Ok((Measured { duration, bytes: content_bytes, sender: sender_cpu, receiver }, result))
 }

@@ -274,8 +274,11 @@ fn an_address_that_others_can_reach_needs_the_word_insecure() {
     if !kvm() {
         return;
     }
-    let run = ringferry(&[&["receive", "--listen", "0.0.0.0:0"], &SMALL[..]].concat());
-    assert_failed(&run, &["neither encrypted nor authenticated", "--insecure"]);
+    let exposed_data = ["--listen", "127.0.0.1:0", "--data-listen", "0.0.0.0:0"];
+    for listen in [&["--listen", "0.0.0.0:0"][..], &exposed_data] {
+        let run = ringferry(&[&["receive"], listen, &SMALL[..]].concat());
+        assert_failed(&run, &["neither encrypted nor authenticated", "--insecure"]);
+    }
 }
 
 #[test]

@@ -63,11 +63,11 @@ pub fn ringferry_writing_to(args: &[&str], stdout: impl Into<Stdio>) -> Outcome 
     outcome(Command::new(PROGRAM).args(args).stdout(stdout))
 }
 
-/// Runs it as root with 64 KiB that may be locked and without the capability to lock more; `None` if this user is
-/// not root.
+/// Runs it as root with 256 KiB that may be locked, enough for rings and not for frames, and without the capability
+/// to lock more; `None` if this user is not root.
 pub fn ringferry_with_little_locked_memory(args: &[&str]) -> Option<Outcome> {
     let mut command = Command::new("sh");
-    let script = "ulimit -l 64 && exec setpriv --bounding-set -ipc_lock --inh-caps -ipc_lock \"$0\" \"$@\"";
+    let script = "ulimit -l 256 && exec setpriv --bounding-set -ipc_lock --inh-caps -ipc_lock \"$0\" \"$@\"";
     command.args(["-c", script, PROGRAM]).args(args);
     geteuid().is_root().then(|| outcome(&mut command))
 }

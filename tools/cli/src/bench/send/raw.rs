@@ -6,14 +6,14 @@
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use ringferry::transport::ChannelSpec;
 
 use super::Measured;
 use super::memory::BenchMemory;
-use super::remote::{Case, Cpu, Remote};
+use super::remote::{Case, Cpu, PATIENCE, Remote};
 
 /// Sends all content over as many plain connections as the case has channels.
 pub fn send(
@@ -67,7 +67,7 @@ pub fn receive(
         let mut threads = Vec::new();
         for address in addresses {
             let listener = listeners.iter().find(|l| l.local_addr().is_ok_and(|local| local == *address));
-            let stream = listener.context("no listener for an address")?.accept()?.0;
+            let stream = accept(listener.context("no listener for an address")?)?;
             let next = &next;
             threads.push(scope.spawn(move || receive_chunks(&stream, memory, next)));
         }
@@ -79,6 +79,25 @@ pub fn receive(
         Ok(())
     })
     .context("receiving plainly")
+}
+
+/// The next connection, unless whoever announced it does not come.
+fn accept(listener: &TcpListener) -> anyhow::Result<TcpStream> {
+    listener.set_nonblocking(true)?;
+    let deadline = Instant::now() + PATIENCE;
+    while Instant::now() < deadline {
+        match listener.accept() {
+            Ok((stream, _)) => {
+                stream.set_nonblocking(false)?;
+                return Ok(stream);
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    bail!("the sending process announced a connection that did not come within {PATIENCE:?}")
 }
 
 fn receive_chunks(mut stream: &TcpStream, memory: &BenchMemory, next: &AtomicUsize) -> anyhow::Result<()> {

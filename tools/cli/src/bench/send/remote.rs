@@ -21,7 +21,7 @@ use crate::output::Output;
 /// A line is never longer.
 const LINE_BYTES_MAX: u64 = 16 * 1024;
 /// Nothing that is waited for here takes longer, a transfer apart.
-const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(30);
 /// A receiving process holds no more for a source.
 const BYTES_MAX: u64 = 64 << 30;
 /// Measurements belong together by address, not by secret.
