@@ -68,7 +68,7 @@ fn quantile(values: &[f64], share: f64) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     let last = sorted.len().saturating_sub(1);
-    let rank = (1..=last).find(|rank| *rank as f64 >= share * last as f64).unwrap_or(0);
+    let rank = (0..=last).find(|rank| *rank as f64 >= share * last as f64).unwrap_or(0);
     sorted.get(rank).copied().unwrap_or(0.0)
 }
 
