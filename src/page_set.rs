@@ -8,6 +8,7 @@
 //! This file owns the set of one thread; [`AtomicPageSet`] is the one that many threads fill. Neither knows
 //! which pages are RAM: [`layout`](crate::layout) does.
 
+mod ahead;
 mod atomic;
 #[cfg(test)]
 mod tests;
@@ -172,13 +173,12 @@ impl PageSet {
         }
     }
 
-    /// Adds the pages of one word, `first` a multiple of 64; how many are new. For who comes by pages one by one and
-    /// in runs: to gather a word in a register is faster than to load and store it for every page.
+    /// Adds the pages of one word, `first` a multiple of 64; how many are new.
     #[inline]
-    pub(crate) fn insert_word(&mut self, first: PageIndex, bits: u64) -> u64 {
+    fn insert_word(&mut self, first: PageIndex, bits: u64) -> u64 {
         let word = index(first.0 / WORD);
         // Nearly always: the word ends before the capacity does.
-        if first.0 + WORD <= self.end && bits != 0 {
+        if bits != 0 && first.0.saturating_add(WORD) <= self.end {
             self.add(word, bits)
         } else {
             self.add_within(word, bits)
@@ -286,6 +286,13 @@ impl PageSet {
             self.raise(word);
         }
         new
+    }
+
+    /// Fetches a word and its summary into the cache.
+    #[inline]
+    fn prefetch(&self, word: usize) {
+        words::prefetch(&self.levels[0], word);
+        words::prefetch(&self.levels[1], word / 64);
     }
 
     /// Adds those of `bits` that are below the capacity, ignores the others. Returns how many are new.
@@ -408,22 +415,24 @@ impl Extend<PageIndex> for PageSet {
     /// inserting them one by one would wait for its own last store each time.
     #[inline]
     fn extend<I: IntoIterator<Item = PageIndex>>(&mut self, pages: I) {
-        let (mut word, mut bits) = (0, 0);
+        let (end, mut beyond) = (self.end, 0);
+        let mut words = self.insert_ahead();
+        let (mut first, mut bits) = (PageIndex(0), 0);
         for page in pages {
-            if page.0 >= self.end {
-                self.ignore(1);
+            if page.0 >= end {
+                beyond += 1;
                 continue;
             }
-            let (its_word, bit) = split(index(page.0));
-            if its_word != word && bits != 0 {
-                self.add(word, bits);
-                bits = 0;
+            let word = PageIndex(page.0 & !63);
+            if word != first {
+                words.push(first, bits);
+                (first, bits) = (word, 0);
             }
-            (word, bits) = (its_word, bits | bit);
+            bits |= 1 << (page.0 & 63);
         }
-        if bits != 0 {
-            self.add(word, bits);
-        }
+        words.push(first, bits);
+        words.finish();
+        self.ignore(beyond);
     }
 }
 

@@ -25,3 +25,16 @@ pub(super) fn zeroed(words: usize) -> Vec<u64> {
     }
     words
 }
+
+/// Fetches the cache line of a word, to be written soon. A hint: a word that does not exist is none.
+#[inline]
+pub(super) fn prefetch(words: &[u64], word: usize) {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(word) = words.get(word) {
+        use std::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
+        // SAFETY: a prefetch reads and changes nothing, whatever the address; this one is a word of ours.
+        unsafe { _mm_prefetch::<_MM_HINT_ET0>(std::ptr::from_ref(word).cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (words, word);
+}

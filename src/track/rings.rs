@@ -75,8 +75,8 @@ pub(super) struct Rings {
 impl Ring {
     fn take_entries(&mut self, cx: Context<'_>, pending: &mut Pending) -> u32 {
         let mut slots = SlotCursor::new(cx.slots);
-        let (mut new, mut unknown) = (0, 0);
-        let pages = pending.pages_mut();
+        let mut unknown = 0;
+        let mut words = pending.pages_mut().insert_ahead();
         // Neighbours come one after the other as a rule: the word at hand is kept in registers.
         let (mut first, mut bits) = (PageIndex(0), 0_u64);
         let taken = self.ring.take(|slot, offset| {
@@ -87,12 +87,13 @@ impl Ring {
             };
             let word = PageIndex(page.0 & !63);
             if word != first {
-                new += pages.insert_word(first, bits);
+                words.push(first, bits);
                 (first, bits) = (word, 0);
             }
             bits |= 1 << (page.0 & 63);
         });
-        new += pages.insert_word(first, bits);
+        words.push(first, bits);
+        let new = words.finish();
         if taken > 0 {
             self.vcpu.counters.pages.add(new);
             self.vcpu.counters.duplicates.add(u64::from(taken) - new - unknown);
