@@ -21,6 +21,7 @@ use bitvec::slice::BitSlice;
 use bitvec::view::BitView;
 
 pub use self::atomic::AtomicPageSet;
+use self::words::Words;
 use crate::layout::{PageIndex, PageRun, RAM_END_MAX};
 
 /// Pages in a word.
@@ -39,7 +40,7 @@ pub struct PageSet {
     end: u64,
     len: u64,
     ignored: u64,
-    levels: [Vec<u64>; LEVELS],
+    levels: [Words; LEVELS],
 }
 
 /// Index of a word or page in memory that exists, so it fits.

@@ -4,7 +4,7 @@ use super::{PageSet, WORD, index};
 use crate::layout::PageIndex;
 
 /// Words between the fetching of one and the adding: enough to hide a miss of every cache behind the others' work.
-const AHEAD: usize = 16;
+const AHEAD: usize = 32;
 
 /// A set to which words are added some time after they came, in the order in which they came.
 ///
