@@ -20,6 +20,7 @@ use bitvec::order::Lsb0;
 use bitvec::slice::BitSlice;
 use bitvec::view::BitView;
 
+pub(crate) use self::ahead::WordAtHand;
 pub use self::atomic::AtomicPageSet;
 use self::words::Words;
 use crate::layout::{PageIndex, PageRun, RAM_END_MAX};
@@ -417,22 +418,15 @@ impl Extend<PageIndex> for PageSet {
     #[inline]
     fn extend<I: IntoIterator<Item = PageIndex>>(&mut self, pages: I) {
         let (end, mut beyond) = (self.end, 0);
-        let mut words = self.insert_ahead();
-        let (mut first, mut bits) = (PageIndex(0), 0);
+        let (mut words, mut word) = (self.insert_ahead(), WordAtHand::NONE);
         for page in pages {
-            if page.0 >= end {
+            if page.0 < end {
+                word.add(page, &mut words);
+            } else {
                 beyond += 1;
-                continue;
             }
-            let word = PageIndex(page.0 & !63);
-            if word != first {
-                words.push(first, bits);
-                (first, bits) = (word, 0);
-            }
-            bits |= 1 << (page.0 & 63);
         }
-        words.push(first, bits);
-        words.finish();
+        words.finish(word);
         self.ignore(beyond);
     }
 }

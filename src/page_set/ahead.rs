@@ -12,46 +12,56 @@ const AHEAD: usize = 32;
 /// foresees the next one. Whoever reads a dirty ring does.
 pub(crate) struct InsertAhead<'a> {
     pages: &'a mut PageSet,
-    waiting: [(PageIndex, u64); AHEAD],
+    waiting: [WordAtHand; AHEAD],
     next: usize,
     new: u64,
 }
 
+/// The word to which the last page belongs. Neighbours come one after the other as a rule: to gather them in registers
+/// is faster than to load and store a word for each. So it stands apart from [`InsertAhead`], which is memory.
+pub(crate) struct WordAtHand {
+    first: PageIndex,
+    bits: u64,
+}
+
+impl WordAtHand {
+    /// No page.
+    pub(crate) const NONE: Self = Self { first: PageIndex(0), bits: 0 };
+
+    /// Adds a page to the word at hand, or hands that on and begins another.
+    #[inline]
+    pub(crate) fn add(&mut self, page: PageIndex, words: &mut InsertAhead<'_>) {
+        let first = PageIndex(page.0 / WORD * WORD);
+        if first != self.first {
+            words.push(std::mem::replace(self, Self { first, bits: 0 }));
+        }
+        self.bits |= 1 << (page.0 % WORD);
+    }
+}
+
 impl PageSet {
-    /// For who comes by pages one by one and in runs: gathers them in a register first, which is faster than to load
-    /// and store a word for each page.
+    /// For who comes by pages one by one. None of them may be beyond the capacity.
     #[inline]
     pub(crate) fn insert_ahead(&mut self) -> InsertAhead<'_> {
-        InsertAhead { pages: self, waiting: [(PageIndex(0), 0); AHEAD], next: 0, new: 0 }
+        InsertAhead { pages: self, waiting: [const { WordAtHand::NONE }; AHEAD], next: 0, new: 0 }
     }
 }
 
 impl InsertAhead<'_> {
-    /// The pages of one word, `first` a multiple of 64; no bits are no pages.
     #[inline]
-    pub(crate) fn push(&mut self, first: PageIndex, bits: u64) {
-        self.pages.prefetch(index(first.0 / WORD));
-        let (first, bits) = std::mem::replace(&mut self.waiting[self.next], (first, bits));
+    fn push(&mut self, word: WordAtHand) {
+        self.pages.prefetch(index(word.first.0 / WORD));
+        let WordAtHand { first, bits } = std::mem::replace(&mut self.waiting[self.next], word);
         self.next = (self.next + 1) % AHEAD;
         self.new += self.pages.insert_word(first, bits);
     }
 
-    /// Adds what is still on its way; how many of all the pages were new.
-    pub(crate) fn finish(mut self) -> u64 {
-        self.flush();
-        self.new
-    }
-
-    fn flush(&mut self) {
+    /// Adds the last word and those that are still on their way; how many of all the pages were new.
+    pub(crate) fn finish(mut self, last: WordAtHand) -> u64 {
+        self.push(last);
         for _ in 0..AHEAD {
-            self.push(PageIndex(0), 0);
+            self.push(WordAtHand::NONE);
         }
-    }
-}
-
-impl Drop for InsertAhead<'_> {
-    /// A panic on the way loses no page.
-    fn drop(&mut self) {
-        self.flush();
+        self.new
     }
 }
