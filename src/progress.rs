@@ -46,6 +46,8 @@ pub struct RoundReport {
     pub pages_sent: u64,
     /// Pages found zero, sent as their number only.
     pub zero_pages: u64,
+    /// Pages that were dirty again before their turn came, and were left for a later round.
+    pub pages_struck_off: u64,
     /// Bytes on the data connections, headers included.
     pub bytes_sent: u64,
     /// From its first page to its acknowledgement.

@@ -12,7 +12,8 @@ use ringferry::kvm::RingSize;
 use ringferry::track::external::RegionLog;
 use ringferry::track::{DirtyTracker, Observed, PagemapTracker, VcpuHandle};
 use ringferry::{
-    DirtySource, GuestMemory, PAGE_SIZE, PageIndex, PageRun, PageSet, Paused, Region, SlotId, TrackError,
+    DirtySource, GuestMemory, PAGE_SIZE, PageIndex, PageRun, PageSet, Paused, Region, SeenDirty, SlotId,
+    TrackError,
 };
 
 /// Two regions that touch each other, neither a multiple of 64 pages.
@@ -168,14 +169,21 @@ fn test_backend<G: Guest>(mut guest: G) {
         let twice: Vec<PageIndex> = pages.iter().chain(&pages).copied().collect();
         guest.write(&twice, 2);
         let count = pages.len() as u64;
+        let mut round = PageSet::new(end);
+        round.extend(pages.iter().copied());
         for _ in 0..2 {
             // Looking does not take.
-            match guest.source().observe().unwrap() {
+            let mut seen = SeenDirty::new(end);
+            match guest.source().observe_into(&mut seen).unwrap() {
                 Observed::PerVcpu(counts) => assert!(G::PER_VCPU && counts == [count], "{counts:?}, {count}"),
                 Observed::Total(total) => assert!(!G::PER_VCPU && total == count, "{total}, {count}"),
-                Observed::Unobservable => assert!(G::UNOBSERVABLE),
+                Observed::Unobservable => assert!(G::UNOBSERVABLE && seen.is_empty()),
             }
+            assert!(seen.len() <= count, "{seen:?}");
+            seen.strike_off(&mut round);
         }
+        // It tells which pages, or not at all.
+        assert!(round.is_empty() != G::UNOBSERVABLE, "{round:?}");
         assert_eq!(harvest(&mut guest), set_of(&pages));
         assert_eq!(harvest(&mut guest), clean);
     }

@@ -62,10 +62,10 @@ impl Ram {
     }
 }
 
-fn all() -> Arc<PageSet> {
+fn all() -> PageSet {
     let mut pages = PageSet::new(PageIndex(PAGES));
     pages.insert_run(PageRun { first: PageIndex(0), pages: PAGES });
-    Arc::new(pages)
+    pages
 }
 
 /// A sender with a channel over each link, and its receiver.

@@ -46,7 +46,7 @@ fn send_unprivileged(zero_copy: ZeroCopy) -> (RoundSent, ChannelSnapshot) {
         let mut sender = Sender::connect(&[channel], token, source, options).unwrap();
         let mut pages = PageSet::new(PageIndex(PAGES));
         pages.insert_run(PageRun { first: PageIndex(0), pages: PAGES });
-        let sent = sender.send_round(1, Arc::new(pages)).unwrap();
+        let sent = sender.send_round(1, pages).unwrap();
         (sent, sender.counters().channels().remove(0))
     };
     let sent = thread::spawn(send).join().unwrap();

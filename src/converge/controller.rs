@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use super::curve::Curve;
 use super::model::{Brake, Forecast, Model, Outcome, Round, Terms};
+use super::plan::SHRINKING;
 use super::throttle::{LONGEST_STALL, LONGEST_STALL_EVER, Throttle};
 use super::units::{duration, sane, whole};
 use super::{
@@ -59,6 +60,8 @@ struct Current {
     pages: f64,
     done: f64,
     skipped: f64,
+    /// It is expected to leave markedly less than it began with, with nobody held back.
+    shrinks: bool,
     bytes_at_start: u64,
     /// Per vCPU, in seconds, when the round started.
     throttled_at_start: Vec<f64>,
@@ -169,19 +172,15 @@ impl Controller {
         &self.shares
     }
 
-    /// Whether pages of this round that are dirty again should be passed over when their turn comes: they have to
-    /// be sent once more in any case. So the hottest pages are left for the end.
+    /// Whether pages of this round that are dirty again should be struck off it: they have to be sent once more in
+    /// any case. So the hottest pages are left for the end.
     ///
-    /// How much that saves depends on an order that nobody knows in advance: from 10 to 60 % of a round for the
-    /// same curve. Hence only where the end stays predictable: in the first round, after which the prediction
-    /// counts; in braked rounds, where what may be dirtied, and so left, is known; and on the way to a deadline,
-    /// where each saving means less braking.
+    /// Not in a round that is not braked and does not shrink by itself: it would end as soon as the guest had dirtied
+    /// all of it again, and another like it would begin, each at the price of a fault per page. And not under the
+    /// older policies, which are there to be compared with.
     pub fn leaves_redirtied(&self) -> bool {
-        let settings = &self.settings;
-        let fair_share = matches!(settings.policy, Policy::FairShare(_));
-        let predictable =
-            self.round.number <= 1 || self.target.is_some() || settings.limits.deadline.is_some();
-        fair_share && predictable || settings.always_leave_redirtied
+        let gets_anywhere = self.round.number <= 1 || self.target.is_some() || self.round.shrinks;
+        matches!(self.settings.policy, Policy::FairShare(_)) && gets_anywhere
     }
 
     /// How long to wait until the next observation. While someone is held back by pages, what it overdraws is what
@@ -462,6 +461,7 @@ impl Controller {
         }
         let Some(terms) = self.terms(now) else { return };
         let free = self.model.forecast(&terms, round, Brake::Off, |_, _| None);
+        self.round.shrinks = self.model.round(&terms, round, Brake::Off).left <= round.of * SHRINKING;
         let forecast = match self.settings.policy {
             Policy::None => free,
             Policy::AutoConverge(parameters) => self.auto_converge_forecast(&terms, round, &parameters),

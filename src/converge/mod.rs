@@ -54,9 +54,6 @@ pub struct Settings {
     /// From a vCPU's overdraft to its gate being closed on it: the time between two observations, and a kick. Until
     /// it has been measured.
     pub gate_latency: Duration,
-    /// Pass over pages that are dirty again in every round, not only where that is predictable (see
-    /// [`Controller::leaves_redirtied`]): the end comes earlier than predicted, and may come much earlier.
-    pub always_leave_redirtied: bool,
     /// The guest's RAM.
     pub ram: Pages,
     /// Whether dirty pages come with the vCPU that dirtied them. If not, vCPUs can be slowed down by time only,
@@ -76,7 +73,6 @@ impl Settings {
             switchover_bandwidth: None,
             switchover_overhead: Duration::from_millis(20),
             gate_latency: Duration::from_micros(600),
-            always_leave_redirtied: false,
             ram,
             per_vcpu: true,
             unseen_per_vcpu: Pages(0),
@@ -102,7 +98,7 @@ pub struct Observation<'a> {
     pub others: Pages,
     /// Pages of this round that need nothing more: sent, found zero, or left because they are dirty again.
     pub pages_done: Pages,
-    /// Of these, pages that were left unsent because they are dirty again.
+    /// Of these, pages that were struck off unsent because they are dirty again.
     pub pages_skipped: Pages,
     /// Bytes that the peer's kernel has taken off our hands since the migration's start.
     pub bytes_acked: u64,

@@ -19,7 +19,7 @@ const ABOVE: [f64; 5] = [0.0, 0.2, 0.4, 0.6, 0.8];
 /// How much dearer guest time is at once than after many rounds, as a share.
 const PREFER_LATER: f64 = 0.05;
 /// A round that is not smaller than this share of the one before is nothing to wait for.
-const SHRINKING: f64 = 0.9;
+pub(crate) const SHRINKING: f64 = 0.9;
 
 /// What to do in this round, and what comes of it.
 #[derive(Clone, Copy, Debug)]

@@ -312,23 +312,21 @@ impl Simulation<'_> {
     /// Lets everyone work for `step`; the sender only if `sending`.
     fn step(&mut self, step: f64, sending: bool) {
         let left = (self.to_send - self.done).max(0.0);
-        let unsent = if self.to_send > 0.0 { left / self.to_send } else { 0.0 };
+        // Of the pages that were not struck off; the order in which they are sent has nothing to do with the writers'.
+        let unsent = if left > 0.0 { left / (self.to_send - self.skipped) } else { 0.0 };
         let fault = self.machine.fault.as_secs_f64();
         for (vcpu, writer) in self.vcpus.iter_mut().zip(&self.guest.writers) {
             self.redirtied_unsent += vcpu.run(writer, self.now, step, fault, unsent);
         }
         self.redirtied_unsent = self.redirtied_unsent.min(left);
         if sending && left > 0.0 {
-            let skip = self.controller.leaves_redirtied();
-            // Pages that are dirty again are passed over as they come up: their share of what is left.
-            let dirty_share = if skip { (self.redirtied_unsent / left).min(1.0) } else { 0.0 };
+            let struck_off = if self.controller.leaves_redirtied() { self.redirtied_unsent } else { 0.0 };
             let can_send = self.link.rate(self.now) * step / WIRE_PAGE_BYTES;
-            let pages = if dirty_share < 1.0 { (can_send / (1.0 - dirty_share)).min(left) } else { left };
-            let passed_over = pages * dirty_share;
-            self.done += pages;
-            self.skipped += passed_over;
-            self.redirtied_unsent -= if skip { passed_over } else { pages * self.redirtied_unsent / left };
-            self.bytes += (pages - passed_over) * WIRE_PAGE_BYTES;
+            let pages = can_send.min(left - struck_off);
+            self.done += pages + struck_off;
+            self.skipped += struck_off;
+            self.redirtied_unsent *= if struck_off > 0.0 { 0.0 } else { 1.0 - pages / left };
+            self.bytes += pages * WIRE_PAGE_BYTES;
         }
         self.now += step;
     }

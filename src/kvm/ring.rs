@@ -118,6 +118,8 @@ pub(crate) struct DirtyRing {
     reset: u32,
     /// The first entry, `fetch` or later, that was not dirty when we last looked.
     seen: u32,
+    /// The next entry that `tell` gives; between `fetch` and `seen`.
+    told: u32,
 }
 
 impl DirtyRing {
@@ -144,7 +146,7 @@ impl DirtyRing {
     }
 
     fn new(memory: RingMemory, position: u32) -> Self {
-        Self { memory, fetch: position, reset: position, seen: position }
+        Self { memory, fetch: position, reset: position, seen: position, told: position }
     }
 
     /// Whether the vCPU, outside the guest now, left because this ring was full.
@@ -176,7 +178,7 @@ impl DirtyRing {
             entry.flags.store(RESET, Ordering::Release);
             self.fetch = self.fetch.wrapping_add(1);
         }
-        self.seen = self.fetch;
+        (self.seen, self.told) = (self.fetch, self.fetch);
         self.fetch.wrapping_sub(from)
     }
 
@@ -213,6 +215,20 @@ impl DirtyRing {
             }
         }
         self.seen.wrapping_sub(self.fetch)
+    }
+
+    /// Gives slot and page offset of each entry that [`look`](Self::look) has counted and that was not told before.
+    /// They stay dirty, and the pages writable.
+    pub(crate) fn tell(&mut self, mut page: impl FnMut(SlotId, u64)) {
+        while self.told != self.seen {
+            let entry = self.memory.entry(self.told);
+            // Acquire, as in `take`.
+            if entry.flags.load(Ordering::Acquire) != DIRTY {
+                break;
+            }
+            page(SlotId(entry.slot.load(Ordering::Relaxed)), entry.offset.load(Ordering::Relaxed));
+            self.told = self.told.wrapping_add(1);
+        }
     }
 
     /// How far KVM seems to have come with the taken entries: those at the front that are no longer flagged for
@@ -269,7 +285,7 @@ impl DirtyRing {
             self.memory.entry(self.fetch).flags.store(RESET, Ordering::Release);
             self.fetch = self.fetch.wrapping_add(1);
         }
-        self.seen = self.fetch;
+        (self.seen, self.told) = (self.fetch, self.fetch);
     }
 
     /// After an overflow, with KVM stuck at a taken entry that it has overwritten: flags these entries again.
@@ -306,6 +322,7 @@ impl fmt::Debug for DirtyRing {
             .field("fetch", &self.fetch)
             .field("reset", &self.reset)
             .field("seen", &self.seen)
+            .field("told", &self.told)
             .finish_non_exhaustive()
     }
 }

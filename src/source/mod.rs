@@ -9,7 +9,7 @@ mod report;
 mod steering;
 
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, mpsc};
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -297,7 +297,7 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Source<'a, V, D> {
         let verified_pages = if self.options.verify { populated.len() } else { 0 };
         let overhead = switchover_overhead(verified_pages);
         let vcpus = self.tracker.vcpus();
-        let mut steering = Steering::new(self.memory.pages(), &self.progress, self.started, overhead, vcpus);
+        let mut steering = Steering::new(self.memory, &self.progress, self.started, overhead, vcpus);
         let mut to_send = populated;
         let counters = sender.counters();
         let remaining = loop {
@@ -347,8 +347,8 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Source<'a, V, D> {
     ) -> Result<PageSet, SourceError> {
         let (pages_to_send, number) = (pages.len(), self.next_round());
         let mut dirty = PageSet::new(self.memory.end());
-        let counters = sender.counters();
-        let before = counters.totals();
+        let sending = sender.handle();
+        let before = sending.totals();
         let sent = send_round(sender, number, pages, || {
             if self.progress.parameters().is_cancelled() {
                 return Err(SourceError::Cancelled);
@@ -356,13 +356,15 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Source<'a, V, D> {
             if self.standstill.is_some() {
                 return Ok(FIRST_LOOK);
             }
-            match steering.look(self.tracker, self.vm, counters.totals())? {
+            match steering.look(self.tracker, self.vm, &sending)? {
                 Action::Continue => Ok(steering.next_look()),
                 Action::GiveUp(_) => Err(SourceError::GaveUp),
                 Action::SwitchOver(why) => {
                     self.stop_guest(steering, &mut dirty)?;
-                    let done = counters.totals().since(before);
-                    let unsent = pages_to_send.saturating_sub(done.pages_sent + done.zero_pages);
+                    sending.strike_off(|undealt| undealt.subtract(&dirty));
+                    let done = sending.totals().since(before);
+                    let done = done.pages_sent + done.zero_pages + done.pages_struck_off;
+                    let unsent = pages_to_send.saturating_sub(done);
                     self.stays_stopped(steering, why, unsent + dirty.len())?;
                     Ok(FIRST_LOOK)
                 }
@@ -415,7 +417,15 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Source<'a, V, D> {
     }
 
     fn count_round(&mut self, sent: &RoundSent, pages_to_send: u64) {
-        let Totals { pages_sent, zero_pages, bytes_sent, zero_copy_sends, copied_sends, .. } = sent.totals;
+        let Totals {
+            pages_sent,
+            zero_pages,
+            pages_struck_off,
+            bytes_sent,
+            zero_copy_sends,
+            copied_sends,
+            ..
+        } = sent.totals;
         self.report.pages_sent += pages_sent;
         self.report.zero_pages += zero_pages;
         self.report.bytes_sent += bytes_sent;
@@ -426,6 +436,7 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Source<'a, V, D> {
             pages_to_send,
             pages_sent,
             zero_pages,
+            pages_struck_off,
             bytes_sent,
             duration_ms: millis(sent.duration),
             pages_dirtied: 0,
@@ -539,8 +550,7 @@ fn send_round(
     pages: PageSet,
     mut look: impl FnMut() -> Result<Duration, SourceError>,
 ) -> Result<RoundSent, SourceError> {
-    let cancel = sender.cancel_handle();
-    let pages = Arc::new(pages);
+    let cancel = sender.handle();
     thread::scope(|scope| {
         let (done, outcome) = mpsc::sync_channel(1);
         scope.spawn(move || done.send(sender.send_round(round, pages)));

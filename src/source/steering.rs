@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 use crate::converge::{
     Action, Change, Controller, Gate, LastCheck, Observation, Pages, Prediction, Settings, VcpuSample, Why,
 };
-use crate::layout::PAGE_SIZE;
+use crate::layout::{GuestMemory, PAGE_SIZE};
 use crate::progress::{self, Event, Progress};
-use crate::track::{DirtySource, Observed, TrackError, VcpuHandle};
-use crate::transport::Totals;
+use crate::track::{DirtySource, Observed, SeenDirty, TrackError, VcpuHandle};
+use crate::transport::{SendHandle, Totals};
 use crate::vm::Vm;
 
 /// Steers one migration.
@@ -21,6 +21,7 @@ pub(super) struct Steering {
     terms_version: u64,
     vcpus: Vec<SteeredVcpu>,
     samples: Vec<VcpuSample>,
+    seen: SeenDirty,
     last_look: (Duration, Vec<u64>),
     totals_before_round: Totals,
 }
@@ -33,10 +34,10 @@ struct SteeredVcpu {
 }
 
 impl Steering {
-    /// Takes the wheel of a migration of `ram` pages that began at `started`. `overhead` is what the switchover
-    /// takes besides sending pages.
+    /// Takes the wheel of a migration of `memory` that began at `started`. `overhead` is what the switchover takes
+    /// besides sending pages.
     pub fn new(
-        ram: u64,
+        memory: &GuestMemory,
         progress: &Progress,
         started: Instant,
         overhead: Duration,
@@ -50,7 +51,7 @@ impl Steering {
             limits: terms.limits,
             switchover_bandwidth: terms.switchover_bandwidth,
             switchover_overhead: overhead,
-            ..Settings::new(Pages(ram))
+            ..Settings::new(Pages(memory.pages()))
         };
         let steered = |handle: VcpuHandle| SteeredVcpu {
             throttled_before: handle.gate().throttled(),
@@ -63,6 +64,7 @@ impl Steering {
             started,
             terms_version,
             samples: Vec::with_capacity(vcpus.len()),
+            seen: SeenDirty::new(memory.end()),
             vcpus: vcpus.into_iter().map(steered).collect(),
             last_look: (Duration::ZERO, Vec::new()),
             totals_before_round: Totals::default(),
@@ -83,12 +85,13 @@ impl Steering {
         self.tell();
     }
 
-    /// A look in the middle of a round: observes, and slows down who has to be slowed down.
+    /// A look in the middle of a round: observes, strikes off what is dirty again, and slows down who has to be slowed
+    /// down.
     pub fn look(
         &mut self,
         tracker: &mut (impl DirtySource + ?Sized),
         vm: &(impl Vm + ?Sized),
-        totals: Totals,
+        sender: &SendHandle,
     ) -> Result<Action, TrackError> {
         if let Some(terms) = self.progress.parameters().changed_since(&mut self.terms_version) {
             self.controller.change(self.started.elapsed(), |settings| {
@@ -97,8 +100,15 @@ impl Steering {
                 settings.switchover_bandwidth = terms.switchover_bandwidth;
             });
         }
-        let observed = tracker.observe()?;
-        let action = self.act(&observed, totals, None);
+        let observed = if self.controller.leaves_redirtied() {
+            let observed = tracker.observe_into(&mut self.seen)?;
+            sender.strike_off(|undealt| self.seen.strike_off(undealt));
+            self.seen.clear();
+            observed
+        } else {
+            tracker.observe()?
+        };
+        let action = self.act(&observed, sender.totals(), None);
         self.apply_gates(vm);
         Ok(action)
     }
@@ -150,12 +160,12 @@ impl Steering {
             throttled: vcpu.handle.gate().throttled().saturating_sub(vcpu.throttled_before),
         }));
         let round = totals.since(self.totals_before_round);
-        let pages_done = round.pages_sent + round.zero_pages;
+        let pages_done = round.pages_sent + round.zero_pages + round.pages_struck_off;
         let seen = Observation {
             vcpus: &self.samples,
             others: Pages(others),
             pages_done: Pages(pages_done),
-            pages_skipped: Pages(0),
+            pages_skipped: Pages(round.pages_struck_off),
             bytes_acked: totals.bytes_sent,
         };
         let action = match harvested {

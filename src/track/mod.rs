@@ -13,6 +13,7 @@ mod gate;
 mod pagemap;
 mod pending;
 mod rings;
+mod seen;
 mod slots;
 #[cfg(test)]
 mod tests;
@@ -25,6 +26,7 @@ pub use self::external::ExternalSource;
 pub use self::figures::{Figures, VcpuFigures};
 pub use self::gate::{BeforeRun, Gate};
 pub use self::pagemap::{PagemapError, PagemapTracker};
+pub use self::seen::SeenDirty;
 pub use self::tracker::{DirtyTracker, ExternalId};
 pub use self::vcpu::{KVM_EXIT_DIRTY_RING_FULL, VcpuHandle};
 use crate::kvm::KvmError;
@@ -174,6 +176,24 @@ pub trait DirtySource: Send {
     ///
     /// [`TrackError::NotTracking`], or what the kernel refused.
     fn observe(&mut self) -> Result<Observed, TrackError>;
+
+    /// [`observe`](Self::observe), and adds to `seen` the pages dirtied since the last harvest that no earlier call
+    /// told of; sooner or later all, where the backend can tell. None of them can be read from there.
+    ///
+    /// ```compile_fail,E0599
+    /// # fn f(source: &mut dyn ringferry::DirtySource, seen: &mut ringferry::SeenDirty) {
+    /// source.observe_into(seen).unwrap();
+    /// for run in seen.runs() {} // their content may change without a trace
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As for `observe`.
+    fn observe_into(&mut self, seen: &mut SeenDirty) -> Result<Observed, TrackError> {
+        let _ = seen;
+        self.observe()
+    }
 
     /// Adds to `dirty` all pages dirtied since the last harvest, each write-protected again by the time this
     /// returns, so that their content may be read.

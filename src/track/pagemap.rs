@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use memmap2::{MmapMut, MmapRaw};
 
-use super::{DirtySource, Observed, TrackError};
+use super::{DirtySource, Observed, SeenDirty, TrackError};
 use crate::layout::{GuestMemory, PAGE_SIZE, PageIndex, PageRun, Region, SlotId};
 use crate::page_set::PageSet;
 use crate::pagemap::{CHECK_WPASYNC, Filter, Pagemap, WP_MATCHING, category};
@@ -170,6 +170,26 @@ impl PagemapTracker {
         }
         Ok(())
     }
+
+    /// Counts the written pages and tells of them, unless the last look was a moment ago.
+    fn look(&mut self, mut tell: impl FnMut(PageRun)) -> Result<Observed, TrackError> {
+        if self.userfault.is_none() {
+            return Err(TrackError::NotTracking);
+        }
+        if let Some(look) = self.looked.filter(|look| look.at.elapsed() < look.took * LOOK_REST) {
+            return Ok(Observed::Total(look.pages));
+        }
+        let (at, mut pages) = (Instant::now(), 0);
+        for region in self.memory.regions() {
+            let found = |part: Range<usize>| {
+                pages += (part.len() / PAGE_SIZE) as u64;
+                tell(region.pages_at(part));
+            };
+            self.pagemap.scan(region.host_range(), WRITTEN, found).map_err(PagemapError::Scan)?;
+        }
+        self.looked = Some(Look { at, took: at.elapsed(), pages });
+        Ok(Observed::Total(pages))
+    }
 }
 
 impl DirtySource for PagemapTracker {
@@ -196,19 +216,11 @@ impl DirtySource for PagemapTracker {
     }
 
     fn observe(&mut self) -> Result<Observed, TrackError> {
-        if self.userfault.is_none() {
-            return Err(TrackError::NotTracking);
-        }
-        if let Some(look) = self.looked.filter(|look| look.at.elapsed() < look.took * LOOK_REST) {
-            return Ok(Observed::Total(look.pages));
-        }
-        let (at, mut pages) = (Instant::now(), 0);
-        for region in self.memory.regions() {
-            let count = |part: Range<usize>| pages += (part.len() / PAGE_SIZE) as u64;
-            self.pagemap.scan(region.host_range(), WRITTEN, count).map_err(PagemapError::Scan)?;
-        }
-        self.looked = Some(Look { at, took: at.elapsed(), pages });
-        Ok(Observed::Total(pages))
+        self.look(|_| {})
+    }
+
+    fn observe_into(&mut self, seen: &mut SeenDirty) -> Result<Observed, TrackError> {
+        self.look(|run| seen.pages_mut().insert_run(run))
     }
 
     fn harvest(&mut self, dirty: &mut PageSet) -> Result<(), TrackError> {

@@ -15,12 +15,13 @@ use std::time::Instant;
 use super::TrackError;
 use super::figures::VmCounters;
 use super::pending::{Pending, Protected};
+use super::seen::SeenDirty;
 use super::slots::{SlotCursor, Slots};
 use super::vcpu::Vcpu;
 use crate::kvm::ring::DirtyRing;
 use crate::kvm::{Kernel, ResetCount};
 use crate::layout::{PageIndex, PageRun, SlotId};
-use crate::page_set::WordAtHand;
+use crate::page_set::{PageSet, WordAtHand};
 
 /// Resets in a row that reset nothing, before a ring is taken for stuck. A stop signal, a freezing cgroup or task
 /// work interrupt one call each.
@@ -71,6 +72,8 @@ struct Ring {
 #[derive(Default, Debug)]
 pub(super) struct Rings {
     rings: Vec<Ring>,
+    /// Of the pages taken early since the last harvest, those that `observe` has told of.
+    early_told: u64,
 }
 
 impl Ring {
@@ -119,6 +122,16 @@ impl Ring {
         self.vcpu.counters.occupancy.set(0);
         let harvest_ns = self.vcpu.counters.harvest_ns.add_since(started);
         cx.counters.harvest_ns.add(harvest_ns);
+    }
+
+    /// Adds the pages of the entries that were not told of to `seen`.
+    fn tell(&mut self, slots: &Slots, seen: &mut PageSet) {
+        let mut slots = SlotCursor::new(slots);
+        self.ring.tell(|slot, offset| {
+            if let Some(page) = slots.page(slot, offset) {
+                seen.insert(page);
+            }
+        });
     }
 
     fn note_occupancy(&self, entries: u32) {
@@ -213,10 +226,17 @@ impl Rings {
         for ring in &mut self.rings {
             ring.early_pages = 0;
         }
+        self.early_told = 0;
     }
 
-    /// Pages by vCPU since the last harvest; recycles a ring that would be full before the next look.
-    pub(super) fn observe(&mut self, cx: Context<'_>, pending: &mut Pending) -> Result<Vec<u64>, TrackError> {
+    /// Pages by vCPU since the last harvest; recycles a ring that would be full before the next look. `seen` is told
+    /// which pages those are that it was not told of.
+    pub(super) fn observe(
+        &mut self,
+        cx: Context<'_>,
+        pending: &mut Pending,
+        mut seen: Option<&mut SeenDirty>,
+    ) -> Result<Vec<u64>, TrackError> {
         let mut pages = Vec::with_capacity(self.rings.len());
         for at in 0..self.rings.len() {
             let ring = &mut self.rings[at];
@@ -228,7 +248,17 @@ impl Rings {
             } else {
                 ring.last_look = entries;
                 pages.push(ring.early_pages + u64::from(entries));
+                if let Some(seen) = &mut seen {
+                    ring.tell(cx.slots, seen.pages_mut());
+                }
             }
+        }
+        let early = self.rings.iter().map(|ring| ring.early_pages).sum();
+        if let Some(seen) = seen
+            && early != self.early_told
+        {
+            seen.pages_mut().union(pending.pages_mut());
+            self.early_told = early;
         }
         Ok(pages)
     }

@@ -35,6 +35,8 @@ struct Model {
     sent: BTreeMap<u64, u64>,
     /// What was harvested and may yet fail to arrive.
     taken: PageSet,
+    /// Pages that looks told of and no harvest handed out yet.
+    seen: SeenDirty,
 }
 
 fn end() -> PageIndex {
@@ -59,6 +61,7 @@ impl Model {
             version: BTreeMap::new(),
             sent: BTreeMap::new(),
             taken: PageSet::new(end()),
+            seen: SeenDirty::new(end()),
         };
         (0..SLOTS).for_each(|slot| model.add_slot(slot));
         model.start();
@@ -83,6 +86,7 @@ impl Model {
                 self.version.remove(&page);
                 self.sent.remove(&page);
                 self.taken.remove(PageIndex(page));
+                self.seen.pages_mut().remove(PageIndex(page));
             }
         }
     }
@@ -93,6 +97,7 @@ impl Model {
         self.note_writes_during_reset();
         self.sent = self.version.clone();
         self.taken.clear();
+        self.seen.clear();
     }
 
     fn wrote(&mut self, slot: u32, offset: u64) {
@@ -139,12 +144,18 @@ impl Model {
             }
         }
         self.taken.union(dirty);
+        self.seen.pages_mut().subtract(dirty);
     }
 
     fn harvest(&mut self) {
         let mut dirty = PageSet::new(end());
         self.tracker.harvest(&mut dirty).unwrap();
         self.send(&dirty);
+        assert!(
+            self.seen.is_empty(),
+            "pages were struck off a round and are in no later one: {:?}",
+            self.seen
+        );
     }
 
     fn harvest_final(&mut self) {
@@ -272,7 +283,7 @@ impl Model {
                 let first = PageIndex(slot_pages(*slot).first.0 + offset);
                 self.tracker.mark_dirty(PageRun { first, pages: 1 });
             }
-            Event::Observe => drop(self.tracker.observe().unwrap()),
+            Event::Observe => drop(self.tracker.observe_into(&mut self.seen).unwrap()),
             Event::Harvest => self.harvest(),
             Event::HarvestFinal => self.harvest_final(),
             Event::TakeSlotBitmap(slot) => self.take_slot_bitmap(*slot),
@@ -333,6 +344,30 @@ proptest! {
     ) {
         run(vcpus, 0, 0, true, &events);
     }
+}
+
+#[test]
+fn a_look_tells_of_each_page_once_and_of_those_that_were_taken_early_too() {
+    let mut model = Model::new(2, 0, 0, false);
+    let told = |model: &mut Model| {
+        let mut seen = SeenDirty::new(end());
+        model.tracker.observe_into(&mut seen).unwrap();
+        seen.pages_mut().runs().flat_map(|run| run.first.0..run.end().0).collect::<Vec<_>>()
+    };
+    for page in [3, 4, 90] {
+        model.write(0, 0, page);
+    }
+    assert_eq!(told(&mut model), [3, 4, 90]);
+    assert!(told(&mut model).is_empty());
+    model.write(1, 0, 7);
+    model.write(0, 0, 3);
+    assert_eq!(told(&mut model), [7]);
+    // Its own vCPU recycles a ring that nobody has looked at.
+    model.write(0, 0, 8);
+    model.vcpus[0].ring_full().unwrap();
+    assert!(told(&mut model).contains(&8));
+    model.harvest();
+    assert!(told(&mut model).is_empty());
 }
 
 /// A signal that comes after the last entry was counted leaves the count right and the last batch unprotected.

@@ -12,7 +12,7 @@ use super::pending::{Pending, Protected};
 use super::rings::{AllReset, Context, Rings};
 use super::slots::Slots;
 use super::vcpu::{Vcpu, VcpuHandle};
-use super::{DirtySource, Observed, TrackError};
+use super::{DirtySource, Observed, SeenDirty, TrackError};
 #[cfg(any(test, feature = "fake-kernel"))]
 use crate::kvm::fake::FakeKernel;
 use crate::kvm::ring::DirtyRing;
@@ -405,6 +405,17 @@ impl DirtyTracker {
         self.shared.counters.figures(vcpus)
     }
 
+    fn look(&self, seen: Option<&mut SeenDirty>) -> Result<Observed, TrackError> {
+        let State { backend, slots, pending, tracking, .. } = &mut *self.shared.lock();
+        match backend {
+            _ if !*tracking => Err(TrackError::NotTracking),
+            Backend::Ring { rings, .. } => {
+                rings.observe(self.shared.context(slots), pending, seen).map(Observed::PerVcpu)
+            }
+            Backend::Bitmap(_) => Ok(Observed::Unobservable),
+        }
+    }
+
     fn harvest_when(&self, quiet: bool, dirty: &mut PageSet) -> Result<(), TrackError> {
         let state = &mut *self.shared.lock();
         if !state.tracking {
@@ -457,14 +468,11 @@ impl DirtySource for DirtyTracker {
     }
 
     fn observe(&mut self) -> Result<Observed, TrackError> {
-        let State { backend, slots, pending, tracking, .. } = &mut *self.shared.lock();
-        match backend {
-            _ if !*tracking => Err(TrackError::NotTracking),
-            Backend::Ring { rings, .. } => {
-                rings.observe(self.shared.context(slots), pending).map(Observed::PerVcpu)
-            }
-            Backend::Bitmap(_) => Ok(Observed::Unobservable),
-        }
+        self.look(None)
+    }
+
+    fn observe_into(&mut self, seen: &mut SeenDirty) -> Result<Observed, TrackError> {
+        self.look(Some(seen))
     }
 
     fn harvest(&mut self, dirty: &mut PageSet) -> Result<(), TrackError> {

@@ -94,6 +94,8 @@ pub struct Totals {
     pub pages_sent: u64,
     /// Pages that were zero, and cost no content.
     pub zero_pages: u64,
+    /// Pages that were struck off their round before they were sent, because they were dirty again.
+    pub pages_struck_off: u64,
     /// Pages that were on their way when a channel died, and were sent again by another.
     pub pages_returned: u64,
     /// Bytes of frames, headers counted.
@@ -113,6 +115,7 @@ impl Totals {
         Self {
             pages_sent: self.pages_sent - earlier.pages_sent,
             zero_pages: self.zero_pages - earlier.zero_pages,
+            pages_struck_off: self.pages_struck_off - earlier.pages_struck_off,
             pages_returned: self.pages_returned - earlier.pages_returned,
             bytes_sent: self.bytes_sent - earlier.bytes_sent,
             zero_copy_sends: self.zero_copy_sends - earlier.zero_copy_sends,
@@ -125,6 +128,7 @@ impl Totals {
         Self {
             pages_sent: self.pages_sent + other.pages_sent,
             zero_pages: self.zero_pages + other.zero_pages,
+            pages_struck_off: self.pages_struck_off + other.pages_struck_off,
             pages_returned: self.pages_returned + other.pages_returned,
             bytes_sent: self.bytes_sent + other.bytes_sent,
             zero_copy_sends: self.zero_copy_sends + other.zero_copy_sends,
@@ -138,6 +142,8 @@ impl Totals {
 #[derive(Debug)]
 pub struct SendCounters {
     pub(super) channels: Vec<ChannelCounters>,
+    /// No channel's.
+    pub(super) pages_struck_off: Counter,
     pub(super) losses: Mutex<Vec<ChannelLoss>>,
 }
 
@@ -165,6 +171,7 @@ impl SendCounters {
     pub(super) fn new(channels: &[ChannelSpec]) -> Self {
         Self {
             channels: channels.iter().cloned().map(ChannelCounters::new).collect(),
+            pages_struck_off: Counter::default(),
             losses: Mutex::default(),
         }
     }
@@ -188,6 +195,7 @@ impl SendCounters {
                 totals: Totals {
                     pages_sent: channel.pages_sent.get(),
                     zero_pages: channel.zero_pages.get(),
+                    pages_struck_off: 0,
                     pages_returned: channel.pages_returned.get(),
                     bytes_sent: channel.bytes_sent.get(),
                     zero_copy_sends: channel.zero_copy_sends.get(),
@@ -202,7 +210,8 @@ impl SendCounters {
 
     /// The sums over all channels.
     pub fn totals(&self) -> Totals {
-        self.channels().iter().map(|channel| channel.totals).fold(Totals::default(), Totals::plus)
+        let of_none = Totals { pages_struck_off: self.pages_struck_off.get(), ..Totals::default() };
+        self.channels().iter().map(|channel| channel.totals).fold(of_none, Totals::plus)
     }
 
     /// What the links that are up carry together. The channels send at the same time, so their rates add up.

@@ -1,7 +1,13 @@
 //! Who sends what: the pages of a round, dealt to whichever channel has room, in portions of its own size.
 //!
 //! A page is in one of three places: not dealt yet, in a frame on its way, or acknowledged by the destination.
-//! A channel that dies returns the pages of its unacknowledged frames, and the others are dealt those next.
+//! A channel that dies returns the pages of its unacknowledged frames, and the others are dealt those next. A page that
+//! is not dealt yet may be struck off the round: who knows that it is dirty again will send it once more anyway.
+//!
+//! **From the top down.** Most writers that go through memory in order go upwards. Against such a writer the dealer
+//! goes to meet it: half of what such a writer dirties in one time around is struck off before it is sent, wherever it
+//! began. Going the same way, it would be all or nothing, by where the writer happened to be. For writers
+//! without an order the order does not matter.
 //!
 //! **Why no older page overwrites a newer one.** A round ends when every page of it was acknowledged, and the
 //! destination acknowledges a frame after its last byte is in place; so what a live channel sent in one round
@@ -12,7 +18,6 @@
 //! if they differ, the guest wrote it in between, and the page is dirty again for the next round.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
@@ -21,8 +26,10 @@ use crate::layout::{PageIndex, PageRun};
 use crate::page_set::PageSet;
 use crate::transport::TransportError;
 
-/// Pages of the set that one look covers, so that the lock is held for microseconds.
-const WINDOW_PAGES: u64 = 1 << 16;
+/// Pages of the set that the first look covers, and those where there are few: so that the lock is held for
+/// microseconds.
+const WINDOW_PAGES: u64 = 1 << 11;
+const WINDOW_PAGES_MAX: u64 = 1 << 24;
 
 /// What a channel shall send next.
 #[derive(Debug, PartialEq, Eq)]
@@ -50,11 +57,11 @@ pub(super) struct Unacknowledged {
 #[derive(Default)]
 struct State {
     round: u32,
-    pages: Arc<PageSet>,
-    /// The first page number that was never looked at.
+    /// Pages that were never dealt, all below `cursor`.
+    undealt: PageSet,
     cursor: u64,
-    /// Pages that were never dealt.
-    undealt: u64,
+    /// Runs of one look, kept for their memory.
+    found: Vec<PageRun>,
     /// Pages that came back from dead channels.
     returned: VecDeque<PageRun>,
     /// Pages in frames that are not acknowledged.
@@ -69,11 +76,11 @@ struct State {
 
 impl State {
     fn has_work(&self) -> bool {
-        self.undealt > 0 || !self.returned.is_empty() || !self.to_retire.is_empty()
+        !self.undealt.is_empty() || !self.returned.is_empty() || !self.to_retire.is_empty()
     }
 
     fn is_complete(&self) -> bool {
-        self.undealt == 0
+        self.undealt.is_empty()
             && self.returned.is_empty()
             && self.in_flight == 0
             && self.to_retire.is_empty()
@@ -90,14 +97,27 @@ pub(super) struct Dealer {
 
 impl Dealer {
     /// Puts the pages of a round on the table.
-    pub(super) fn begin(&self, round: u32, pages: Arc<PageSet>) {
+    pub(super) fn begin(&self, round: u32, pages: PageSet) {
         let mut state = self.state.lock();
         state.round = round;
-        state.undealt = pages.len();
-        state.cursor = 0;
-        state.pages = pages;
+        state.cursor = pages.capacity().0;
+        state.undealt = pages;
         drop(state);
         self.changed.notify_all();
+    }
+
+    /// Lets `strike_off` take pages out of those that were never dealt; how many it took.
+    pub(super) fn strike_off(&self, strike_off: impl FnOnce(&mut PageSet)) -> u64 {
+        let mut state = self.state.lock();
+        let before = state.undealt.len();
+        strike_off(&mut state.undealt);
+        let struck = before.saturating_sub(state.undealt.len());
+        let complete = state.is_complete();
+        drop(state);
+        if complete {
+            self.changed.notify_all();
+        }
+        struck
     }
 
     /// Waits for the end of the round, a failure, or `timeout`. True at the end.
@@ -229,7 +249,7 @@ impl Dealer {
     /// Pages of the round that are not in place at the destination yet.
     pub(super) fn pages_left(&self) -> u64 {
         let state = self.state.lock();
-        state.undealt + state.in_flight + state.returned.iter().map(|run| run.pages).sum::<u64>()
+        state.undealt.len() + state.in_flight + state.returned.iter().map(|run| run.pages).sum::<u64>()
     }
 
     /// Whether there is something to send.
@@ -271,27 +291,32 @@ impl Dealer {
 }
 
 impl State {
-    /// Deals up to `wanted` pages that were never dealt; how many.
+    /// Deals up to `wanted` pages that were never dealt, the highest first; how many.
     fn deal(&mut self, wanted: u64, runs: &mut Vec<PageRun>) -> u64 {
-        let end = self.pages.capacity().0;
         let (mut dealt, mut window) = (0, WINDOW_PAGES);
-        while dealt < wanted && self.undealt > 0 && self.cursor < end {
-            let look = PageRun { first: PageIndex(self.cursor), pages: window.min(end - self.cursor) };
-            let mut next = look.end().0;
-            for run in self.pages.runs_within(look) {
+        while dealt < wanted && !self.undealt.is_empty() && self.cursor > 0 {
+            let first = self.cursor.saturating_sub(window);
+            let look = PageRun { first: PageIndex(first), pages: self.cursor - first };
+            self.found.clear();
+            self.found.extend(self.undealt.runs_within(look));
+            let mut next = first;
+            while let Some(run) = self.found.pop() {
                 let pages = run.pages.min(wanted - dealt);
-                runs.push(PageRun { first: run.first, pages });
+                let highest = PageRun { first: PageIndex(run.end().0 - pages), pages };
+                self.undealt.remove_run(highest);
+                runs.push(highest);
                 dealt += pages;
-                self.undealt -= pages;
                 if dealt == wanted {
-                    next = run.first.0 + pages;
+                    next = highest.first.0;
                     break;
                 }
             }
-            // Where the set is empty, the next look reaches further.
-            window = if dealt == 0 { window.saturating_mul(4) } else { WINDOW_PAGES };
             self.cursor = next;
+            // Where there are few pages, the next look reaches further.
+            window = window.saturating_mul(2).min(WINDOW_PAGES_MAX);
         }
+        // A frame's runs ascend.
+        runs.reverse();
         dealt
     }
 }

@@ -36,7 +36,7 @@ pub use error::TransportError;
 pub use pacing::MaxBandwidth;
 pub use policy::ZeroCopy;
 pub use receive::{DataListener, Received, Receiver};
-pub use send::{CancelHandle, RoundSent, SendOptions, Sender};
+pub use send::{RoundSent, SendHandle, SendOptions, Sender};
 pub use spec::{ChannelSpec, SpecError};
 pub use uring::UringSupport;
 

@@ -91,17 +91,30 @@ impl fmt::Debug for Sender {
     }
 }
 
-/// Cancels a [`Sender`] from another thread.
+/// What another thread may do to a [`Sender`] while it sends a round.
 #[derive(Clone)]
-pub struct CancelHandle(Arc<Shared>);
+pub struct SendHandle(Arc<Shared>);
 
-impl fmt::Debug for CancelHandle {
+impl fmt::Debug for SendHandle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("CancelHandle")
+        f.write_str("SendHandle")
     }
 }
 
-impl CancelHandle {
+impl SendHandle {
+    /// Lets `strike_off` take pages out of those of this round that no channel was given yet; how many it took. They
+    /// will not be sent in this round: only for pages that a later one will contain.
+    pub fn strike_off(&self, strike_off: impl FnOnce(&mut PageSet)) -> u64 {
+        let struck = self.0.dealer.strike_off(strike_off);
+        self.0.counters.pages_struck_off.add(struck);
+        struck
+    }
+
+    /// Live figures.
+    pub fn totals(&self) -> Totals {
+        self.0.counters.totals()
+    }
+
     /// Makes the round that is being sent, and all later ones, end with [`TransportError::Cancelled`] at once.
     pub fn cancel(&self) {
         self.0.cancelled.store(true, Ordering::Relaxed);
@@ -114,7 +127,7 @@ impl CancelHandle {
 pub struct RoundSent {
     /// The round.
     pub round: u32,
-    /// What was sent: `pages_sent + zero_pages` is the number of pages in the round.
+    /// What was sent: `pages_sent + zero_pages + pages_struck_off` is the number of pages in the round.
     pub totals: Totals,
     /// From the call to the last acknowledgement.
     pub duration: Duration,
@@ -174,7 +187,7 @@ impl Sender {
     ///
     /// [`TransportError::NoChannelLeft`], [`TransportError::Cancelled`], [`TransportError::Layout`]. How many
     /// of the pages arrived is then unknown: all of them must count as dirty.
-    pub fn send_round(&mut self, round: u32, pages: Arc<PageSet>) -> Result<RoundSent, TransportError> {
+    pub fn send_round(&mut self, round: u32, pages: PageSet) -> Result<RoundSent, TransportError> {
         let Shared { dealer, counters, begun, .. } = &*self.shared;
         let (start, before, losses_before) = (Instant::now(), counters.totals(), counters.losses().len());
         if self.shared.is_cancelled() {
@@ -214,9 +227,9 @@ impl Sender {
         self.shared.dealer.pages_left()
     }
 
-    /// What cancels this sender.
-    pub fn cancel_handle(&self) -> CancelHandle {
-        CancelHandle(Arc::clone(&self.shared))
+    /// For other threads.
+    pub fn handle(&self) -> SendHandle {
+        SendHandle(Arc::clone(&self.shared))
     }
 
     /// Changes `max_bandwidth`, in bytes per second; `None` lifts it.

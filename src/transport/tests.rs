@@ -169,7 +169,7 @@ fn every_page_arrives_over_one_two_and_four_channels_in_every_mode() {
             let (target, receiver, address) = destination(&source);
             let options = SendOptions { zero_copy, ..options() };
             let mut sender = sender(&vec![address; channels], &source, options);
-            let sent = sender.send_round(1, Arc::new(source.pages())).unwrap();
+            let sent = sender.send_round(1, source.pages()).unwrap();
             assert_eq!((sent.totals.pages_sent, sent.totals.zero_pages), (4660, 0));
             assert!(sent.losses.is_empty(), "{sent:?}");
             drop(sender);
@@ -187,7 +187,7 @@ fn loopback_is_reported_as_copied_and_registered_memory_as_registered() {
     let (_target, _receiver, address) = destination(&source);
     let options = SendOptions { zero_copy: ZeroCopy::AlwaysRegistered, ..options() };
     let mut sender = sender(&[address; 2], &source, options);
-    let sent = sender.send_round(1, Arc::new(source.pages())).unwrap();
+    let sent = sender.send_round(1, source.pages()).unwrap();
     assert_eq!(sent.totals.zero_copy_sends, 0, "{sent:?}");
     for channel in sender.counters().channels().into_iter().filter(|channel| channel.totals.pages_sent > 0) {
         assert_eq!(channel.sending.registered_bytes, 4660 * 4096, "{channel:?}");
@@ -200,13 +200,13 @@ fn zero_pages_cost_no_bytes_and_no_memory_and_clear_what_was_there() {
     let source = Ram::new(REGIONS);
     let (target, receiver, address) = destination(&source);
     let mut sender = sender(&[address; 2], &source, options());
-    let all = Arc::new(source.pages());
-    let sent = sender.send_round(1, Arc::clone(&all)).unwrap();
+    let all = source.pages();
+    let sent = sender.send_round(1, all.clone()).unwrap();
     assert_eq!((sent.totals.pages_sent, sent.totals.zero_pages), (0, 4660));
     assert!(sent.totals.bytes_sent < 50_000, "{sent:?}");
     assert_eq!(target.resident_bytes(), 0);
     source.fill(1);
-    sender.send_round(2, Arc::clone(&all)).unwrap();
+    sender.send_round(2, all.clone()).unwrap();
     assert_eq!(source.digest(), target.digest());
     (0..100).for_each(|page| source.write(PageIndex(0x100 + page * 7), 0));
     let sent = sender.send_round(3, all).unwrap();
@@ -226,10 +226,10 @@ fn no_older_page_overwrites_a_newer_one_however_the_channels_lag() {
     });
     let addresses: Vec<_> = relays.iter().map(|relay| relay.address).collect();
     let mut sender = sender(&addresses, &source, SendOptions { frame_pages_max: 8, ..options() });
-    let all = Arc::new(source.pages());
+    let all = source.pages();
     for generation in 1..12 {
         source.fill(generation);
-        sender.send_round(u32::try_from(generation).unwrap(), Arc::clone(&all)).unwrap();
+        sender.send_round(u32::try_from(generation).unwrap(), all.clone()).unwrap();
         // The round has ended: all of it is there, and stays.
         assert_eq!(source.digest(), target.digest(), "generation {generation}");
     }
@@ -246,7 +246,7 @@ fn a_channel_cut_in_mid_flight_costs_its_share_and_its_late_bytes_never_land() {
     let fast = Relay::new(address, 65_536, |_| Duration::from_micros(200));
     let options = SendOptions { reconnect: false, ..options() };
     let mut sender = sender(&[slow.address, fast.address], &source, options);
-    let all = Arc::new(source.pages());
+    let all = source.pages();
     source.fill(1);
     let (passed, cut) = (Arc::clone(&slow.passed), Arc::clone(&slow.cut));
     let cutter = thread::spawn(move || {
@@ -256,7 +256,7 @@ fn a_channel_cut_in_mid_flight_costs_its_share_and_its_late_bytes_never_land() {
         }
         cut.store(true, Ordering::SeqCst);
     });
-    let sent = sender.send_round(1, Arc::clone(&all)).unwrap();
+    let sent = sender.send_round(1, all.clone()).unwrap();
     cutter.join().unwrap();
     assert_eq!(sent.totals.pages_sent, 4000);
     assert_eq!(sent.losses.len(), 1, "{sent:?}");
@@ -265,7 +265,7 @@ fn a_channel_cut_in_mid_flight_costs_its_share_and_its_late_bytes_never_land() {
     assert!(loss.pages_returned > 0 && loss.pages_returned == sent.totals.pages_returned, "{loss:?}");
     for generation in 2..6 {
         source.fill(generation);
-        sender.send_round(u32::try_from(generation).unwrap(), Arc::clone(&all)).unwrap();
+        sender.send_round(u32::try_from(generation).unwrap(), all.clone()).unwrap();
         assert_eq!(source.digest(), target.digest(), "generation {generation}");
     }
     drop((sender, receiver));
@@ -279,9 +279,9 @@ fn a_channel_that_was_lost_comes_back_and_sends_again() {
     let (target, receiver, address) = destination(&source);
     let relay = Relay::new(address, 65_536, |_| Duration::from_micros(100));
     let mut sender = sender(&[relay.address, address], &source, options());
-    let all = Arc::new(source.pages());
+    let all = source.pages();
     relay.cut.store(true, Ordering::SeqCst);
-    sender.send_round(1, Arc::clone(&all)).unwrap();
+    sender.send_round(1, all.clone()).unwrap();
     relay.cut.store(false, Ordering::SeqCst);
     let deadline = Instant::now() + PATIENCE;
     while sender.counters().totals().reconnects == 0 && Instant::now() < deadline {
@@ -293,7 +293,7 @@ fn a_channel_that_was_lost_comes_back_and_sends_again() {
     while of_channel(&sender) == before && Instant::now() < deadline {
         round += 1;
         source.fill(round);
-        sender.send_round(u32::try_from(round).unwrap(), Arc::clone(&all)).unwrap();
+        sender.send_round(u32::try_from(round).unwrap(), all.clone()).unwrap();
     }
     assert!(of_channel(&sender) > before);
     drop((sender, receiver));
@@ -312,7 +312,7 @@ fn when_the_last_channel_is_gone_the_round_fails_and_says_why() {
         thread::sleep(Duration::from_millis(30));
         cut.store(true, Ordering::SeqCst);
     });
-    let error = sender.send_round(1, Arc::new(source.pages())).unwrap_err();
+    let error = sender.send_round(1, source.pages()).unwrap_err();
     assert!(matches!(&error, TransportError::NoChannelLeft { losses } if losses.len() == 1), "{error}");
     drop(sender);
     drop(receiver);
@@ -328,7 +328,7 @@ fn a_destination_that_takes_nothing_any_more_is_given_up_after_the_stall_timeout
         Relay::new(address, 65_536, |total| Duration::from_secs(if total > 200_000 { 3600 } else { 0 }));
     let mut sender = sender(&[relay.address], &source, options());
     let begun = Instant::now();
-    let error = sender.send_round(1, Arc::new(source.pages())).unwrap_err();
+    let error = sender.send_round(1, source.pages()).unwrap_err();
     assert!(matches!(&error, TransportError::NoChannelLeft { .. }), "{error}");
     assert!(error.to_string().contains("nothing for"), "{error}");
     assert!(begun.elapsed() < PATIENCE);
@@ -344,7 +344,7 @@ fn a_channel_that_slows_to_a_trickle_holds_up_the_round_for_a_second_not_for_min
     let relay = Relay::new(address, 200, trickle);
     let options = SendOptions { reconnect: false, ..options() };
     let mut sender = sender(&[relay.address, address], &source, options);
-    let sent = sender.send_round(1, Arc::new(source.pages())).unwrap();
+    let sent = sender.send_round(1, source.pages()).unwrap();
     assert_eq!(sent.totals.pages_sent, 3000);
     assert!(sent.losses.len() == 1 && sent.losses[0].reason.contains("all others wait"), "{sent:?}");
     assert!(sent.duration < PATIENCE, "{sent:?}");
@@ -359,15 +359,48 @@ fn cancelling_ends_a_round_that_would_take_minutes() {
     let (_target, receiver, address) = destination(&source);
     let slow = MaxBandwidth::new(std::num::NonZeroU64::new(100_000));
     let mut sender = sender(&[address], &source, SendOptions { max_bandwidth: slow, ..options() });
-    let cancel = sender.cancel_handle();
+    let cancel = sender.handle();
     thread::spawn(move || {
         thread::sleep(Duration::from_millis(50));
         cancel.cancel();
     });
-    let error = sender.send_round(1, Arc::new(source.pages())).unwrap_err();
+    let error = sender.send_round(1, source.pages()).unwrap_err();
     assert!(matches!(error, TransportError::Cancelled), "{error}");
-    assert!(matches!(sender.send_round(2, Arc::new(source.pages())), Err(TransportError::Cancelled)));
+    assert!(matches!(sender.send_round(2, source.pages()), Err(TransportError::Cancelled)));
     drop((sender, receiver));
+}
+
+#[test]
+fn pages_struck_off_a_round_are_not_sent_and_are_counted() {
+    let source = Ram::new(&[(0, 4000)]);
+    source.fill(1);
+    let (target, receiver, address) = destination(&source);
+    let slow = MaxBandwidth::new(std::num::NonZeroU64::new(4_000_000));
+    let mut sender = sender(&[address], &source, SendOptions { max_bandwidth: slow.clone(), ..options() });
+    let handle = sender.handle();
+    let striking = thread::spawn(move || {
+        let mut struck = PageSet::new(PageIndex(4000));
+        while struck.is_empty() {
+            thread::sleep(Duration::from_millis(1));
+            // The pages that come last.
+            let first = PageRun { first: PageIndex(0), pages: 1000 };
+            handle.strike_off(|undealt| {
+                undealt.runs_within(first).for_each(|run| struck.insert_run(run));
+                undealt.remove_run(first);
+            });
+        }
+        slow.set(None);
+        struck
+    });
+    let sent = sender.send_round(1, source.pages()).unwrap();
+    let struck = striking.join().unwrap();
+    assert_eq!(sent.totals.pages_struck_off, struck.len());
+    assert_eq!(sent.totals.pages_sent, 4000 - struck.len());
+    assert_ne!(source.digest(), target.digest());
+    let sent = sender.send_round(2, struck).unwrap();
+    assert_eq!(sent.totals.pages_struck_off, 0);
+    drop((sender, receiver));
+    assert_eq!(source.digest(), target.digest());
 }
 
 #[test]
@@ -377,7 +410,7 @@ fn a_page_outside_ram_fails_the_round_before_it_is_read() {
     let mut sender = sender(&[address], &source, options());
     let mut pages = source.pages();
     pages.insert(PageIndex(150));
-    let error = sender.send_round(1, Arc::new(pages)).unwrap_err();
+    let error = sender.send_round(1, pages).unwrap_err();
     assert!(matches!(error, TransportError::Layout { .. }), "{error}");
 }
 
@@ -391,7 +424,7 @@ fn a_second_migration_on_the_same_port_is_refused_and_the_first_goes_on() {
     let error =
         Sender::connect(&[ChannelSpec::to(address)], other, source.memory.clone(), options()).unwrap_err();
     assert!(error.to_string().contains("another migration"), "{error}");
-    first.send_round(1, Arc::new(source.pages())).unwrap();
+    first.send_round(1, source.pages()).unwrap();
     assert_eq!(receiver.failures().len(), 1, "{:?}", receiver.failures());
     drop((first, receiver));
     assert_eq!(source.digest(), target.digest());

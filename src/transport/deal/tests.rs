@@ -4,10 +4,10 @@ use proptest::prelude::*;
 
 use super::*;
 
-fn set(pages: impl IntoIterator<Item = u64>) -> Arc<PageSet> {
+fn set(pages: impl IntoIterator<Item = u64>) -> PageSet {
     let mut set = PageSet::new(PageIndex(1 << 22));
     set.extend(pages.into_iter().map(PageIndex));
-    Arc::new(set)
+    set
 }
 
 fn pages_of(runs: &[PageRun]) -> impl Iterator<Item = u64> + '_ {
@@ -15,9 +15,9 @@ fn pages_of(runs: &[PageRun]) -> impl Iterator<Item = u64> + '_ {
 }
 
 proptest! {
-    /// Channels that take, acknowledge and die at random.
+    /// Channels that take, acknowledge and die at random, and a guest that dirties pages again.
     #[test]
-    fn every_page_is_acknowledged_exactly_once_whoever_dies(
+    fn every_page_is_acknowledged_exactly_once_or_struck_off_whoever_dies(
         pages in prop::collection::btree_set(prop_oneof![0..3000_u64, 0..4_000_000_u64], 1..300),
         steps in prop::collection::vec((0..3_usize, 0..10_u8, 1..40_u64), 0..400),
     ) {
@@ -27,6 +27,7 @@ proptest! {
         let mut in_flight: [Unacknowledged; 3] = Default::default();
         let mut arrived = BTreeSet::new();
         let mut next_connection = 100;
+        let (mut struck_off, mut struck) = (BTreeSet::new(), 0);
         let ending = (0..3).cycle().take(3000).map(|channel| (channel, 1_u8, 40));
         for (channel, action, count) in steps.into_iter().chain(ending) {
             let flying = &mut in_flight[channel];
@@ -48,6 +49,17 @@ proptest! {
                     next_connection += 1;
                     dealer.joined();
                 }
+                // The guest dirties pages again.
+                4 => {
+                    let first = pages.iter().nth(usize::try_from(count).unwrap() * 7).copied().unwrap_or(0);
+                    let run = PageRun { first: PageIndex(first), pages: count * 3 };
+                    let counted = dealer.strike_off(|undealt| {
+                        struck_off.extend(undealt.runs_within(run).flat_map(|run| run.first.0..run.end().0));
+                        undealt.remove_run(run);
+                    });
+                    struck += counted;
+                    prop_assert_eq!(struck, struck_off.len() as u64);
+                }
                 _ => {}
             }
             let mut runs = Vec::new();
@@ -62,6 +74,8 @@ proptest! {
                 Work::Nothing => {}
             }
         }
+        prop_assert!(arrived.is_disjoint(&struck_off));
+        arrived.append(&mut struck_off);
         prop_assert_eq!(arrived, pages);
         prop_assert!(dealer.wait_complete(Duration::ZERO).unwrap());
         prop_assert_eq!(dealer.pages_left(), 0);
@@ -92,5 +106,27 @@ fn a_connection_that_dies_with_nothing_in_flight_needs_no_retirement() {
     dealer.joined();
     dealer.begin(1, set([]));
     dealer.lost(5, Unacknowledged::default());
+    assert!(dealer.wait_complete(Duration::ZERO).unwrap());
+}
+
+#[test]
+fn pages_are_dealt_from_the_top_and_those_struck_off_are_not() {
+    let dealer = Dealer::default();
+    dealer.joined();
+    dealer.begin(1, set((0..10).chain(3_000_000..3_000_004)));
+    let mut runs = Vec::new();
+    let run = |first, pages| PageRun { first: PageIndex(first), pages };
+    assert_eq!(dealer.take(6, &mut runs), Work::Pages { round: 1 });
+    assert_eq!(runs, [run(8, 2), run(3_000_000, 4)]);
+    // What is dealt already cannot be struck off any more.
+    assert_eq!(dealer.strike_off(|undealt| undealt.remove_run(run(5, 4))), 3);
+    assert_eq!(dealer.take(6, &mut runs), Work::Pages { round: 1 });
+    assert_eq!(runs, [run(0, 5)]);
+    dealer.acknowledged(11);
+    assert!(dealer.wait_complete(Duration::ZERO).unwrap());
+    // The last pages of a round may be struck off.
+    dealer.begin(2, set([1, 2]));
+    assert!(!dealer.wait_complete(Duration::ZERO).unwrap());
+    assert_eq!(dealer.strike_off(PageSet::clear), 2);
     assert!(dealer.wait_complete(Duration::ZERO).unwrap());
 }

@@ -128,7 +128,7 @@ fn frames_that_cannot_be_are_refused_before_a_byte_lands_and_an_honest_source_go
         assert_eq!(target.resident_bytes(), 0, "attack {number}");
         source.fill(1);
         let mut honest = sender(&[address], &source, options());
-        honest.send_round(1, Arc::new(source.pages())).unwrap();
+        honest.send_round(1, source.pages()).unwrap();
         drop((honest, receiver));
         assert_eq!(source.digest(), target.digest(), "attack {number}");
     }
@@ -212,12 +212,12 @@ fn greetings_of_strangers_are_answered_or_cut_off_and_leave_room_for_the_source(
     // Fewer than there is room for: the source still gets in while they keep silent.
     let silent: Vec<_> = (0..100).map(|_| TcpStream::connect(address).unwrap()).collect();
     let mut honest = sender(&[address], &source, options());
-    honest.send_round(1, Arc::new(source.pages())).unwrap();
+    honest.send_round(1, source.pages()).unwrap();
     // Two hundred more: those beyond the limit are turned away at once.
     let crowd: Vec<_> = (0..200).map(|_| TcpStream::connect(address).unwrap()).collect();
     let turned_away = || receiver.failures().iter().any(|failure| failure.contains("turned away"));
     wait_for("turning away", turned_away);
-    honest.send_round(2, Arc::new(source.pages())).unwrap();
+    honest.send_round(2, source.pages()).unwrap();
     drop((silent, crowd));
     assert!(receiver.failures()[0].contains("not Ringferry"), "{:?}", receiver.failures());
 }
@@ -271,7 +271,7 @@ fn acknowledgements_that_cannot_be_end_the_channel_and_the_round_fails() {
         });
         let options = SendOptions { reconnect: false, ..options() };
         let mut sender = sender(&[address], &ram, options);
-        let error = sender.send_round(1, Arc::new(ram.pages())).unwrap_err();
+        let error = sender.send_round(1, ram.pages()).unwrap_err();
         assert!(matches!(error, TransportError::NoChannelLeft { .. }), "{error}");
         assert!(error.to_string().contains(reason), "{error}");
     }
@@ -285,6 +285,6 @@ fn a_destination_that_reads_everything_and_acknowledges_nothing_is_given_up() {
         let _ = io::copy(stream, &mut io::sink());
     });
     let mut sender = sender(&[address], &ram, SendOptions { reconnect: false, ..options() });
-    let error = sender.send_round(1, Arc::new(ram.pages())).unwrap_err();
+    let error = sender.send_round(1, ram.pages()).unwrap_err();
     assert!(error.to_string().contains("nothing for"), "{error}");
 }

@@ -10,6 +10,7 @@ use clap::{Parser, Subcommand};
 use ringferry_testvm::TestVmError;
 use tracing::level_filters::LevelFilter;
 
+mod adjust;
 mod bench;
 mod completions;
 mod cross_check;
@@ -29,6 +30,7 @@ mod run;
 mod scenario;
 mod send;
 mod sizes;
+mod terms;
 mod two_processes;
 
 use output::Output;
@@ -62,6 +64,7 @@ enum Command {
     Demo(demo::Args),
     Run(run::Args),
     Send(send::Args),
+    Adjust(adjust::Args),
     Receive(receive::Args),
     Bench(bench::Args),
     Doctor(doctor::Args),
@@ -77,6 +80,7 @@ fn main() -> ExitCode {
         Command::Demo(args) => demo::run(args, output),
         Command::Run(args) => run::run(args, output),
         Command::Send(args) => send::run(args, output),
+        Command::Adjust(args) => adjust::run(args, output),
         Command::Receive(args) => receive::run(args, output),
         Command::Bench(args) => bench::run(args, output),
         Command::Doctor(args) => doctor::run(args, output),
@@ -89,12 +93,11 @@ fn main() -> ExitCode {
     })
 }
 
-/// Wrong usage is also what only the test VMM knows to be wrong, such as RAM that its regions do not divide.
+/// Wrong usage is also what only the test VMM knows to be wrong, such as RAM that its regions do not divide, and terms
+/// that contradict each other.
 fn exit_code(error: &anyhow::Error) -> ExitCode {
-    match error.downcast_ref() {
-        Some(TestVmError::Config { .. }) => ExitCode::from(2),
-        _ => ExitCode::FAILURE,
-    }
+    let of_vm = matches!(error.downcast_ref(), Some(TestVmError::Config { .. }));
+    if of_vm || error.is::<terms::WrongTerms>() { ExitCode::from(2) } else { ExitCode::FAILURE }
 }
 
 fn log_to_stderr(verbose: u8) {

@@ -1,21 +1,19 @@
 //! One migration as the command line asks for it: its options, its run, and what the guest felt of it.
 
-use std::num::NonZeroU64;
 use std::thread;
 use std::time::Duration;
 
 use anyhow::Result;
-use ringferry::converge::{ConvergenceTimeout, DirtyLimit, Limits, Policy};
-use ringferry::progress::{Parameters, Progress, Terms, Update};
+use ringferry::progress::{Progress, Update};
 use ringferry::source::{Source, SourceOptions, SourceReport};
 use ringferry::track::VcpuFigures;
-use ringferry::transport::{ChannelSpec, MaxBandwidth, SpecError};
+use ringferry::transport::{ChannelSpec, SpecError};
 use serde::{Deserialize, Serialize};
 
 use crate::display::follow;
 use crate::guest::{Host, Marks};
 use crate::report::{MigrationReport, VcpuReport};
-use crate::sizes::{Rate, Time};
+use crate::terms::{TermsArgs, WrongTerms};
 
 /// Options of a migration.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
@@ -30,75 +28,12 @@ pub struct MigrateArgs {
     #[arg(long, value_name = "CHANNEL", value_parser = parse_channel)]
     pub channel: Vec<String>,
 
-    /// Longest time that the guest may stand still
-    #[arg(long, value_name = "TIME", default_value = "300ms")]
-    pub downtime_limit: Time,
-
-    /// Who is slowed down so that the migration ends: fair-share, none, auto-converge or dirty-limit
-    #[arg(long, value_name = "NAME", default_value = "fair-share")]
-    pub policy: PolicyName,
-
-    /// What `dirty-limit` allows each vCPU [default: 1MB/s]
-    #[arg(long, value_name = "RATE")]
-    pub dirty_limit: Option<Rate>,
-
-    /// The whole migration ends by then, if braking the guest can do it
-    #[arg(long, value_name = "TIME")]
-    pub deadline: Option<Time>,
-
-    /// Bandwidth over all data connections while the guest runs [default: all there is]
-    #[arg(long, value_name = "RATE")]
-    pub max_bandwidth: Option<Rate>,
-
-    /// Bandwidth to count on while the guest stands still [default: as measured]
-    #[arg(long, value_name = "RATE")]
-    pub switchover_bandwidth: Option<Rate>,
-
-    /// Rounds after which the guest is stopped whatever is left
-    #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX_ROUNDS, value_parser = clap::value_parser!(u32).range(1..))]
-    pub max_rounds: u32,
-
-    /// Time after which the downtime limit doubles, and again each time that it passes, up to 10 s
-    #[arg(long, value_name = "TIME")]
-    pub convergence_timeout: Option<Time>,
-
-    /// Time after which the migration is cancelled
-    #[arg(long, value_name = "TIME")]
-    pub timeout: Option<Time>,
-
     /// Do not compare the RAM of both sides before the handing over
     #[arg(long)]
     pub no_verify: bool,
-}
 
-/// Rounds of precopy at most, as Xen has had it since 2005 (`MAX_ITERS`): a guest that is not stopped by then, on a
-/// host that is too busy to tell how fast its link is, is stopped whatever is left.
-const DEFAULT_MAX_ROUNDS: u32 = 30;
-/// The downtime limit never doubles beyond this.
-const DOWNTIME_CAP: Duration = Duration::from_secs(10);
-
-/// A policy by its name, so that it can be sent to another process.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct PolicyName(String);
-
-impl Default for PolicyName {
-    fn default() -> Self {
-        Self(Policy::default().to_string())
-    }
-}
-
-impl std::fmt::Display for PolicyName {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::str::FromStr for PolicyName {
-    type Err = ringferry::converge::UnknownPolicy;
-
-    fn from_str(name: &str) -> Result<Self, Self::Err> {
-        Policy::from_str(name).map(|policy| Self(policy.to_string()))
-    }
+    #[command(flatten)]
+    pub terms: TermsArgs,
 }
 
 /// Kept as text, because it may be sent to another process.
@@ -109,50 +44,14 @@ fn parse_channel(text: &str) -> Result<String, SpecError> {
 impl Default for MigrateArgs {
     /// As the command line has them.
     fn default() -> Self {
-        Self {
-            channels: 2,
-            channel: Vec::new(),
-            downtime_limit: Time(Duration::from_millis(300)),
-            policy: PolicyName::default(),
-            dirty_limit: None,
-            deadline: None,
-            max_bandwidth: None,
-            switchover_bandwidth: None,
-            max_rounds: DEFAULT_MAX_ROUNDS,
-            convergence_timeout: None,
-            timeout: None,
-            no_verify: false,
-        }
+        Self { channels: 2, channel: Vec::new(), no_verify: false, terms: TermsArgs::default() }
     }
 }
 
 impl MigrateArgs {
     /// The progress object of a migration with these options.
-    pub fn progress(&self) -> Result<Progress> {
-        let limits = Limits {
-            downtime: self.downtime_limit.0,
-            deadline: self.deadline.map(|deadline| deadline.0),
-            max_rounds: Some(self.max_rounds),
-            convergence_timeout: self.convergence_timeout.map(|timeout| ConvergenceTimeout {
-                after: timeout.0,
-                every: timeout.0,
-                cap: DOWNTIME_CAP,
-            }),
-            timeout: self.timeout.map(|timeout| (timeout.0, ringferry::converge::AtTimeout::Cancel)),
-            ..Limits::default()
-        };
-        let terms = Terms {
-            policy: match (self.policy.0.parse()?, self.dirty_limit) {
-                (Policy::DirtyLimit(_), Some(limit)) => {
-                    Policy::DirtyLimit(DirtyLimit { bytes_per_s: limit.bytes_per_s })
-                }
-                (policy, _) => policy,
-            },
-            limits,
-            switchover_bandwidth: self.switchover_bandwidth.map(|rate| rate.bytes_per_s as f64),
-        };
-        let limit = self.max_bandwidth.and_then(|rate| NonZeroU64::new(rate.bytes_per_s));
-        Ok(Progress::new(Parameters::new(terms, MaxBandwidth::new(limit))))
+    pub fn progress(&self) -> Result<Progress, WrongTerms> {
+        Ok(Progress::new(self.terms.parameters()?))
     }
 
     /// Migrates the VM of `host` to `destination`; every update goes to `show`. `before` is how fast the guest was.

@@ -6,6 +6,8 @@
 //! {"migrate":{…}}             -->
 //!                             <--     {"update":{…}}   (many)
 //! {"cancel":null}             -->     (at any time)
+//! {"adjust":{…}}              -->     (on a connection of its own, while a migration is under way)
+//!                             <--     {"adjusted":null} or {"failed":"…"}
 //!                             <--     {"report":{…}} or {"failed":"…"}
 //! ```
 //!
@@ -16,6 +18,7 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use ringferry::progress::Update;
@@ -24,6 +27,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::migrate::MigrateArgs;
 use crate::report::MigrationReport;
+use crate::terms::TermsArgs;
 
 /// Longest line that either side reads: a report of 16 vCPUs and a thousand rounds has 0.2 MiB.
 const MAX_LINE_BYTES: u64 = 1 << 20;
@@ -41,6 +45,8 @@ pub enum Request {
     },
     /// End the migration under way; the VM goes on where it is.
     Cancel,
+    /// Change the terms of the migration under way.
+    Adjust(TermsArgs),
 }
 
 /// What `run` answers.
@@ -49,6 +55,8 @@ pub enum Request {
 pub enum Answer {
     /// Progress.
     Update(Update),
+    /// The terms are changed.
+    Adjusted,
     /// The destination runs the VM.
     Report(Box<MigrationReport>),
     /// It failed, and why; the VM goes on where it is.
@@ -141,6 +149,12 @@ impl Line {
         let mut line = serde_json::to_vec(value)?;
         line.push(b'\n');
         self.writer.write_all(&line)
+    }
+
+    /// [`receive`](Self::receive), but no longer than this.
+    pub fn receive_within<T: for<'de> Deserialize<'de>>(&mut self, time: Duration) -> Result<Option<T>> {
+        self.writer.set_read_timeout(Some(time))?;
+        self.receive()
     }
 
     /// Waits for one value; `None` when the other side has closed the connection.

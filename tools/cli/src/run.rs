@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -18,6 +18,9 @@ use crate::report::{MigrationReport, rate};
 
 /// How often the guest's progress is printed.
 const REPORT_EVERY: Duration = Duration::from_secs(1);
+
+/// A client that comes during a migration asks at once or not at all.
+const OTHERS_PATIENCE: Duration = Duration::from_millis(500);
 
 const EXAMPLES: &str = "\
 Examples:
@@ -65,7 +68,7 @@ pub fn run(args: Args, output: Output) -> Result<ExitCode> {
     while !interrupted.load(Ordering::Relaxed) {
         host.check_vcpus()?;
         if let Some(client) = monitor.accept()? {
-            match serve(client, &mut host, &rates, output)? {
+            match serve(client, &monitor, &mut host, &rates, output)? {
                 Some(report) => return finish(output, &report),
                 None => {
                     last = host.marks()?;
@@ -112,12 +115,18 @@ fn finish(output: Output, report: &MigrationReport) -> Result<ExitCode> {
 /// Does what a client asks; the report, if the guest is gone afterwards.
 fn serve(
     mut client: Line,
+    monitor: &Monitor,
     host: &mut Host,
     before_per_s: &[f64],
     output: Output,
 ) -> Result<Option<MigrationReport>> {
     let (to, args) = match client.receive() {
         Ok(Some(Request::Migrate { to, args })) => (to, args),
+        Ok(Some(Request::Adjust(_))) => {
+            let _ = client
+                .send(&Answer::Failed("no migration is under way: start one with `ringferry send`".into()));
+            return Ok(None);
+        }
         // A client that asks nothing, or nonsense, changes nothing for the guest.
         Ok(_) => return Ok(None),
         Err(error) => {
@@ -127,13 +136,21 @@ fn serve(
     };
     let mut canceller = client.try_clone()?;
     let mut updates = client.try_clone()?;
-    let progress = args.progress()?;
+    let progress = match args.progress() {
+        Ok(progress) => progress,
+        Err(wrong) => {
+            let _ = client.send(&Answer::Failed(wrong.to_string()));
+            return Ok(None);
+        }
+    };
+    let ended = AtomicBool::new(false);
     if !output.json() {
         output.line(format_args!("migrating to {to}; `ringferry send` shows how it goes"))?;
     }
     let migrated = thread::scope(|scope| {
         let of_reader = progress.clone();
         scope.spawn(move || cancel_on_request(&mut client, &of_reader));
+        scope.spawn(|| serve_others(monitor, &progress, &ended));
         let migrated = args.migrate(host, &to, &progress, before_per_s, |update| {
             // A client that has gone away does not stop the migration.
             let _ = updates.send(&Answer::Update(update.clone()));
@@ -143,8 +160,9 @@ fn serve(
             Err(error) => Answer::Failed(format!("{error:#}")),
         };
         let _ = canceller.send(&answer);
-        // Ends the thread that waits for a cancellation.
+        // Ends the thread that waits for a cancellation, and the one that waits for others.
         canceller.close();
+        ended.store(true, Ordering::Relaxed);
         migrated
     });
     match migrated {
@@ -162,5 +180,33 @@ fn serve(
 fn cancel_on_request(client: &mut Line, progress: &Progress) {
     if let Ok(Some(Request::Cancel)) = client.receive() {
         progress.parameters().cancel();
+    }
+}
+
+/// Answers those who come while a migration is under way. One at a time, and each within a moment.
+fn serve_others(monitor: &Monitor, progress: &Progress, ended: &AtomicBool) {
+    // Relaxed: a flag without data, polled.
+    while !ended.load(Ordering::Relaxed) {
+        match monitor.accept() {
+            Ok(Some(mut client)) => {
+                let answer = match client.receive_within(OTHERS_PATIENCE) {
+                    Ok(Some(Request::Adjust(terms))) => match terms.change(progress.parameters()) {
+                        Ok(()) => Answer::Adjusted,
+                        Err(wrong) => Answer::Failed(wrong.to_string()),
+                    },
+                    Ok(Some(Request::Migrate { .. })) => {
+                        Answer::Failed("a migration is under way: wait for its end, or adjust it".into())
+                    }
+                    Ok(_) | Err(_) => continue,
+                };
+                // A client that has gone away has changed what it wanted to change.
+                let _ = client.send(&answer);
+            }
+            Ok(None) => thread::sleep(Duration::from_millis(10)),
+            Err(error) => {
+                tracing::warn!(%error, "the monitor socket failed");
+                return;
+            }
+        }
     }
 }

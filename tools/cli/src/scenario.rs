@@ -9,13 +9,15 @@ use serde::Deserialize;
 
 use crate::guest::{BackendArg, BackingArg, GuestArgs, HugePagesArg, VmArgs};
 use crate::sizes::{Rate, Size, Time};
+use crate::terms::{PolicyName, TermsArgs};
 
 /// Those that are built in, by name.
-const BUILT_IN: [(&str, &str); 8] = [
+const BUILT_IN: [(&str, &str); 9] = [
     ("rhel73-30m", include_str!("../../scenarios/rhel73-30m.toml")),
     ("rhel73-50m", include_str!("../../scenarios/rhel73-50m.toml")),
     ("rhel73-60m", include_str!("../../scenarios/rhel73-60m.toml")),
     ("rhel73-100m", include_str!("../../scenarios/rhel73-100m.toml")),
+    ("heavy-512m", include_str!("../../scenarios/heavy-512m.toml")),
     ("heavy-512m-50", include_str!("../../scenarios/heavy-512m-50.toml")),
     ("heavy-512m-80", include_str!("../../scenarios/heavy-512m-80.toml")),
     ("heavy-512m-150", include_str!("../../scenarios/heavy-512m-150.toml")),
@@ -31,6 +33,8 @@ pub struct Scenario {
     pub guest: Guest,
     pub link: Link,
     pub limits: Limits,
+    /// Who is slowed down, unless a bench is asked to compare.
+    pub policy: Option<PolicyName>,
 }
 
 #[derive(Clone, PartialEq, Debug, Deserialize)]
@@ -49,10 +53,14 @@ pub struct Link {
     pub rate: Rate,
 }
 
-#[derive(Clone, PartialEq, Debug, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Limits {
     pub downtime: Time,
+    pub deadline: Option<Time>,
+    pub max_rounds: Option<u32>,
+    pub max_transfer: Option<f64>,
+    pub convergence_timeout: Option<Time>,
 }
 
 impl Scenario {
@@ -107,6 +115,20 @@ impl Scenario {
         })
     }
 
+    /// Its policy and limits. A policy that does not end is to be seen not to end: rounds are limited only if it says so.
+    pub fn terms(&self) -> TermsArgs {
+        let Limits { downtime, deadline, max_rounds, max_transfer, convergence_timeout } = self.limits;
+        TermsArgs {
+            downtime_limit: Some(downtime),
+            policy: self.policy,
+            deadline,
+            max_rounds: Some(max_rounds.unwrap_or(u32::MAX)),
+            max_transfer,
+            convergence_timeout,
+            ..TermsArgs::default()
+        }
+    }
+
     /// The least time that a migration can take: what is populated, and once more what is written, over the link.
     pub fn floor_ms(&self) -> f64 {
         let written = self.guest.vcpus.iter().filter_map(|text| {
@@ -134,7 +156,7 @@ mod tests {
     fn a_wrong_scenario_is_answered_with_file_line_key_and_what_is_allowed() {
         let text = BUILT_IN[0].1.replace("downtime", "down-time");
         let error = format!("{:#}", Scenario::parse("mine.toml", &text).unwrap_err());
-        for part in ["mine.toml", "line", "down-time", "expected `downtime`"] {
+        for part in ["mine.toml", "line", "down-time", "`downtime`"] {
             assert!(error.contains(part), "{part:?} is missing in: {error}");
         }
         let text = BUILT_IN[0].1.replace("sequential", "backwards");

@@ -58,6 +58,8 @@ fn show_until_the_end(line: &mut Line, output: Output) -> Result<ExitCode> {
     loop {
         match line.receive()? {
             Some(Answer::Update(update)) => display.show(&update),
+            // The answer to another request.
+            Some(Answer::Adjusted) => {}
             Some(Answer::Report(report)) if output.json() => {
                 output.object(&report)?;
                 return Ok(ExitCode::SUCCESS);

@@ -7,14 +7,14 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 use ringferry::PAGE_SIZE;
 use ringferry::converge::simulate::{Guest, Link, Machine, Order, Phase, Simulated, Writer, simulate};
-use ringferry::converge::{DirtyLimit, Pages, Policy, Settings, Why};
+use ringferry::converge::{Pages, Settings, Why};
 use ringferry_testvm::workload::command_line::{Pattern, Work};
 use serde::Serialize;
 
-use crate::migrate::PolicyName;
 use crate::output::Output;
 use crate::scenario::Scenario;
-use crate::sizes::{Rate, Time};
+use crate::sizes::Time;
+use crate::terms::{ComparedArgs, TermsArgs};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -42,17 +42,8 @@ pub struct Args {
     #[arg(long, value_name = "NAME|FILE", value_delimiter = ',', default_value = SCENARIOS)]
     scenario: Vec<String>,
 
-    /// Policies
-    #[arg(long, value_name = "NAME", value_delimiter = ',', default_value = "fair-share")]
-    policy: Vec<PolicyName>,
-
-    /// The whole migration ends by then, if braking the guest can do it
-    #[arg(long, value_name = "TIME")]
-    deadline: Option<Time>,
-
-    /// What `dirty-limit` allows each vCPU
-    #[arg(long, value_name = "RATE")]
-    dirty_limit: Option<Rate>,
+    #[command(flatten)]
+    compared: ComparedArgs,
 
     /// Simulated time after which a migration is given up
     #[arg(long, value_name = "TIME", default_value = "600s")]
@@ -67,7 +58,7 @@ pub struct Args {
 struct Case {
     guest: Guest,
     link: Link,
-    downtime: Duration,
+    terms: TermsArgs,
     floor_ms: f64,
     /// Longer steps for guests that would take minutes to simulate.
     look: Duration,
@@ -118,16 +109,10 @@ pub fn run(args: &Args, output: Output) -> Result<ExitCode> {
     }
     for name in &args.scenario {
         let case = case(name)?;
-        for policy in &args.policy {
-            let mut settings = Settings::new(case.guest.ram);
-            settings.policy = match (policy.to_string().parse()?, args.dirty_limit) {
-                (Policy::DirtyLimit(_), Some(rate)) => {
-                    Policy::DirtyLimit(DirtyLimit { bytes_per_s: rate.bytes_per_s })
-                }
-                (policy, _) => policy,
-            };
-            settings.limits.downtime = case.downtime;
-            settings.limits.deadline = args.deadline.map(|deadline| deadline.0);
+        for (policy, terms) in args.compared.of(&case.terms) {
+            let terms = terms.parameters()?.terms();
+            let settings =
+                Settings { policy: terms.policy, limits: terms.limits, ..Settings::new(case.guest.ram) };
             let machine = Machine { look: case.look, kick: args.kick.0, ..Machine::default() };
             let done = simulate(&case.guest, &case.link, &machine, settings, args.timeout.0);
             let line = line(name, policy.to_string(), &case, &done);
@@ -152,7 +137,7 @@ fn case(name: &str) -> Result<Case> {
     let usual = |writers, link| Case {
         guest: Guest { ram: Pages(mib(2048)), populated: Pages(mib(600)), writers },
         link,
-        downtime: Duration::from_millis(500),
+        terms: half_a_second(),
         floor_ms: mib(600) as f64 * PAGE_SIZE as f64 / 100e6 * 1e3,
         look: Machine::default().look,
     };
@@ -165,7 +150,7 @@ fn case(name: &str) -> Result<Case> {
             Case {
                 guest: Guest { ram, populated: ram, writers },
                 link: Link::steady(25e9),
-                downtime: Duration::from_millis(500),
+                terms: half_a_second(),
                 floor_ms: (4u64 << 40) as f64 / 25e9 * 1e3,
                 look: Duration::from_millis(2),
             }
@@ -186,6 +171,12 @@ fn case(name: &str) -> Result<Case> {
         }
         _ => of_scenario(&Scenario::load(name)?)?,
     })
+}
+
+/// Half a second of downtime, and no other limit.
+fn half_a_second() -> TermsArgs {
+    let downtime = Time(Duration::from_millis(500));
+    TermsArgs { downtime_limit: Some(downtime), max_rounds: Some(u32::MAX), ..TermsArgs::default() }
 }
 
 fn of_scenario(scenario: &Scenario) -> Result<Case> {
@@ -212,7 +203,7 @@ fn of_scenario(scenario: &Scenario) -> Result<Case> {
     Ok(Case {
         guest: Guest { ram, populated: Pages(populated), writers },
         link: Link::steady(scenario.link.rate.bytes_per_s as f64),
-        downtime: scenario.limits.downtime.0,
+        terms: scenario.terms(),
         floor_ms: scenario.floor_ms(),
         look: Machine::default().look,
     })

@@ -12,11 +12,12 @@ use serde::Serialize;
 use crate::display::Display;
 use crate::guest::BackendArg;
 use crate::interrupt;
-use crate::migrate::{MigrateArgs, PolicyName};
+use crate::migrate::MigrateArgs;
 use crate::output::Output;
 use crate::report::MigrationReport;
 use crate::scenario::Scenario;
-use crate::sizes::{Rate, Time};
+use crate::sizes::Time;
+use crate::terms::{ComparedArgs, PolicyName, TermsArgs};
 use crate::two_processes::{Crossing, Listen};
 
 /// A policy that never ends is given up after this long, unless the user says otherwise.
@@ -39,21 +40,12 @@ pub struct Args {
     #[arg(long, value_name = "NAME|FILE")]
     scenario: String,
 
-    /// Policies, one after the other in the same run
-    #[arg(long, value_name = "NAME", value_delimiter = ',', default_value = "fair-share")]
-    policy: Vec<PolicyName>,
+    #[command(flatten)]
+    compared: ComparedArgs,
 
     /// Migrations under each policy, in turn
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
     repeat: u32,
-
-    /// The whole migration ends by then, if braking the guest can do it
-    #[arg(long, value_name = "TIME")]
-    deadline: Option<Time>,
-
-    /// What `dirty-limit` allows each vCPU
-    #[arg(long, value_name = "RATE")]
-    dirty_limit: Option<Rate>,
 
     /// Data connections
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
@@ -111,37 +103,39 @@ pub fn run(args: &Args, output: Output) -> Result<ExitCode> {
         .and_then(|links| links.add(1, Some(scenario.link.rate.bytes_per_s), JUMBO_MTU).map(|()| links))
         .context("cannot make a link of its own for the measurement (as root, with iproute2?)")?;
     links.enter_near()?;
+    let policies = args.compared.of(&scenario.terms());
     let mut all_ended = true;
     for run in 0..args.repeat {
-        for policy in &args.policy {
+        for (policy, terms) in &policies {
             if interrupted.load(Ordering::Relaxed) {
                 bail!("interrupted");
             }
             if !output.json() {
                 output.line(format_args!("\nrun {} of {}, policy {policy}", run + 1, args.repeat))?;
             }
-            all_ended &= one(args, &scenario, policy, &links, output)?;
+            all_ended &= one(args, &scenario, *policy, terms, &links, output)?;
         }
     }
     Ok(if all_ended { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// One migration; false if it did not end.
-fn one(args: &Args, scenario: &Scenario, policy: &PolicyName, links: &Links, output: Output) -> Result<bool> {
+fn one(
+    args: &Args,
+    scenario: &Scenario,
+    policy: PolicyName,
+    terms: &TermsArgs,
+    links: &Links,
+    output: Output,
+) -> Result<bool> {
     let guest = scenario.guest_args(args.backend, args.ring_entries)?;
     let listen =
         Listen { address: (Links::far_address(1), 7000).into(), namespace: Some(links.far().to_owned()) };
     let mut crossing = Crossing::prepare(&guest, &listen)?;
     let migrate = MigrateArgs {
         channels: args.channels,
-        downtime_limit: scenario.limits.downtime,
-        policy: policy.clone(),
-        dirty_limit: args.dirty_limit,
-        deadline: args.deadline,
-        timeout: Some(args.timeout),
         no_verify: args.no_verify,
-        // A policy that does not end is to be seen not to end.
-        max_rounds: u32::MAX,
+        terms: TermsArgs { timeout: Some(args.timeout), ..terms.clone() },
         ..MigrateArgs::default()
     };
     let events = Mutex::new(Vec::new());

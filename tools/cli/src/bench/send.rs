@@ -10,7 +10,6 @@ mod remote;
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
@@ -320,7 +319,7 @@ fn send(
     };
     let mut sender = Sender::connect(&channels, remote.token(), memory.guest().clone(), options)
         .context("connecting the channels")?;
-    let (pages, content_bytes) = (Arc::new(memory.pages()), memory.content_bytes());
+    let (pages, content_bytes) = (memory.pages(), memory.content_bytes());
     let (begun, cpu) = (Instant::now(), Cpu::of_this_process());
     let sent = sender.send_round(1, pages).context("sending")?;
     let duration = begun.elapsed();

@@ -112,8 +112,16 @@ fn the_demo_ends_with_one_report_that_has_every_promised_field() {
         "zero_copy_sends",
         "copied_sends",
     ];
-    let of_round =
-        ["round", "pages_to_send", "pages_sent", "zero_pages", "bytes_sent", "duration_ms", "pages_dirtied"];
+    let of_round = [
+        "round",
+        "pages_to_send",
+        "pages_sent",
+        "zero_pages",
+        "pages_struck_off",
+        "bytes_sent",
+        "duration_ms",
+        "pages_dirtied",
+    ];
     let of_vcpu = [
         "index",
         "pages_dirtied",
@@ -167,6 +175,31 @@ fn ctrl_c_on_send_cancels_the_migration_and_the_guest_runs_on_at_the_source() {
     assert_failed(&send.end(), &["cancelled"]);
     assert_failed(&receive.end(), &["the source ended the migration", "cancelled"]);
     guest.assert_runs_on();
+}
+
+#[test]
+fn the_terms_of_a_migration_are_adjusted_while_it_runs() {
+    if !kvm() {
+        return;
+    }
+    let guest = Guest::start();
+    let adjust = |terms: &[&str]| ringferry(&[&["adjust", "--monitor", &guest.monitor], terms].concat());
+    assert_failed(&adjust(&["--downtime-limit", "1s"]), &["no migration is under way"]);
+    let (mut receive, to) = receive(&SMALL, &[]);
+    // Two minutes at this rate.
+    let mut send = Running::start(&[&guest.send(&to)[..], &["--max-bandwidth", "100kB/s"]].concat());
+    send.line_with("tracking is on");
+    assert_failed(&adjust(&["--dirty-limit", "1MB/s"]), &["goes with policy dirty-limit"]);
+    let again = ringferry(&guest.send(&to));
+    assert_failed(&again, &["a migration is under way"]);
+    let adjusted = adjust(&["--policy", "none", "--downtime-limit", "2s", "--max-bandwidth", "1GB/s"]);
+    assert_eq!(adjusted.code, Some(0), "{adjusted:?}");
+    send.line_with("policy none, downtime limit 2000 ms");
+    let send = send.end();
+    assert_eq!(send.code, Some(0), "{send:?}");
+    receive.line_with("received");
+    receive.interrupt();
+    assert_eq!(receive.end().code, Some(0));
 }
 
 #[test]

@@ -1,0 +1,44 @@
+//! `ringferry adjust`: changes the terms of a migration that is under way.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+
+use crate::monitor::{Answer, Line, Request, default_path};
+use crate::output::Output;
+use crate::terms::TermsArgs;
+
+const EXAMPLES: &str = "\
+Examples, while `ringferry send` is at it:
+  ringferry adjust --downtime-limit 1s
+  ringferry adjust --policy auto-converge --throttle-max 80
+  ringferry adjust --max-bandwidth 50MB/s --deadline 60s";
+
+/// Change the limits or the policy of the migration that is under way
+#[derive(clap::Args, Debug)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    /// Monitor socket of the VM [default: ringferry.sock in $XDG_RUNTIME_DIR, else ringferry-UID.sock in the temporary directory]
+    #[arg(long, value_name = "PATH")]
+    monitor: Option<PathBuf>,
+
+    #[command(flatten)]
+    terms: TermsArgs,
+}
+
+/// Runs the command.
+pub fn run(args: Args, output: Output) -> Result<ExitCode> {
+    let mut line = Line::connect(&args.monitor.unwrap_or_else(default_path))?;
+    line.send(&Request::Adjust(args.terms))?;
+    match line.receive()? {
+        Some(Answer::Adjusted) => {
+            if !output.json() {
+                output.line("the migration goes on under the new terms")?;
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        Some(Answer::Failed(why)) => bail!("{why}"),
+        _ => bail!("`ringferry run` did not answer: has the VM moved already?"),
+    }
+}
