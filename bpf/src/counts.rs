@@ -74,6 +74,10 @@ impl RingMaps {
         for counts in &mut counts {
             counts.ended = !counts.is_of_someone_in(inventory);
         }
+        self.with_ended(counts)
+    }
+
+    fn with_ended(&self, mut counts: Vec<VcpuCounts>) -> Vec<VcpuCounts> {
         counts.extend_from_slice(&self.ended);
         counts.sort_by_key(|counts| (counts.pid, counts.vm, counts.vcpu, counts.ring));
         counts
@@ -90,16 +94,22 @@ impl RingMaps {
         let mut events: HashMap<RingId, VcpuCounts> =
             counts.into_iter().map(|counts| (counts.ring, counts)).collect();
         for &(ring, pushed) in gone {
-            let last = self.mark(ring)?.map_or(pushed, |mark| pushed.and_up_to(mark.dirty_index));
+            // If another vCPU has got its memory, the mark may be of that one.
+            let mark = if indices.is_running(ring) { None } else { self.mark(ring)? };
+            let last = mark.map_or(pushed, |mark| pushed.and_up_to(mark.dirty_index));
             let events = events.remove(&ring).filter(|events| events.is_of(&last));
             self.ended.push(VcpuCounts { ended: true, ..VcpuCounts::by_index(ring, &last, events.as_ref()) });
             self.delete(ring)?;
         }
         let mut all = Vec::new();
         for (ring, pushed) in indices.running() {
-            let events = events.remove(&ring).filter(|events| events.is_of(&pushed));
+            let found = events.remove(&ring);
+            let events = found.filter(|events| events.is_of(&pushed));
             all.push(VcpuCounts::by_index(ring, &pushed, events.as_ref()));
             if events.is_none() {
+                if found.is_some() {
+                    self.delete(ring)?;
+                }
                 self.expect(ring, &pushed, inventory)?;
             }
         }
@@ -109,13 +119,13 @@ impl RingMaps {
             self.ended.push(VcpuCounts { pushes, ended: true, ..counts });
             self.delete(ring)?;
         }
-        Ok(self.with_ends(all, inventory))
+        Ok(self.with_ended(all))
     }
 
     /// Makes the entries of a ring before its first event, which is then judged by the indices of now.
     fn expect(&self, ring: RingId, pushed: &Pushed, inventory: &Inventory) -> Result<(), Error> {
-        let vcpus = || inventory.vms.iter().flat_map(|vm| &vm.vcpus);
-        let Some(vcpu) = vcpus().find(|vcpu| vcpu.ring == ring) else { return Ok(()) };
+        let mut vcpus = inventory.vms.iter().flat_map(|vm| &vm.vcpus);
+        let Some(vcpu) = vcpus.find(|vcpu| vcpu.ring == ring) else { return Ok(()) };
         let identity = RingCounts {
             kvm: pushed.vm.0,
             tgid: pushed.pid,
@@ -132,9 +142,9 @@ impl RingMaps {
             reset_index: vcpu.dirty_index.wrapping_sub(vcpu.ring_used),
         };
         let key = ring.0.as_bytes();
-        // No room: its events are not counted, its pushes are.
-        let made = self.marks.update(key, mark.as_bytes(), MapFlags::ANY);
-        let _ = made.and_then(|()| self.rings.update_percpu(key, &cpus, MapFlags::ANY));
+        // No room: its events are not counted, its pushes are. Or its first event came just now, and made them.
+        let made = self.marks.update(key, mark.as_bytes(), MapFlags::NO_EXIST);
+        let _ = made.and_then(|()| self.rings.update_percpu(key, &cpus, MapFlags::NO_EXIST));
         Ok(())
     }
 

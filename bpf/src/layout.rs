@@ -84,7 +84,8 @@ pub(crate) struct RegionCounts {
 pub(crate) const TOTAL_DROPPED_PUSHES: u32 = 0;
 pub(crate) const TOTAL_DROPPED_REGION_PUSHES: u32 = 1;
 pub(crate) const TOTAL_DROPPED_ENDED_PUSHES: u32 = 2;
-pub(crate) const TOTAL_USERSPACE_EXITS_31: u32 = 3;
+pub(crate) const TOTAL_DROPPED_FULL_EXITS: u32 = 3;
+pub(crate) const TOTAL_USERSPACE_EXITS_31: u32 = 4;
 
 pub(crate) const RECORD_VM: u32 = 1;
 pub(crate) const RECORD_VCPU: u32 = 2;

@@ -2,9 +2,12 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
+use std::os::fd::AsFd;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
 use ratatui::layout::{Alignment, Constraint, Layout};
 use ratatui::style::{Color, Modifier, Style, Stylize};
@@ -13,23 +16,32 @@ use ratatui::widgets::{Cell, Row as TableRow, Table as Widget};
 use ratatui::{DefaultTerminal, Frame};
 use ringferry_bpf::{Look, RingId, Row, bars};
 
-use crate::output::{COLUMNS, Choice, Column, headline, region_lines, sampling_line};
+use crate::output::{COLUMNS, Choice, Column, headline, region_lines, sampling_line, that_fit};
 
-/// Intervals that the trend shows.
+/// Intervals that the trend shows where there is room.
 const TREND: usize = 12;
+/// Less than this says nothing.
+const TREND_MIN: usize = 6;
 /// How soon a signal or a resize is noticed.
 const TICK: Duration = Duration::from_millis(100);
 /// The column sorted by at first.
 const PAGES_PER_S: usize = 4;
 
-const KEYS: &str = " q quit   p pause   < > sort by   r reverse   / filter   Esc clear ";
+const KEYS: &str = " q quit  p pause  < > sort by  r reverse  / filter";
 
 /// What is on the screen, and how the user wants it.
 #[derive(Debug)]
 struct View {
     choice: Choice,
     look: Option<Look>,
+    /// Of every look, also those that a pause keeps from the screen.
     trends: HashMap<RingId, VecDeque<u64>>,
+    /// The trends as they are shown.
+    trend_bars: HashMap<RingId, String>,
+    /// Indices of the columns that the terminal has room for.
+    columns: Vec<usize>,
+    /// Intervals of the trend that there is room for beside them.
+    trend_cells: usize,
     sort: usize,
     ascending: bool,
     filter: String,
@@ -40,13 +52,14 @@ struct View {
 /// The terminal in its alternate screen; dropping this gives it back.
 #[derive(Debug)]
 pub(crate) struct Table {
-    terminal: DefaultTerminal,
+    /// Until it is dropped.
+    terminal: Option<DefaultTerminal>,
     view: View,
 }
 
 impl Table {
     pub(crate) fn open(choice: Choice) -> io::Result<Self> {
-        let mut table = Self { terminal: ratatui::try_init()?, view: View::new(choice) };
+        let mut table = Self { terminal: Some(ratatui::try_init()?), view: View::new(choice) };
         table.draw()?;
         Ok(table)
     }
@@ -57,17 +70,17 @@ impl Table {
         self.draw()
     }
 
-    /// Handles keys until then; returns whether the user wants to quit.
+    /// Handles keys until then; returns whether the user wants to quit, or has hung up.
     pub(crate) fn wait(&mut self, until: Instant, stop: &Receiver<()>) -> io::Result<bool> {
         loop {
             let left = until.saturating_duration_since(Instant::now());
-            if stop.try_recv().is_ok() {
+            if stop.try_recv().is_ok() || is_gone_within(left.min(TICK))? {
                 return Ok(true);
             }
             if left.is_zero() {
                 return Ok(false);
             }
-            if event::poll(left.min(TICK))? {
+            while event::poll(Duration::ZERO)? {
                 if let Event::Key(key) = event::read()?
                     && key.kind == KeyEventKind::Press
                     && self.view.press(key)
@@ -80,13 +93,33 @@ impl Table {
     }
 
     fn draw(&mut self) -> io::Result<()> {
-        self.terminal.draw(|frame| self.view.draw(frame)).map(|_| ())
+        let drawn =
+            self.terminal.as_mut().map(|terminal| terminal.draw(|frame| self.view.draw(frame)).map(drop));
+        drawn.unwrap_or(Ok(()))
     }
 }
 
 impl Drop for Table {
     fn drop(&mut self) {
-        ratatui::restore();
+        match self.terminal.take() {
+            // It cannot be given back, and ratatui would panic when it cannot even say so.
+            Some(terminal) if is_gone_within(Duration::ZERO).unwrap_or(true) => std::mem::forget(terminal),
+            _ => ratatui::restore(),
+        }
+    }
+}
+
+/// Waits so long for input or a signal. Returns whether the terminal is gone: crossterm would read its end for ever.
+fn is_gone_within(time: Duration) -> io::Result<bool> {
+    let stdin = io::stdin();
+    let mut terminal = [PollFd::new(stdin.as_fd(), PollFlags::POLLIN)];
+    match poll(&mut terminal, PollTimeout::try_from(time).unwrap_or(PollTimeout::ZERO)) {
+        Ok(_) => Ok(terminal[0].revents().is_some_and(|events| {
+            events.intersects(PollFlags::POLLHUP | PollFlags::POLLERR | PollFlags::POLLNVAL)
+        })),
+        // A resize, or the end.
+        Err(Errno::EINTR) => Ok(false),
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -96,6 +129,9 @@ impl View {
             choice,
             look: None,
             trends: HashMap::new(),
+            trend_bars: HashMap::new(),
+            columns: (0..COLUMNS.len()).collect(),
+            trend_cells: 0,
             sort: PAGES_PER_S,
             ascending: false,
             filter: String::new(),
@@ -115,6 +151,16 @@ impl View {
         }
         if !self.paused {
             self.look = Some(look.clone());
+            self.trend_bars =
+                self.trends.iter_mut().map(|(id, trend)| (*id, bars(trend.make_contiguous()))).collect();
+        }
+    }
+
+    /// Moves the sort order by so many of the columns that are seen.
+    fn sort_by_another(&mut self, steps: usize) {
+        let at = self.columns.iter().position(|&column| column == self.sort).unwrap_or(0);
+        if let Some(&column) = self.columns.get((at + steps) % self.columns.len().max(1)) {
+            self.sort = column;
         }
     }
 
@@ -136,8 +182,8 @@ impl View {
         match key.code {
             KeyCode::Char('q') => return true,
             KeyCode::Char('p' | ' ') => self.paused = !self.paused,
-            KeyCode::Char('>') | KeyCode::Right => self.sort = (self.sort + 1) % COLUMNS.len(),
-            KeyCode::Char('<') | KeyCode::Left => self.sort = (self.sort + COLUMNS.len() - 1) % COLUMNS.len(),
+            KeyCode::Char('>') | KeyCode::Right => self.sort_by_another(1),
+            KeyCode::Char('<') | KeyCode::Left => self.sort_by_another(self.columns.len().saturating_sub(1)),
             KeyCode::Char('r') => self.ascending = !self.ascending,
             KeyCode::Char('/') => self.typing = true,
             KeyCode::Esc => self.filter.clear(),
@@ -162,7 +208,12 @@ impl View {
         rows
     }
 
-    fn draw(&self, frame: &mut Frame) {
+    fn draw(&mut self, frame: &mut Frame) {
+        let width = usize::from(frame.area().width);
+        self.columns = that_fit(width);
+        let used: usize = self.columns.iter().map(|&index| COLUMNS[index].width + 1).sum();
+        self.trend_cells =
+            Some(width.saturating_sub(used)).filter(|&left| left >= TREND_MIN).unwrap_or(0).min(TREND);
         let strips: Vec<Line> =
             self.look.iter().flat_map(|look| &look.vms).flat_map(below).map(Line::from).collect();
         // The strips take at most half of the screen.
@@ -195,15 +246,21 @@ impl View {
     fn bottom_line(&self) -> Line<'static> {
         if self.typing {
             Line::from(format!(" filter: {}_   Enter keep   Esc clear", self.filter)).reversed()
-        } else if self.filter.is_empty() {
-            Line::from(KEYS).reversed()
         } else {
-            Line::from(format!("{KEYS}  filter: {} ", self.filter)).reversed()
+            let mut text = KEYS.to_owned();
+            if !self.filter.is_empty() {
+                text += &format!("  filter: {} (Esc clears)", self.filter);
+            }
+            if self.columns.len() < COLUMNS.len() {
+                text += &format!("  {} more columns in a wider window", COLUMNS.len() - self.columns.len());
+            }
+            Line::from(text).reversed()
         }
     }
 
     fn table<'a>(&'a self, look: &'a Look) -> Widget<'a> {
-        let titles = COLUMNS.iter().enumerate().map(|(index, column)| {
+        let columns = || self.columns.iter().map(|&index| (index, &COLUMNS[index]));
+        let titles = columns().map(|(index, column)| {
             let arrow = if index != self.sort {
                 ""
             } else if self.ascending {
@@ -216,15 +273,16 @@ impl View {
         });
         let titles = titles.chain([Cell::from("TREND")]);
         let rows = self.rows(look).into_iter().map(|row| {
-            let trend: Vec<u64> =
-                self.trends.get(&row.id).map(|trend| trend.iter().copied().collect()).unwrap_or_default();
-            let cells = COLUMNS.iter().map(|column| cell(column, (column.cell)(row, look.interval)));
-            TableRow::new(cells.chain([Cell::from(bars(&trend)).style(Style::new().fg(Color::Green))]))
+            let cells = columns().map(|(_, column)| cell(column, (column.cell)(row, look.interval)));
+            let trend: Vec<char> =
+                self.trend_bars.get(&row.id).map_or_else(Vec::new, |bars| bars.chars().collect());
+            let trend: String = trend[trend.len().saturating_sub(self.trend_cells)..].iter().collect();
+            TableRow::new(cells.chain([Cell::from(trend).style(Style::new().fg(Color::Green))]))
                 .style(style(row))
         });
         let widths =
-            COLUMNS.iter().map(|column| Constraint::Length(u16::try_from(column.width).unwrap_or(16)));
-        let trend = Constraint::Length(u16::try_from(TREND).unwrap_or(12));
+            columns().map(|(_, column)| Constraint::Length(u16::try_from(column.width).unwrap_or(16)));
+        let trend = Constraint::Length(u16::try_from(self.trend_cells).unwrap_or(0));
         Widget::new(rows, widths.chain([trend])).header(TableRow::new(titles).add_modifier(Modifier::BOLD))
     }
 }
@@ -240,7 +298,7 @@ fn cell(column: &Column, text: String) -> Cell<'static> {
 }
 
 fn style(row: &Row) -> Style {
-    if row.overflows > 0 {
+    if row.overflows_so_far > 0 {
         Style::new().fg(Color::Red).add_modifier(Modifier::BOLD)
     } else if row.dirty_pages.is_none() || row.ended {
         Style::new().fg(Color::DarkGray)

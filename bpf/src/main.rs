@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use clap::Parser;
+use nix::errno::Errno;
 use ringferry_bpf::{Inventory, Look, Session, SessionOptions, vm_name};
 
 mod live;
@@ -81,6 +82,9 @@ struct Args {
     prometheus: Option<SocketAddr>,
 }
 
+/// The kernel is looked at as often as this even if the interval is longer.
+const KEEP_UP_EVERY: Duration = Duration::from_secs(10);
+
 const EXAMPLES: &str = "\
 Examples:
   ringferry-profile                      a live table; on a pipe, lines
@@ -94,8 +98,8 @@ Exit codes: 0 success, 1 failure, 2 wrong usage.";
 fn main() -> ExitCode {
     match run(&Args::parse()) {
         Ok(()) => ExitCode::SUCCESS,
-        // Whoever read us has seen enough: `ringferry-profile | head`.
-        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        // Whoever read us has seen enough: `ringferry-profile | head`, or a terminal that was closed.
+        Err(error) if nobody_reads(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
@@ -142,9 +146,16 @@ fn run(args: &Args) -> anyhow::Result<()> {
             break End::Counted;
         }
         next += args.interval;
-        let asked_to_stop = match &mut table {
-            Some(table) => table.wait(next, &stop)?,
-            None => wait(next, &stop),
+        let asked_to_stop = loop {
+            let until = next.min(Instant::now() + KEEP_UP_EVERY);
+            let asked_to_stop = match &mut table {
+                Some(table) => table.wait(until, &stop)?,
+                None => wait(until, &stop),
+            };
+            if asked_to_stop || until == next {
+                break asked_to_stop;
+            }
+            session.keep_up()?;
         };
         let look = session.look()?;
         if let Some(metrics) = &metrics {
@@ -224,8 +235,10 @@ fn parse_interval(text: &str) -> Result<Duration, String> {
     }
 }
 
-fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+fn nobody_reads(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|error| {
+        error.kind() == io::ErrorKind::BrokenPipe || error.raw_os_error() == Some(Errno::EIO as i32)
+    })
 }
 
 /// The vCPUs of a look that were asked for, those that dirty most first if only some are, and how many are left out.

@@ -8,7 +8,7 @@ mod columns;
 mod json;
 mod plain;
 
-pub(crate) use columns::{COLUMNS, Column, headline};
+pub(crate) use columns::{COLUMNS, Column, headline, that_fit};
 pub(crate) use plain::{region_lines, sampling_line};
 
 /// Which vCPUs were asked for.

@@ -14,8 +14,9 @@ use zerocopy::{FromBytes, IntoBytes};
 use crate::counts::RingMaps;
 use crate::kernel_types::KernelTypes;
 use crate::layout::{
-    RegionCounts, RegionKey, RingCounts, Settings, TOTAL_DROPPED_ENDED_PUSHES, TOTAL_DROPPED_PUSHES,
-    TOTAL_DROPPED_REGION_PUSHES, TOTAL_USERSPACE_EXITS_31, ThreadCounts as CpuThreadCounts,
+    RegionCounts, RegionKey, RingCounts, Settings, TOTAL_DROPPED_ENDED_PUSHES, TOTAL_DROPPED_FULL_EXITS,
+    TOTAL_DROPPED_PUSHES, TOTAL_DROPPED_REGION_PUSHES, TOTAL_USERSPACE_EXITS_31,
+    ThreadCounts as CpuThreadCounts,
 };
 use crate::preflight::{Sources, check_kernel, check_rights};
 use crate::ring_index::RingIndices;
@@ -51,8 +52,9 @@ pub enum Counting {
     EveryPush,
     /// The same, and per region of guest memory, with a bit for each page.
     EveryPushAndRegions,
-    /// By the rings' indices, when somebody looks: nothing runs at a push. Of a vCPU that ends, what it pushed after the
-    /// last look is not seen, nor after the last full ring or recycling.
+    /// By the rings' indices, when somebody looks: nothing runs at a push. Exact for a vCPU that is there to be looked at, if
+    /// that is done before it pushes 2^31 times. Of one that ends, what it pushed after the last look, full ring and
+    /// recycling is not seen. An overflow is seen at the exit that follows it: not if the ring is emptied before.
     Indices,
 }
 
@@ -102,6 +104,8 @@ pub struct Totals {
     /// Pushes that could not be counted, because [`Options::vcpus_max`] vCPUs were being counted already, or too many
     /// vCPUs ended between two looks.
     pub dropped_pushes: u64,
+    /// Exits because a ring was nearly full that could not be counted for the same reason, and with them what overflowed.
+    pub dropped_ring_full_exits: u64,
     /// Pushes that are missing from the regions, because too many regions were written between two looks.
     pub dropped_region_pushes: u64,
     /// Exits that reached user space with reason 31, of all vCPUs.
@@ -322,6 +326,7 @@ impl Profiler {
         };
         Ok(Totals {
             dropped_pushes: total(TOTAL_DROPPED_PUSHES)? + total(TOTAL_DROPPED_ENDED_PUSHES)?,
+            dropped_ring_full_exits: total(TOTAL_DROPPED_FULL_EXITS)?,
             dropped_region_pushes: total(TOTAL_DROPPED_REGION_PUSHES)?,
             userspace_exits_31: total(TOTAL_USERSPACE_EXITS_31)?,
         })

@@ -162,13 +162,14 @@ fn render(look: &Look, vcpus: &[Summary]) -> String {
     let help = "Half width of the 95 % confidence interval of the estimate.";
     let error = |vm: &ringferry_bpf::VmLook| estimate(vm, ringferry_bpf::Estimate::error_pages);
     family("vm_sampled_dirty_error_bytes_per_second", "gauge", help, per_vm(error));
-    let help = "Pushes that were not counted because too many vCPUs were being counted.";
-    family(
-        "profiler_dropped_pushes_total",
-        "counter",
-        help,
-        vec![(String::new(), look.totals.dropped_pushes.to_string())],
-    );
+    for (name, help, count) in [
+        ("pushes", "Pushes that were not counted because of too many vCPUs.", look.totals.dropped_pushes),
+        ("ring_full_exits", "Full rings, likewise.", look.totals.dropped_ring_full_exits),
+        ("region_pushes", "Pushes missing from the working set.", look.totals.dropped_region_pushes),
+    ] {
+        let sample = vec![(String::new(), count.to_string())];
+        family(&format!("profiler_dropped_{name}_total"), "counter", help, sample);
+    }
     text
 }
 

@@ -1,8 +1,10 @@
 //! Pushes read off the rings' own indices: what a vCPU pushed is how far its `dirty_index` went on.
 //!
-//! The kernel adds one to it in `kvm_dirty_ring_push` and nowhere else, so this is exact and costs the guest nothing. It
-//! can only be looked at while the vCPU exists: what it pushed after the last look, or the last full ring or recycling,
-//! is not seen when it ends. `profiler` feeds this from the inventory.
+//! The kernel adds one to it in `kvm_dirty_ring_push` and nowhere else, and never takes it back while the vCPU exists: not
+//! when logging is switched off and on, not when the ring is recycled or overflows. So this is exact and costs the guest
+//! nothing. It can only be looked at while a descriptor of the vCPU is open: what it pushed after the last look, or the
+//! last full ring or recycling, is not seen when it ends; and a vCPU that looks like the last one in the same memory is
+//! taken for it, if its index is not behind. `profiler` feeds this from the inventory.
 
 use std::collections::HashMap;
 
@@ -69,6 +71,10 @@ impl RingIndices {
 
     pub(crate) fn running(&self) -> impl Iterator<Item = (RingId, Pushed)> {
         self.running.iter().map(|(ring, pushed)| (*ring, *pushed))
+    }
+
+    pub(crate) fn is_running(&self, ring: RingId) -> bool {
+        self.running.contains_key(&ring)
     }
 }
 

@@ -103,7 +103,9 @@ pub struct Row {
     pub resets: u64,
     /// How often the ring began to be overwritten during the interval.
     pub overflows: u64,
-    /// Entries lost that way.
+    /// The same since the session began.
+    pub overflows_so_far: u64,
+    /// Entries lost that way during the interval.
     pub overwritten: u64,
     /// The VM is gone: these are its last counts.
     pub ended: bool,
@@ -226,6 +228,15 @@ impl Session {
     /// The profiler, for what a look does not tell.
     pub fn profiler(&self) -> &Profiler {
         &self.profiler
+    }
+
+    /// Between two looks that are far apart: less is lost of vCPUs that end meanwhile, and no index goes round unseen.
+    ///
+    /// # Errors
+    ///
+    /// As [`Session::look`].
+    pub fn keep_up(&mut self) -> Result<(), Error> {
+        self.profiler.counts().map(drop)
     }
 
     /// What happened since the last look.
@@ -364,6 +375,7 @@ impl Session {
             ring_full_exits: 0,
             resets: 0,
             overflows: 0,
+            overflows_so_far: 0,
             overwritten: 0,
             ended: false,
         };
@@ -446,6 +458,7 @@ impl Row {
             ring_full_exits: 0,
             resets: 0,
             overflows: 0,
+            overflows_so_far: 0,
             overwritten: 0,
             ended: true,
         }
@@ -500,13 +513,20 @@ impl Track {
         }
         let high_water = total.ring.map_or(0, |ring| ring.high_water);
         let ring = row.ring.map(|ring| Ring { high_water: ring.high_water.max(high_water), ..ring });
+        row.overflows_so_far = total.overflows + row.overflows;
+        // What was counted keeps the name of its source when nothing is logged any more.
+        let source = match (row.source, total.dirty_pages) {
+            (Source::Unobservable, Some(_)) => total.source,
+            (source, _) => source,
+        };
         *total = Row {
+            source,
             dirty_pages: row.dirty_pages.map(|_| all).or(total.dirty_pages),
             dirty_pages_per_s: None,
             ring: ring.or(total.ring),
             ring_full_exits: total.ring_full_exits + row.ring_full_exits,
             resets: total.resets + row.resets,
-            overflows: total.overflows + row.overflows,
+            overflows: row.overflows_so_far,
             overwritten: total.overwritten + row.overwritten,
             ..row.clone()
         };

@@ -4,13 +4,17 @@
 
 mod common;
 
+use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
+use std::os::fd::AsFd;
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use common::bare::{BareVm, DATA, Pages, Privilege, Work, install_kick_handler, kvm};
 use common::{Writer, profiler};
+use nix::poll::{PollFd, PollFlags, poll};
+use nix::pty::{Winsize, openpty};
 use ringferry::kvm::RingSize;
 use ringferry::track::DirtyTracker;
 use ringferry::{DirtySource, PageIndex};
@@ -284,6 +288,102 @@ fn metrics_are_served_and_a_silent_client_does_not_stop_them() {
     profiler.kill().unwrap();
     profiler.wait().unwrap();
     vmm.stop();
+}
+
+/// The profiler on a terminal of its own, of 120 × 30 characters.
+struct Terminal {
+    profiler: Child,
+    master: File,
+    seen: String,
+}
+
+impl Terminal {
+    fn start(arguments: &[&str]) -> Self {
+        let size = Winsize { ws_row: 30, ws_col: 120, ws_xpixel: 0, ws_ypixel: 0 };
+        let pty = openpty(Some(&size), None).unwrap();
+        // Not inherited, unlike the original: or the terminal could not be closed.
+        let master = pty.master.try_clone().unwrap();
+        drop(pty.master);
+        let slave = || Stdio::from(pty.slave.try_clone().unwrap());
+        let profiler = Command::new("setsid")
+            .args(["--ctty", PROFILE])
+            .args(arguments)
+            .stdin(slave())
+            .stdout(slave())
+            .stderr(slave())
+            .spawn()
+            .unwrap();
+        Self { profiler, master: File::from(master), seen: String::new() }
+    }
+
+    /// Reads until this text was written since the last call.
+    fn wait_for(&mut self, text: &str) {
+        let mut part = [0; 4096];
+        let end = Instant::now() + Duration::from_secs(20);
+        while !self.seen.contains(text) {
+            let mut output = [PollFd::new(self.master.as_fd(), PollFlags::POLLIN)];
+            assert!(Instant::now() < end, "{text:?} never came: {:?}", self.seen);
+            if poll(&mut output, 1000_u16).unwrap() == 0 {
+                continue;
+            }
+            let count = self.master.read(&mut part).expect("the profiler goes on");
+            self.seen.push_str(&String::from_utf8_lossy(&part[..count]));
+        }
+        self.seen.clear();
+    }
+
+    fn press(&mut self, keys: &str) {
+        self.master.write_all(keys.as_bytes()).unwrap();
+    }
+
+    fn ends(&mut self) -> Option<i32> {
+        let end = Instant::now() + Duration::from_secs(20);
+        while Instant::now() < end {
+            if let Some(status) = self.profiler.try_wait().unwrap() {
+                return status.code();
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        self.profiler.kill().unwrap();
+        panic!("it goes on");
+    }
+}
+
+#[test]
+fn the_live_table_takes_keys_and_leaves_a_summary() {
+    if !possible() {
+        return;
+    }
+    let vmm = Vmm::start();
+    let mut terminal = Terminal::start(&["200ms", "-p", &vmm.pid()]);
+    terminal.wait_for("waiting");
+    terminal.wait_for(&vmm.pid());
+    terminal.press("p");
+    terminal.wait_for("PAUSED");
+    terminal.press("p>");
+    terminal.wait_for("MiB/s▼");
+    terminal.press("r");
+    terminal.wait_for("▲");
+    terminal.press("/ring_p\r");
+    // Blanks are not written but skipped.
+    terminal.wait_for("clears)");
+    terminal.press("q");
+    terminal.wait_for("OBSERVED");
+    assert_eq!(terminal.ends(), Some(0));
+    vmm.stop();
+}
+
+#[test]
+fn a_terminal_that_is_closed_ends_the_live_table() {
+    if !possible() {
+        return;
+    }
+    let mut terminal = Terminal::start(&["200ms"]);
+    terminal.wait_for("quit");
+    let Terminal { profiler, master, .. } = terminal;
+    drop(master);
+    let mut terminal = Terminal { profiler, master: File::open("/dev/null").unwrap(), seen: String::new() };
+    assert_eq!(terminal.ends(), Some(0));
 }
 
 #[test]

@@ -1,5 +1,5 @@
-//! What the kernel pushed is what the library took, entry for entry: the eBPF program counts the one, the tracker's
-//! figures the other, and they share nothing but the kernel.
+//! What the kernel pushed is what the library took, entry for entry: the profiler counts the one, once at each push and
+//! once by the rings' indices, the tracker's figures the other, and they share nothing but the kernel.
 
 #![expect(unsafe_code, reason = "signals to threads")]
 #![allow(clippy::unwrap_used, reason = "a test that cannot set up its guest fails")]
@@ -20,7 +20,7 @@ use ringferry::source::{Source, SourceOptions, SourceReport};
 use ringferry::track::DirtyTracker;
 use ringferry::transport::MaxBandwidth;
 use ringferry::{DirtySource, PageIndex};
-use ringferry_bpf::{Options, Profiler};
+use ringferry_bpf::{Counting, Options, Profiler, VcpuCounts};
 use ringferry_testvm::{Boot, Config, Guest, TestVm, Tracking, guest_image};
 
 const VCPU_COUNT: u32 = 4;
@@ -47,15 +47,36 @@ fn neighbour(stop: Arc<AtomicBool>) -> std::thread::JoinHandle<i32> {
     })
 }
 
+/// A profiler of each way of counting, in the order of [`Counted::pushed`].
+fn profilers() -> Option<[Profiler; 2]> {
+    let by = |counting| profiler(Options { counting, ..Options::default() });
+    Some([by(Counting::EveryPush)?, by(Counting::Indices)?])
+}
+
+/// What was counted of one vCPU.
+struct Counted {
+    pushed: [u64; 2],
+    taken: u64,
+}
+
+fn assert_equal(run: u32, vcpus: &[Counted], all: &mut [u64; VCPUS]) {
+    assert_eq!(vcpus.len(), VCPUS);
+    for (vcpu, counted) in vcpus.iter().enumerate() {
+        assert_eq!(counted.pushed, [counted.taken; 2], "run {run}, vCPU {vcpu}");
+        all[vcpu] += counted.taken;
+    }
+}
+
 /// Four vCPUs that each write their own 2048 pages, harvested as they run, all kicked all the time.
-fn pushed_and_taken(profiler: &mut Profiler, entries: u32) -> Option<Vec<(u64, u64)>> {
+fn pushed_and_taken(profilers: &mut [Profiler; 2], entries: u32) -> Option<Vec<Counted>> {
     let kvm = kvm()?;
     let vm = BareVm::new(&kvm, &[4096, 4096]).unwrap();
     let mut tracker = DirtyTracker::enable(vm.fd(), RingSize::from_entries(entries).unwrap()).unwrap();
     tracker.add_memory(vm.memory()).unwrap();
-    let before = my_counts(profiler);
-    let before =
-        |vcpu: usize| before.iter().filter(|c| c.vcpu as usize == vcpu).map(|c| c.pushes).sum::<u64>();
+    let of_vcpu = |counts: &[VcpuCounts], vcpu: usize| {
+        counts.iter().filter(|counts| counts.vcpu as usize == vcpu).map(|counts| counts.pushes).sum::<u64>()
+    };
+    let before = profilers.each_mut().map(my_counts);
     let writers: Vec<Writer> = (0..4_usize)
         .map(|index| {
             let vcpu = vm.create_vcpu(index, Privilege::User).unwrap();
@@ -66,24 +87,22 @@ fn pushed_and_taken(profiler: &mut Profiler, entries: u32) -> Option<Vec<(u64, u
         .collect();
     tracker.start().unwrap();
     harvest_for(&mut tracker, &vm, 10, Duration::from_millis(10), || writers.iter().for_each(Writer::kick));
+    // Who has not been looked at while it was there is unknown to the indices.
+    profilers.iter_mut().for_each(|profiler| drop(my_counts(profiler)));
     writers.into_iter().for_each(Writer::stop);
     tracker.stop().unwrap();
     let figures = tracker.snapshot();
     assert_eq!(figures.unknown_slot_entries, 0);
-    let counts = my_counts(profiler);
-    Some(
-        figures
-            .vcpus
-            .iter()
-            .map(|taken| {
-                let counts: Vec<_> =
-                    counts.iter().filter(|counts| counts.vcpu as usize == taken.index).collect();
-                assert!(counts.iter().all(|counts| counts.overwritten == 0));
-                let pushed = counts.iter().map(|counts| counts.pushes).sum::<u64>() - before(taken.index);
-                (pushed, taken.pages + taken.duplicate_entries)
-            })
-            .collect(),
-    )
+    let after = profilers.each_mut().map(my_counts);
+    assert!(
+        after.iter().flatten().all(|counts| (counts.overflows, counts.overwritten) == (0, 0)),
+        "{after:?}"
+    );
+    let counted = figures.vcpus.iter().map(|taken| Counted {
+        pushed: [0, 1].map(|way| of_vcpu(&after[way], taken.index) - of_vcpu(&before[way], taken.index)),
+        taken: taken.pages + taken.duplicate_entries,
+    });
+    Some(counted.collect())
 }
 
 #[test]
@@ -91,7 +110,7 @@ fn in_20_of_20_runs_the_tracker_took_what_the_kernel_pushed_per_vcpu_beside_a_ne
     if kvm().is_none() {
         return;
     }
-    let Some(mut profiler) = profiler(Options::default()) else { return };
+    let Some(mut profilers) = profilers() else { return };
     install_kick_handler();
     let stop = Arc::new(AtomicBool::new(false));
     let other = neighbour(stop.clone());
@@ -99,19 +118,17 @@ fn in_20_of_20_runs_the_tracker_took_what_the_kernel_pushed_per_vcpu_beside_a_ne
     for run in 0..20 {
         // Rings that hold everything, and rings that are full all the time.
         let entries = if run % 2 == 0 { 16384 } else { 1024 };
-        let vcpus = pushed_and_taken(&mut profiler, entries).unwrap();
-        assert_eq!(vcpus.len(), VCPUS);
-        for (vcpu, (pushed, taken)) in vcpus.into_iter().enumerate() {
-            assert_eq!(pushed, taken, "run {run}, vCPU {vcpu}");
-            all[vcpu] += pushed;
-        }
+        assert_equal(run, &pushed_and_taken(&mut profilers, entries).unwrap(), &mut all);
     }
     // In a single short run on a busy machine a vCPU may not get a turn.
     assert!(all.iter().all(|&pushed| pushed > 10_000), "{all:?}");
     stop.store(true, Ordering::Release);
-    let other = common::counts_of(&mut profiler, other.join().unwrap());
-    assert!(other.iter().map(|vcpu| vcpu.pushes).sum::<u64>() > 0, "the neighbour wrote nothing");
-    assert_eq!(profiler.totals().unwrap().dropped_pushes, 0);
+    let creator = other.join().unwrap();
+    for profiler in &mut profilers {
+        let other = common::counts_of(profiler, creator);
+        assert!(other.iter().map(|vcpu| vcpu.pushes).sum::<u64>() > 0, "the neighbour wrote nothing");
+    }
+    assert_eq!(profilers[0].totals().unwrap().dropped_pushes, 0);
 }
 
 fn vm(boot: Boot) -> TestVm {
@@ -130,13 +147,13 @@ fn receive(destination: &Destination) -> DestinationReport {
 
 /// Boots four vCPUs that write 4 MiB each, and moves them to another VM while each vCPU thread is interrupted all the
 /// time. Entries pushed by the kernel and taken by the library, per vCPU, and what the migration says.
-fn over_a_migration(profiler: &mut Profiler) -> (Vec<(u64, u64)>, SourceReport, DestinationReport) {
+fn over_a_migration(profilers: &mut [Profiler; 2]) -> (Vec<Counted>, SourceReport, DestinationReport) {
     let append = "vcpus=4 each=pattern:random,ws:4MiB,pace:20000".to_owned();
     let mut vm = vm(Boot::Image { image: guest_image(), append });
     vm.start().unwrap();
     Guest::new(vm.memory(), None).unwrap().wait_until_working(Duration::from_secs(60)).unwrap();
     let me = u32::try_from(nix::unistd::gettid().as_raw()).unwrap();
-    let inventory = profiler.inventory().unwrap();
+    let inventory = profilers[0].inventory().unwrap();
     let mine = inventory.vms.iter().find(|vm| vm.creator_tid == me).expect("the VM is in the inventory");
     let rings: Vec<_> = mine.vcpus.iter().map(|vcpu| vcpu.ring).collect();
     let threads: Vec<_> = mine.vcpus.iter().map(|vcpu| i32::try_from(vcpu.tid.unwrap()).unwrap()).collect();
@@ -165,13 +182,16 @@ fn over_a_migration(profiler: &mut Profiler) -> (Vec<(u64, u64)>, SourceReport, 
         moved.store(true, Ordering::Release);
         (sent.unwrap(), receiver.join().unwrap())
     });
-    let counts = profiler.counts().unwrap();
-    let pushed =
-        |ring| counts.iter().find(|vcpu| vcpu.ring == ring && !vcpu.ended).map_or(0, |vcpu| vcpu.pushes);
+    let counts = profilers.each_mut().map(|profiler| profiler.counts().unwrap());
+    let pushed = |ring| {
+        let of_it = |vcpu: &&VcpuCounts| vcpu.ring == ring && !vcpu.ended;
+        counts.each_ref().map(|counts| counts.iter().find(of_it).map_or(0, |vcpu| vcpu.pushes))
+    };
     let figures = tracker.snapshot();
     assert_eq!(figures.unknown_slot_entries, 0);
     let taken = figures.vcpus.iter().map(|vcpu| vcpu.pages + vcpu.duplicate_entries);
-    (rings.into_iter().map(pushed).zip(taken).collect(), sent, received)
+    let counted = rings.into_iter().zip(taken).map(|(ring, taken)| Counted { pushed: pushed(ring), taken });
+    (counted.collect(), sent, received)
 }
 
 #[test]
@@ -179,21 +199,21 @@ fn over_20_of_20_migrations_of_four_interrupted_vcpus_both_counts_are_equal() {
     if kvm().is_none() {
         return;
     }
-    let Some(mut profiler) = profiler(Options::default()) else { return };
+    let Some(mut profilers) = profilers() else { return };
     install_kick_handler();
     let stop = Arc::new(AtomicBool::new(false));
     let other = neighbour(stop.clone());
     let mut all = [0; VCPUS];
     for run in 0..20 {
-        let (vcpus, sent, received) = over_a_migration(&mut profiler);
+        let (vcpus, sent, received) = over_a_migration(&mut profilers);
         assert_eq!((sent.ram_digest_match, received.ram_digest_match), (Some(true), Some(true)));
-        for (vcpu, (pushed, taken)) in vcpus.into_iter().enumerate() {
-            assert_eq!(pushed, taken, "run {run}, vCPU {vcpu}");
-            all[vcpu] += pushed;
-        }
+        assert_equal(run, &vcpus, &mut all);
     }
     assert!(all.iter().all(|&pushed| pushed > 10_000), "{all:?}");
     stop.store(true, Ordering::Release);
-    let other = common::counts_of(&mut profiler, other.join().unwrap());
-    assert!(other.iter().map(|vcpu| vcpu.pushes).sum::<u64>() > 0, "the neighbour wrote nothing");
+    let creator = other.join().unwrap();
+    for profiler in &mut profilers {
+        let other = common::counts_of(profiler, creator);
+        assert!(other.iter().map(|vcpu| vcpu.pushes).sum::<u64>() > 0, "the neighbour wrote nothing");
+    }
 }

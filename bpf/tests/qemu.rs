@@ -155,9 +155,10 @@ fn a_qemu_guest_has_its_name_its_threads_and_the_source_of_its_mode() {
         let name = fs::read_to_string(format!("/proc/{}/task/{}/comm", row.pid, row.tid.unwrap())).unwrap();
         assert_eq!(name.trim(), format!("CPU {}/KVM", row.vcpu));
     }
-    // Migration to nowhere in particular switches the bitmap on for all of memory.
+    // Migration to nowhere in particular switches the bitmap on for all of memory. Not too slowly: pages are protected, and
+    // so become dirty again, at the start of each round.
     let uri = json!({"uri": "exec:cat > /dev/null"});
-    let limit = json!({"max-bandwidth": 1 << 20, "downtime-limit": 1});
+    let limit = json!({"max-bandwidth": 100 << 20, "downtime-limit": 1});
     qemu.execute(&json!({"execute": "migrate-set-parameters", "arguments": limit}));
     qemu.execute(&json!({"execute": "migrate", "arguments": uri}));
     let deadline = Instant::now() + Duration::from_secs(30);

@@ -7,10 +7,13 @@ mod common;
 use std::collections::BTreeSet;
 use std::io;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
-use common::bare::{CONTROL_PAGES, DATA, Privilege};
-use common::{Guest, my_counts, profiler};
+use common::bare::{BareVm, CONTROL_PAGES, DATA, Pages, Privilege, Work, install_kick_handler, kvm};
+use common::{Guest, Writer, harvest_for, my_counts, profiler};
 use ringferry::DirtySource;
+use ringferry::kvm::RingSize;
+use ringferry::track::DirtyTracker;
 use ringferry_bpf::{Counting, Options, PAGES_PER_REGION, Profiler, Row, Session, SessionOptions, Source};
 
 fn me() -> u32 {
@@ -290,6 +293,26 @@ fn forced_overflows_are_the_same_number_in_the_kernel_in_the_library_and_in_the_
 }
 
 #[test]
+fn a_vcpu_that_has_pushed_nothing_yet_is_not_taken_for_one_that_has_ended() {
+    let Some(mut indices) = profiler(Options { counting: Counting::Indices, ..Options::default() }) else {
+        return;
+    };
+    let Some(mut guest) = Guest::new(Some(1024), Privilege::User) else { return };
+    let told = |profiler: &mut Profiler| -> Vec<_> {
+        my_counts(profiler).iter().map(|vcpu| (vcpu.pushes, vcpu.ended)).collect()
+    };
+    assert_eq!(told(&mut indices), [(0, false)]);
+    // Recycled, too, without any push.
+    guest.tracker.start().unwrap();
+    guest.harvest();
+    assert_eq!(told(&mut indices), [(0, false)]);
+    guest.write(0, 10, 1);
+    assert_eq!(told(&mut indices), [(10, false)]);
+    drop(guest);
+    assert_eq!(told(&mut indices), [(10, true)]);
+}
+
+#[test]
 fn both_ways_of_counting_agree_in_every_figure() {
     let Some(mut pushes) = profiler(Options::default()) else { return };
     let Some(mut indices) = profiler(Options { counting: Counting::Indices, ..Options::default() }) else {
@@ -312,6 +335,69 @@ fn both_ways_of_counting_agree_in_every_figure() {
     let (by_push, by_index) = (my_counts(&mut pushes), my_counts(&mut indices));
     assert!(by_push[0].ended && by_index[0].ended);
     assert_eq!((by_index.len(), by_index[0].ring, by_index[0].pushes), (1, id, by_push[0].pushes));
+}
+
+#[test]
+fn attached_in_mid_run_both_ways_count_what_comes_after_also_when_logging_stops_and_starts() {
+    let Some(mut guest) = Guest::new(Some(4096), Privilege::User) else { return };
+    guest.tracker.start().unwrap();
+    guest.write(0, 300, 1);
+    for expected in [[500, 800], [100, 300]] {
+        let by = |counting| profiler(Options { counting, ..Options::default() });
+        let Some(mut pushes) = by(Counting::EveryPush) else { return };
+        let Some(mut indices) = by(Counting::Indices) else { return };
+        let [first, both] = expected;
+        guest.write(1000, first, 2);
+        assert_eq!((my_counts(&mut pushes)[0].pushes, my_counts(&mut indices)[0].pushes), (first, first));
+        guest.tracker.stop().unwrap();
+        guest.write(1000, first, 2);
+        guest.tracker.start().unwrap();
+        guest.write(1000, both - first, 2);
+        assert_eq!((my_counts(&mut pushes)[0].pushes, my_counts(&mut indices)[0].pushes), (both, both));
+        let of_indices = my_counts(&mut indices)[0];
+        assert_eq!((of_indices.overflows, of_indices.overwritten), (0, 0), "{of_indices:?}");
+        guest.harvest();
+    }
+}
+
+#[test]
+fn a_nearly_full_ring_that_is_recycled_while_its_vcpu_runs_on_is_no_overflow() {
+    // Far apart: each entry takes the kernel 0.1 µs to recycle, and the vCPU pushes more than fits meanwhile.
+    const PAGES: u64 = 80_000;
+    const STRIDE: u64 = 16;
+    let Some(kvm) = kvm() else { return };
+    let by = |counting| profiler(Options { counting, ..Options::default() });
+    let Some(mut pushes) = by(Counting::EveryPush) else { return };
+    install_kick_handler();
+    let vm = BareVm::new(&kvm, &[PAGES * STRIDE]).unwrap();
+    let mut tracker = DirtyTracker::enable(vm.fd(), RingSize::MAX).unwrap();
+    tracker.add_memory(vm.memory()).unwrap();
+    let vcpu = vm.create_vcpu(0, Privilege::User).unwrap();
+    let handle = tracker.attach_vcpu(0, vcpu.fd()).unwrap();
+    let Some(mut indices) = by(Counting::Indices) else { return };
+    tracker.start().unwrap();
+    let writer = Writer::start(
+        vcpu,
+        handle,
+        Work::Loop(Pages { first: DATA, pages: PAGES, stride: STRIDE, passes: 1 }),
+    );
+    let used = |profiler: &Profiler| {
+        let vms = profiler.inventory().unwrap().vms;
+        let mine = vms.iter().find(|vm| vm.creator_tid == me()).expect("the VM is there");
+        mine.vcpus[0].ring_used
+    };
+    // How much is pushed before the kernel begins to recycle depends on the machine: it is met in some of the rounds.
+    for nearly_full in (60_000..65_000).step_by(500) {
+        let end = Instant::now() + Duration::from_secs(2);
+        while used(&indices) < nearly_full && Instant::now() < end {}
+        harvest_for(&mut tracker, &vm, 1, Duration::ZERO, || {});
+    }
+    writer.stop();
+    tracker.stop().unwrap();
+    let (by_push, by_index) = (my_counts(&mut pushes)[0], my_counts(&mut indices)[0]);
+    assert_eq!((by_push.pushes, by_push.overflows), (by_index.pushes, 0));
+    assert_eq!((by_index.overflows, by_index.overwritten), (0, 0), "{by_index:?}");
+    assert!(by_index.high_water_entries <= 65_536, "{by_index:?}");
 }
 
 #[test]

@@ -270,12 +270,14 @@ int BPF_PROG(ring_push_regions, struct kvm_dirty_ring *ring, u32 slot, u64 offse
 /*
  * What the indices tell about the pushes since they were last looked at: each was over a live entry if it was more than
  * the ring's size ahead of the last recycled one. Looked at before every recycling is over, so that all of them were
- * made against the reset index in the mark; only pushes during a recycling may be taken for overwriting when they are not.
+ * made against the reset index in the mark, but those that a running vCPU makes meanwhile: they find the room that was
+ * just made. So it is an overflow if the ring is over its size still, or if all of it was recycled at once; a ring that is
+ * nearly full, of a vCPU that runs on, is neither.
  */
 static __always_inline void note_indices(u64 address, u32 dirty, u32 reset, u32 size, struct ring_counts *counts)
 {
 	struct mark *mark = bpf_map_lookup_elem(&marks, &address);
-	u32 limit, from, used;
+	u32 used, recycled, limit, from;
 
 	if (!mark) {
 		struct mark first = { .dirty_index = reset, .reset_index = reset };
@@ -285,19 +287,25 @@ static __always_inline void note_indices(u64 address, u32 dirty, u32 reset, u32 
 		if (!mark)
 			return;
 	}
-	if ((s32)(mark->dirty_index - dirty) > (s32)size) {
+	if ((s32)(dirty - mark->dirty_index) < 0) {
 		/* Indices do not go back: it is the mark of a ring that was here before. */
 		mark->dirty_index = reset;
 		mark->reset_index = reset;
 	}
+	if ((s32)(reset - mark->reset_index) < 0)
+		/* Another CPU was faster, and has seen a later one. */
+		reset = mark->reset_index;
 	used = dirty - mark->reset_index;
+	recycled = reset - mark->reset_index;
 	limit = mark->reset_index + size;
 	/* Whoever swaps the mark accounts for the pushes in between. */
 	from = __sync_lock_test_and_set(&mark->dirty_index, dirty);
 	mark->reset_index = reset;
+	if (used > size && dirty - reset <= size && recycled < size)
+		used = size;
 	if (used > counts->high_water)
 		counts->high_water = used;
-	if ((s32)(dirty - limit) <= 0)
+	if (used <= size || (s32)(dirty - from) <= 0)
 		return;
 	if ((s32)(from - limit) <= 0) {
 		from = limit;
@@ -335,8 +343,10 @@ int BPF_PROG(ring_full, struct kvm_vcpu *vcpu)
 	if (not_wanted())
 		return 0;
 	counts = counts_of(address);
-	if (!counts)
+	if (!counts) {
+		add_to_total(TOTAL_DROPPED_FULL_EXITS, 1);
 		return 0;
+	}
 	counts->full_exits++;
 	if (settings.by_index)
 		note_indices(address, vcpu->dirty_ring.dirty_index, vcpu->dirty_ring.reset_index,
@@ -501,8 +511,9 @@ int inventory(struct bpf_iter__task_file *ctx)
 		record.vcpu.ring = (u64)vcpu + bpf_core_field_offset(struct kvm_vcpu, dirty_ring);
 		record.vcpu.vcpu = BPF_CORE_READ(vcpu, vcpu_id);
 		record.vcpu.tid = BPF_CORE_READ(vcpu, pid, numbers[0].nr);
-		record.vcpu.dirty_index = BPF_CORE_READ(vcpu, dirty_ring.dirty_index);
+		/* In this order: a reset index that is read later may be beyond the dirty one. */
 		record.vcpu.reset_index = BPF_CORE_READ(vcpu, dirty_ring.reset_index);
+		record.vcpu.dirty_index = BPF_CORE_READ(vcpu, dirty_ring.dirty_index);
 		record.vcpu.ring_entries = BPF_CORE_READ(kvm, dirty_ring_size) ? BPF_CORE_READ(vcpu, dirty_ring.size) : 0;
 		record.vcpu.creator = BPF_CORE_READ(kvm, userspace_pid);
 		bpf_seq_write(ctx->meta->seq, &record, sizeof(record));

@@ -144,6 +144,7 @@ pub(super) fn summary(out: &mut impl Write, session: &Session, choice: Choice) -
     let text = serde_json::json!({
         "kind": "profiler_summary",
         "dropped_pushes": totals.dropped_pushes,
+        "dropped_ring_full_exits": totals.dropped_ring_full_exits,
         "dropped_region_pushes": totals.dropped_region_pushes,
         "userspace_exits_31": totals.userspace_exits_31,
         "ended_vcpus_left_out": left_out,

@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use anstyle::{AnsiColor, Style};
 use ringferry_bpf::{Look, Session, VmLook};
 
+use super::columns::not_counted;
 use super::{COLUMNS, Choice, mib};
 use crate::chosen;
 
@@ -35,7 +36,7 @@ impl Plain {
         for row in rows {
             let cells: Vec<String> =
                 COLUMNS.iter().map(|column| column.padded(&(column.cell)(row, look.interval))).collect();
-            let style = if row.overflows > 0 { ALARM } else { Style::new() };
+            let style = if row.overflows_so_far > 0 { ALARM } else { Style::new() };
             writeln!(out, "{style}{time} {}{style:#}", cells.join(" ").trim_end())?;
             self.lines += 1;
         }
@@ -132,13 +133,8 @@ pub(super) fn summary(out: &mut impl Write, session: &Session, choice: Choice) -
     if left_out > 0 {
         writeln!(out, "and {left_out} vCPUs of VMs that have ended")?;
     }
-    let totals = session.profiler().totals()?;
-    if totals.dropped_pushes + totals.dropped_region_pushes > 0 {
-        writeln!(
-            out,
-            "not counted: {} pushes (too many vCPUs), {} pushes in regions (too many regions)",
-            totals.dropped_pushes, totals.dropped_region_pushes
-        )?;
+    if let Some(left_out) = not_counted(&session.profiler().totals()?) {
+        writeln!(out, "{left_out}")?;
     }
     Ok(())
 }

@@ -1,16 +1,16 @@
-//! The kernel's own count beside ours: `ringferry-profile` runs next to a migration, and every entry that KVM pushed
-//! must be one that the tracker took.
+//! The kernel's own count beside ours: `ringferry-profile` runs next to a migration or a measurement, and every entry
+//! that KVM pushed must be one that the tracker took.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStderr, ChildStdout, Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 
-use crate::report::VcpuReport;
+use crate::output::Output;
 
 const PROFILER: &str = "ringferry-profile";
 
@@ -37,6 +37,7 @@ pub struct CrossCheck {
 pub struct RunningProfiler {
     child: Child,
     lines: BufReader<ChildStdout>,
+    errors: ChildStderr,
 }
 
 #[derive(Deserialize)]
@@ -52,10 +53,12 @@ impl RunningProfiler {
         let beside = std::env::current_exe()?.with_file_name(PROFILER);
         let program = if beside.exists() { beside } else { PathBuf::from(PROFILER) };
         let mut child = Command::new(&program)
-            .args(["1", "--json", "--pid", &std::process::id().to_string()])
+            // Not by the rings' indices: what is compared is each event.
+            .args(["1", "--every-push", "--json", "--pid", &std::process::id().to_string()])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
-            // Ctrl-C is for the migration.
+            .stderr(Stdio::piped())
+            // Ctrl-C is for us.
             .process_group(0)
             .spawn()
             .with_context(|| {
@@ -64,10 +67,19 @@ impl RunningProfiler {
                 )
             })?;
         let stdout = child.stdout.take().context("the profiler has no output")?;
-        let mut running = Self { child, lines: BufReader::new(stdout) };
+        let errors = child.stderr.take().context("the profiler has no standard error")?;
+        let mut running = Self { child, lines: BufReader::new(stdout), errors };
         // Its first row says that it is attached.
-        ensure!(running.next()?.is_some(), "{PROFILER} ended at once: it says why above");
+        ensure!(running.next()?.is_some(), "{PROFILER} cannot run: {}", running.complaint()?);
         Ok(running)
+    }
+
+    /// What it said when it ended.
+    fn complaint(&mut self) -> Result<String> {
+        let mut said = String::new();
+        self.errors.read_to_string(&mut said)?;
+        let said = said.trim();
+        Ok(said.strip_prefix("error: ").unwrap_or(said).to_owned())
     }
 
     fn next(&mut self) -> Result<Option<Line>> {
@@ -78,17 +90,14 @@ impl RunningProfiler {
         serde_json::from_str(&line).map(Some).with_context(|| format!("the profiler said {line:?}"))
     }
 
-    /// Ends the profiler and compares its counts with those of `vcpus`.
-    pub fn compare(mut self, vcpus: &[VcpuReport]) -> Result<CrossCheck> {
+    /// Ends the profiler and compares its counts with what the tracker took: per vCPU, its index and its entries. The VM must
+    /// still be there.
+    pub fn compare(mut self, taken: impl IntoIterator<Item = (usize, u64)>) -> Result<CrossCheck> {
         let pid = Pid::from_child(&self.child);
         kill_process(pid, Signal::INT).context("the profiler cannot be asked for its summary")?;
-        let mut counts: Vec<VcpuCounts> = vcpus
-            .iter()
-            .map(|vcpu| VcpuCounts {
-                index: vcpu.index,
-                kernel_pushes: 0,
-                library_entries: vcpu.ring_entries,
-            })
+        let taken = taken.into_iter();
+        let mut counts: Vec<VcpuCounts> = taken
+            .map(|(index, library_entries)| VcpuCounts { index, kernel_pushes: 0, library_entries })
             .collect();
         let mut summaries = 0;
         while let Some(line) = self.next()? {
@@ -102,7 +111,7 @@ impl RunningProfiler {
                 None => bail!("the profiler saw a vCPU {:?} that the VM does not have", line.vcpu),
             }
         }
-        ensure!(summaries > 0, "the profiler ended without a summary");
+        ensure!(summaries > 0, "the profiler ended without a summary: {}", self.complaint()?);
         let equal = counts.iter().all(|counts| counts.kernel_pushes == counts.library_entries);
         Ok(CrossCheck { kind: "cross_check", equal, vcpus: counts })
     }
@@ -119,8 +128,22 @@ impl Drop for RunningProfiler {
 }
 
 impl CrossCheck {
-    /// For people.
-    pub fn text(&self) -> String {
+    /// Prints both counts.
+    ///
+    /// # Errors
+    ///
+    /// They differ, or standard output cannot be written.
+    pub fn print(&self, output: Output) -> Result<()> {
+        if output.json() {
+            output.object(self)?;
+        } else {
+            output.write(self.text().as_bytes())?;
+        }
+        ensure!(self.equal, "the kernel and the tracker counted differently");
+        Ok(())
+    }
+
+    fn text(&self) -> String {
         let verdict = if self.equal { "equal" } else { "DIFFERENT" };
         let vcpus = self.vcpus.iter().map(|counts| {
             let VcpuCounts { index, kernel_pushes, library_entries } = counts;

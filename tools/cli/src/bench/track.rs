@@ -31,6 +31,7 @@ Examples:
   ringferry bench track
   ringferry bench track --memory 1GiB,256GiB --dirty-pages 4000 --pattern sparse --plot track.svg
   ringferry bench track --memory 1GiB --dirty-pages 7680 --pattern dense --vcpus 1,2
+  ringferry bench track --backend ring --memory 1GiB --vcpus 4 --cross-check
 
 What the columns mean:
   observe   looking at what was dirtied without protecting it, per page; the bitmap cannot
@@ -78,6 +79,11 @@ pub struct Args {
     /// Also draw the times of all measurements over memory size into an SVG file
     #[arg(long, value_name = "FILE.svg")]
     plot: Option<PathBuf>,
+
+    /// Run ringferry-profile beside each measurement of the ring, and compare what the kernel pushed with what the
+    /// tracker took
+    #[arg(long)]
+    cross_check: bool,
 }
 
 /// Where the dirty pages lie.
@@ -124,6 +130,10 @@ pub fn run(args: Args, output: Output) -> anyhow::Result<ExitCode> {
         "/dev/kvm cannot be opened: tracking of guests needs KVM; `ringferry doctor` says what to do",
     )?;
     let cases = cases(&args, ring_size)?;
+    ensure!(
+        !args.cross_check || args.backend.contains(&Backend::Ring),
+        "--cross-check compares entries of dirty rings: it takes --backend ring"
+    );
     let mut points: Vec<Point> = Vec::new();
     let mut refused_bytes = u64::MAX;
     if !output.json() {
@@ -134,7 +144,7 @@ pub fn run(args: Args, output: Output) -> anyhow::Result<ExitCode> {
             continue;
         }
         match point::measure(&kvm, &case) {
-            Ok(figures) => {
+            Ok((figures, compared)) => {
                 let Case { backend, memory_bytes, vcpus, dirty_pages, pattern, .. } = case;
                 let kind = "bench_track";
                 let point = Point { kind, backend, memory_bytes, vcpus, dirty_pages, pattern, figures };
@@ -144,6 +154,7 @@ pub fn run(args: Args, output: Output) -> anyhow::Result<ExitCode> {
                     output.line(row(&point))?;
                 }
                 points.push(point);
+                compared.iter().try_for_each(|compared| compared.print(output))?;
             }
             // As much sparse memory as the kernel accepts.
             Err(error) if is_no_room(&error) && !points.is_empty() => {
@@ -199,6 +210,7 @@ fn cases(args: &Args, ring_size: RingSize) -> anyhow::Result<Vec<Case>> {
                         ring_size,
                         rounds: args.rounds,
                         guest_time: args.guest_time.0,
+                        cross_check: args.cross_check && backend == Backend::Ring,
                     }));
                 }
             }

@@ -12,6 +12,7 @@ use ringferry_testvm::bare::{BareVcpu, BareVm, DATA, Pages, Privilege, Work};
 use serde::Serialize;
 
 use super::{Backend, Pattern};
+use crate::cross_check::{CrossCheck, RunningProfiler};
 
 /// How often the guest is looked at while its rate is measured.
 const OBSERVE_EVERY: Duration = Duration::from_millis(1);
@@ -32,6 +33,7 @@ pub struct Case {
     pub(super) ring_size: RingSize,
     pub(super) rounds: u32,
     pub(super) guest_time: Duration,
+    pub(super) cross_check: bool,
 }
 
 /// What was measured.
@@ -75,13 +77,14 @@ fn quantile(values: &[f64], share: f64) -> f64 {
     sorted.get(rank).copied().unwrap_or(0.0)
 }
 
-/// Measures one case.
+/// Measures one case, with the kernel's count beside the tracker's if that is asked for.
 ///
 /// # Errors
 ///
 /// What KVM refused; an `io::Error` with `ENOMEM` or `EINVAL` if it was the memory.
-pub fn measure(kvm: &Kvm, case: &Case) -> anyhow::Result<Figures> {
+pub fn measure(kvm: &Kvm, case: &Case) -> anyhow::Result<(Figures, Option<CrossCheck>)> {
     let mut rig = Rig::new(kvm, case)?;
+    let profiler = case.cross_check.then(RunningProfiler::start).transpose()?;
     let untracked_page_writes_per_s = rig.rate(case.guest_time, false)?;
     let longest_stall_before_us = rig.longest_stall(|_| Ok(()), |_| Ok(()))?;
     let (mut start_us, mut stop_us) = (0.0, 0.0);
@@ -127,7 +130,10 @@ pub fn measure(kvm: &Kvm, case: &Case) -> anyhow::Result<Figures> {
         );
     }
     rig.tracker.stop()?;
-    Ok(Figures {
+    let vcpus = rig.tracker.snapshot().vcpus;
+    let taken = vcpus.iter().map(|vcpu| (vcpu.index, vcpu.pages + vcpu.duplicate_entries));
+    let compared = profiler.map(|profiler| profiler.compare(taken)).transpose()?;
+    let figures = Figures {
         observe_ns_per_page: (!observe.is_empty()).then(|| quantile(&observe, 0.5)),
         harvest_ns_per_page: quantile(&harvest, 0.5),
         reset_ns_per_page: quantile(&reset, 0.5),
@@ -139,7 +145,8 @@ pub fn measure(kvm: &Kvm, case: &Case) -> anyhow::Result<Figures> {
         stop_us,
         longest_stall_us,
         longest_stall_before_us,
-    })
+    };
+    Ok((figures, compared))
 }
 
 impl Rig {
