@@ -8,6 +8,7 @@
 //! This file owns the set of one thread; [`AtomicPageSet`] is the one that many threads fill. Neither knows
 //! which pages are RAM: [`layout`](crate::layout) does.
 
+mod ahead;
 mod atomic;
 #[cfg(test)]
 mod tests;
@@ -19,7 +20,9 @@ use bitvec::order::Lsb0;
 use bitvec::slice::BitSlice;
 use bitvec::view::BitView;
 
+pub(crate) use self::ahead::WordAtHand;
 pub use self::atomic::AtomicPageSet;
+use self::words::Words;
 use crate::layout::{PageIndex, PageRun, RAM_END_MAX};
 
 /// Pages in a word.
@@ -38,7 +41,7 @@ pub struct PageSet {
     end: u64,
     len: u64,
     ignored: u64,
-    levels: [Vec<u64>; LEVELS],
+    levels: [Words; LEVELS],
 }
 
 /// Index of a word or page in memory that exists, so it fits.
@@ -172,13 +175,12 @@ impl PageSet {
         }
     }
 
-    /// Adds the pages of one word, `first` a multiple of 64; how many are new. For who comes by pages one by one and
-    /// in runs: to gather a word in a register is faster than to load and store it for every page.
+    /// Adds the pages of one word, `first` a multiple of 64; how many are new.
     #[inline]
-    pub(crate) fn insert_word(&mut self, first: PageIndex, bits: u64) -> u64 {
+    fn insert_word(&mut self, first: PageIndex, bits: u64) -> u64 {
         let word = index(first.0 / WORD);
         // Nearly always: the word ends before the capacity does.
-        if first.0 + WORD <= self.end && bits != 0 {
+        if bits != 0 && first.0.saturating_add(WORD) <= self.end {
             self.add(word, bits)
         } else {
             self.add_within(word, bits)
@@ -286,6 +288,13 @@ impl PageSet {
             self.raise(word);
         }
         new
+    }
+
+    /// Fetches a word and its summary into the cache.
+    #[inline]
+    fn prefetch(&self, word: usize) {
+        words::prefetch(&self.levels[0], word);
+        words::prefetch(&self.levels[1], word / 64);
     }
 
     /// Adds those of `bits` that are below the capacity, ignores the others. Returns how many are new.
@@ -408,22 +417,17 @@ impl Extend<PageIndex> for PageSet {
     /// inserting them one by one would wait for its own last store each time.
     #[inline]
     fn extend<I: IntoIterator<Item = PageIndex>>(&mut self, pages: I) {
-        let (mut word, mut bits) = (0, 0);
+        let (end, mut beyond) = (self.end, 0);
+        let (mut words, mut word) = (self.insert_ahead(), WordAtHand::NONE);
         for page in pages {
-            if page.0 >= self.end {
-                self.ignore(1);
-                continue;
+            if page.0 < end {
+                word.add(page, &mut words);
+            } else {
+                beyond += 1;
             }
-            let (its_word, bit) = split(index(page.0));
-            if its_word != word && bits != 0 {
-                self.add(word, bits);
-                bits = 0;
-            }
-            (word, bits) = (its_word, bits | bit);
         }
-        if bits != 0 {
-            self.add(word, bits);
-        }
+        words.finish(word);
+        self.ignore(beyond);
     }
 }
 

@@ -9,7 +9,14 @@ use proptest::prelude::*;
 use super::*;
 
 /// Large enough for all levels to have more than one word, or for Miri.
-const END: u64 = if cfg!(miri) { 64 * 64 * 3 + 5 } else { 64 * 64 * 64 + 77 };
+const END: u64 = if cfg!(miri) { 64 * 64 + 77 } else { 64 * 64 * 64 + 77 };
+/// Runs of many words, and runs that go on.
+const LONG: u64 = if cfg!(miri) { 200 } else { 9000 };
+const ENDLESS: u64 = if cfg!(miri) { 300 } else { u64::MAX };
+/// Pages one by one.
+const MANY: usize = if cfg!(miri) { 10 } else { 50 };
+/// Operations in a row.
+const OPS: usize = if cfg!(miri) { 10 } else { 24 };
 
 fn page(n: u64) -> PageIndex {
     PageIndex(n)
@@ -79,8 +86,8 @@ fn pages() -> impl Strategy<Value = u64> {
 }
 
 fn ops() -> impl Strategy<Value = Op> {
-    let length = || prop_oneof![9 => 0..3_u64, 9 => 60..70_u64, 9 => 0..9000_u64, 1 => Just(u64::MAX)];
-    let many = || prop::collection::vec(pages(), 0..20);
+    let length = || prop_oneof![9 => 0..3_u64, 9 => 60..70_u64, 9 => 0..LONG, 1 => Just(ENDLESS)];
+    let many = || prop::collection::vec(pages(), 0..MANY);
     prop_oneof![
         4 => pages().prop_map(Op::Insert),
         2 => (pages(), length()).prop_map(|(n, k)| Op::InsertRun(n, k)),
@@ -165,13 +172,13 @@ fn apply(op: Op, set: &mut PageSet, model: &mut BTreeSet<u64>) -> u64 {
 
 proptest! {
     #![proptest_config(ProptestConfig {
-        cases: if cfg!(miri) { 3 } else { 100 },
+        cases: if cfg!(miri) { 2 } else { 100 },
         failure_persistence: None,
         ..ProptestConfig::default()
     })]
 
     #[test]
-    fn any_sequence_of_operations_leaves_what_a_btree_set_would_hold(ops in prop::collection::vec(ops(), 1..24)) {
+    fn any_sequence_of_operations_leaves_what_a_btree_set_would_hold(ops in prop::collection::vec(ops(), 1..OPS)) {
         let (mut set, mut model) = (PageSet::new(page(END)), BTreeSet::new());
         let mut ignored = 0_u64;
         for op in ops {
@@ -186,7 +193,7 @@ proptest! {
     }
 
     #[test]
-    fn looking_at_a_part_shows_that_part(members in prop::collection::btree_set(0..20_000_u64, 0..300),
+    fn looking_at_a_part_shows_that_part(members in prop::collection::btree_set(0..20_000_u64, 0..6 * MANY),
                                          first in 0..20_000_u64, pages in 0..2000_u64) {
         let set = from_model(END.min(20_000), &members);
         let members: BTreeSet<u64> = members.into_iter().filter(|n| *n < END).collect();
@@ -195,7 +202,7 @@ proptest! {
         prop_assert_eq!(set.count_within(run(first, pages)), part.len() as u64);
         let words = set.words_in(run(first, pages));
         prop_assert!(bit_pages(first, &words).eq(part.iter().copied()));
-        for n in first..first + 70 {
+        for n in first..first + MANY as u64 {
             prop_assert_eq!(set.contains(page(n)), members.contains(&n));
         }
     }
@@ -209,7 +216,7 @@ proptest! {
     }
 
     #[test]
-    fn a_shared_set_drains_to_what_was_put_in(singles in prop::collection::vec(pages(), 0..50),
+    fn a_shared_set_drains_to_what_was_put_in(singles in prop::collection::vec(pages(), 0..MANY),
                                               runs in prop::collection::vec((0..END, 0..200_u64), 0..5)) {
         let shared = AtomicPageSet::new(page(END));
         let (mut expected, mut drained) = (PageSet::new(page(END)), PageSet::new(page(END)));

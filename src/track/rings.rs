@@ -21,7 +21,7 @@ use super::vcpu::Vcpu;
 use crate::kvm::ring::DirtyRing;
 use crate::kvm::{Kernel, ResetCount};
 use crate::layout::{PageIndex, PageRun, SlotId};
-use crate::page_set::PageSet;
+use crate::page_set::{PageSet, WordAtHand};
 
 /// Resets in a row that reset nothing, before a ring is taken for stuck. A stop signal, a freezing cgroup or task
 /// work interrupt one call each.
@@ -79,24 +79,14 @@ pub(super) struct Rings {
 impl Ring {
     fn take_entries(&mut self, cx: Context<'_>, pending: &mut Pending) -> u32 {
         let mut slots = SlotCursor::new(cx.slots);
-        let (mut new, mut unknown) = (0, 0);
-        let pages = pending.pages_mut();
-        // Neighbours come one after the other as a rule: the word at hand is kept in registers.
-        let (mut first, mut bits) = (PageIndex(0), 0_u64);
-        let taken = self.ring.take(|slot, offset| {
-            let Some(page) = slots.page(slot, offset) else {
-                // The slot is gone, and its memory with it. KVM ignores such an entry too.
-                unknown += 1;
-                return;
-            };
-            let word = PageIndex(page.0 & !63);
-            if word != first {
-                new += pages.insert_word(first, bits);
-                (first, bits) = (word, 0);
-            }
-            bits |= 1 << (page.0 & 63);
+        let mut unknown = 0;
+        let (mut words, mut word) = (pending.pages_mut().insert_ahead(), WordAtHand::NONE);
+        let taken = self.ring.take(|slot, offset| match slots.page(slot, offset) {
+            Some(page) => word.add(page, &mut words),
+            // The slot is gone, and its memory with it. KVM ignores such an entry too.
+            None => unknown += 1,
         });
-        new += pages.insert_word(first, bits);
+        let new = words.finish(word);
         if taken > 0 {
             self.vcpu.counters.pages.add(new);
             self.vcpu.counters.duplicates.add(u64::from(taken) - new - unknown);

@@ -403,6 +403,31 @@ fn a_short_reset_is_retried_until_every_entry_is_protected() {
     model.check_nothing_is_lost();
 }
 
+/// KVM's emulator pushes an entry for each write, PML may push two for one.
+#[test]
+fn a_page_that_is_named_again_and_again_is_one_page_and_duplicates() {
+    let mut model = Model::new(1, 0, 0, false);
+    model.emulate(0, 1, &[5, 5, 9, 5]);
+    model.harvest();
+    let vcpu = model.tracker.snapshot().vcpus[0];
+    assert_eq!((vcpu.pages, vcpu.duplicate_entries), (2, 2));
+    model.check_nothing_is_lost();
+}
+
+#[test]
+fn a_ring_goes_on_when_its_index_wraps() {
+    let mut model = Model::new(1, u32::MAX - 10, 0, false);
+    for _ in 0..3 {
+        (0..20).for_each(|page| model.write(0, 1, page));
+        let observed = model.tracker.observe().unwrap();
+        assert_eq!(observed, Observed::PerVcpu(vec![20]));
+        model.harvest();
+    }
+    let figures = model.tracker.snapshot();
+    assert_eq!((figures.entries_reset, figures.vcpus[0].pages, figures.rearms), (60, 60, 0));
+    model.check_nothing_is_lost();
+}
+
 /// A log that a test fills; it can be told to refuse its start.
 #[derive(Default)]
 struct Log {

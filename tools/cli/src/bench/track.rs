@@ -30,7 +30,7 @@ use point::{Case, Figures};
 Examples:
   ringferry bench track
   ringferry bench track --memory 1GiB,256GiB --dirty-pages 4000 --pattern sparse --plot track.svg
-  ringferry bench track --backend ring --memory 1GiB --dirty-pages 7680 --pattern dense --guest-time 1s
+  ringferry bench track --memory 1GiB --dirty-pages 7680 --pattern dense --vcpus 1,2
   ringferry bench track --backend ring --memory 1GiB --vcpus 4 --cross-check
 
 What the columns mean:
@@ -38,8 +38,9 @@ What the columns mean:
   harvest   ring: taking entries into the set; bitmap: KVM_GET_DIRTY_LOG and the scan; per page
   reset     KVM_RESET_DIRTY_RINGS or KVM_CLEAR_DIRTY_LOG, which protect the pages again, per page
   sync      all of it, until the pages may be read
-  writes    page writes by the guest per second, rewriting the dirty pages over and over: before tracking, and
-            while it is on and, with the ring, observed every millisecond
+  writes    page writes by the guest per second, rewriting the dirty pages over and over: untracked, and from the
+            moment in which tracking is switched on, the first write to each page included; the ring is observed
+            every millisecond meanwhile
   on, off   switching tracking on and off, and the longest stall of the guest meanwhile")]
 pub struct Args {
     /// Memory sizes, one measurement each
@@ -72,7 +73,7 @@ pub struct Args {
     rounds: u32,
 
     /// How long the guest's rate is measured, each without and with tracking
-    #[arg(long, default_value = "500ms", value_name = "TIME")]
+    #[arg(long, default_value = "1s", value_name = "TIME")]
     guest_time: Time,
 
     /// Also draw the times of all measurements over memory size into an SVG file

@@ -19,6 +19,9 @@ const OBSERVE_EVERY: Duration = Duration::from_millis(1);
 /// Quiet time around the switching of tracking, in which the guest's stalls belong to it.
 const SETTLE: Duration = Duration::from_millis(50);
 
+/// How long to wait for a guest that a busy host does not let run.
+const GIVEN_UP_AFTER: Duration = Duration::from_secs(10);
+
 /// What to measure.
 #[derive(Clone, Copy, Debug)]
 pub struct Case {
@@ -70,7 +73,7 @@ fn quantile(values: &[f64], share: f64) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     let last = sorted.len().saturating_sub(1);
-    let rank = (1..=last).find(|rank| *rank as f64 >= share * last as f64).unwrap_or(0);
+    let rank = (0..=last).find(|rank| *rank as f64 >= share * last as f64).unwrap_or(0);
     sorted.get(rank).copied().unwrap_or(0.0)
 }
 
@@ -99,8 +102,7 @@ pub fn measure(kvm: &Kvm, case: &Case) -> anyhow::Result<(Figures, Option<CrossC
             Ok(())
         },
     )?;
-    rig.tracker.start()?;
-    let guest_page_writes_per_s = rig.rate(case.guest_time, case.backend == Backend::Ring)?;
+    let guest_page_writes_per_s = rig.rate(case.guest_time, true)?;
     let mut dirty = PageSet::new(rig.vm.memory().end());
     rig.tracker.harvest(&mut dirty)?;
     let (mut observe, mut harvest, mut reset, mut sync) = (vec![], vec![], vec![], vec![]);
@@ -224,17 +226,22 @@ impl Rig {
         })
     }
 
-    /// Page writes per second of all vCPUs together.
-    fn rate(&mut self, time: Duration, observe: bool) -> anyhow::Result<f64> {
+    /// Page writes per second of all vCPUs together; with `tracked`, from the moment in which tracking is switched on.
+    /// It stays on.
+    fn rate(&mut self, time: Duration, tracked: bool) -> anyhow::Result<f64> {
         let shares = self.shares.clone();
         self.meanwhile(false, |vm, tracker| {
             let writes = || -> f64 {
                 shares.iter().enumerate().map(|(i, share)| (vm.passes(i) * share.pages) as f64).sum()
             };
             let (started, before) = (Instant::now(), writes());
-            while started.elapsed() < time {
+            if tracked {
+                tracker.start()?;
+            }
+            // A busy host may let the guest wait.
+            while started.elapsed() < time || (writes() <= before && started.elapsed() < GIVEN_UP_AFTER) {
                 thread::sleep(OBSERVE_EVERY);
-                if observe {
+                if tracked {
                     tracker.observe()?;
                 }
             }
@@ -264,9 +271,9 @@ impl Rig {
     }
 }
 
-/// Until every vCPU has begun, or is given up: a busy host may let it wait.
+/// Until every vCPU has begun, or is given up.
 fn wait_for_passes(vm: &BareVm, before: &[u64]) {
-    let given_up = Instant::now() + Duration::from_secs(10);
+    let given_up = Instant::now() + GIVEN_UP_AFTER;
     while before.iter().enumerate().any(|(vcpu, passes)| vm.passes(vcpu) == *passes)
         && Instant::now() < given_up
     {

@@ -1,0 +1,67 @@
+//! Adding words of pages that the memory of the set is slow for: each is fetched while others are added.
+
+use super::{PageSet, WORD, index};
+use crate::layout::PageIndex;
+
+/// Words between the fetching of one and the adding: enough to hide a miss of every cache behind the others' work.
+const AHEAD: usize = 32;
+
+/// A set to which words are added some time after they came, in the order in which they came.
+///
+/// A guest of 256 GiB that is dirtied here and there has every word in a cache line of its own, and no hardware
+/// foresees the next one. Whoever reads a dirty ring does.
+pub(crate) struct InsertAhead<'a> {
+    pages: &'a mut PageSet,
+    waiting: [WordAtHand; AHEAD],
+    next: usize,
+    new: u64,
+}
+
+/// The word to which the last page belongs. Neighbours come one after the other as a rule: to gather them in registers
+/// is faster than to load and store a word for each. So it stands apart from [`InsertAhead`], which is memory.
+pub(crate) struct WordAtHand {
+    first: PageIndex,
+    bits: u64,
+}
+
+impl WordAtHand {
+    /// No page.
+    pub(crate) const NONE: Self = Self { first: PageIndex(0), bits: 0 };
+
+    /// Adds a page to the word at hand, or hands that on and begins another.
+    #[inline]
+    pub(crate) fn add(&mut self, page: PageIndex, words: &mut InsertAhead<'_>) {
+        let first = PageIndex(page.0 / WORD * WORD);
+        if first != self.first {
+            words.push(std::mem::replace(self, Self { first, bits: 0 }));
+        }
+        self.bits |= 1 << (page.0 % WORD);
+    }
+}
+
+impl PageSet {
+    /// For who comes by pages one by one. None of them may be beyond the capacity.
+    #[inline]
+    pub(crate) fn insert_ahead(&mut self) -> InsertAhead<'_> {
+        InsertAhead { pages: self, waiting: [const { WordAtHand::NONE }; AHEAD], next: 0, new: 0 }
+    }
+}
+
+impl InsertAhead<'_> {
+    #[inline]
+    fn push(&mut self, word: WordAtHand) {
+        self.pages.prefetch(index(word.first.0 / WORD));
+        let WordAtHand { first, bits } = std::mem::replace(&mut self.waiting[self.next], word);
+        self.next = (self.next + 1) % AHEAD;
+        self.new += self.pages.insert_word(first, bits);
+    }
+
+    /// Adds the last word and those that are still on their way; how many of all the pages were new.
+    pub(crate) fn finish(mut self, last: WordAtHand) -> u64 {
+        self.push(last);
+        for _ in 0..AHEAD {
+            self.push(WordAtHand::NONE);
+        }
+        self.new
+    }
+}
