@@ -262,7 +262,9 @@ impl Controller {
         self.learn(now, seen);
         if !self.gate_measured {
             // Who looks late will close gates late.
-            let late = now.saturating_sub(self.look_due).as_secs_f64().min(LONGEST_GATE_S);
+            // One that comes very late counts no more than one that comes late, unless many do.
+            let late =
+                now.saturating_sub(self.look_due).as_secs_f64().min(2.0 * self.gate_s).min(LONGEST_GATE_S);
             let gate = self.settings.gate_latency.as_secs_f64() + late;
             self.gate_s += NEWEST_LOOK * (gate - self.gate_s);
         }

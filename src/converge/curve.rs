@@ -113,7 +113,8 @@ impl Curve {
 
     fn slope_at_end(&self) -> f64 {
         let (t, n) = self.end;
-        if t > 0.0 { ((n - self.inside(t / 2.0)) / (t / 2.0)).max(0.0) } else { 0.0 }
+        // Over its last quarter: a working set that has shown its end did so there.
+        if t > 0.0 { ((n - self.inside(t * 0.75)) / (t * 0.25)).max(0.0) } else { 0.0 }
     }
 
     fn point(&self, k: usize) -> (f64, f64) {

@@ -64,7 +64,7 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// The defaults for a guest with so much RAM: fair share, 300 ms of downtime, 20 ms of overhead and 0.35 ms to
+    /// The defaults for a guest with so much RAM: fair share, 300 ms of downtime, 20 ms of overhead and 0.2 ms to
     /// close a gate until they are measured.
     pub fn new(ram: Pages) -> Self {
         Self {
@@ -72,7 +72,7 @@ impl Settings {
             limits: Limits::default(),
             switchover_bandwidth: None,
             switchover_overhead: Duration::from_millis(20),
-            gate_latency: Duration::from_micros(350),
+            gate_latency: Duration::from_micros(200),
             ram,
             per_vcpu: true,
             unseen_per_vcpu: Pages(0),
