@@ -42,6 +42,7 @@ const FIRST_ROUND_BLIND_S: f64 = 0.05;
 /// Weights of the newest gate that was measured and of the newest look that came late, and the longest time that one is believed to take.
 const NEWEST_GATE: f64 = 0.25;
 const NEWEST_LOOK: f64 = 0.02;
+const NEWEST_LOOK_IN_TIME: f64 = 0.06;
 const LONGEST_GATE_S: f64 = 0.1;
 /// A switchover that had to be called off lowers the next one's limit to this share.
 const CAREFUL: f64 = 0.9;
@@ -262,11 +263,13 @@ impl Controller {
         self.learn(now, seen);
         if !self.gate_measured {
             // Who looks late will close gates late.
-            // One that comes very late counts no more than one that comes late, unless many do.
+            // One that comes very late counts no more than one that comes late, and less than those in time: a vCPU that
+            // is held back leaves a CPU to who looks.
             let late =
                 now.saturating_sub(self.look_due).as_secs_f64().min(2.0 * self.gate_s).min(LONGEST_GATE_S);
             let gate = self.settings.gate_latency.as_secs_f64() + late;
-            self.gate_s += NEWEST_LOOK * (gate - self.gate_s);
+            let weight = if gate < self.gate_s { NEWEST_LOOK_IN_TIME } else { NEWEST_LOOK };
+            self.gate_s += weight * (gate - self.gate_s);
         }
         if let Some(action) = self.must_end(now, false) {
             return action;

@@ -136,7 +136,8 @@ pub enum Observed {
     /// Pages by the vCPU that dirtied them, in the order in which the vCPUs were attached.
     ///
     /// A page counts once for the vCPU that dirtied it first. Only where KVM emulates guest instructions, or where a
-    /// page was dirtied again after a ring was recycled early, may it count again until the next harvest.
+    /// page was dirtied again after a ring was recycled early, may it count again until the next harvest; the latter
+    /// not with [`observe_into`](DirtySource::observe_into).
     PerVcpu(Vec<u64>),
     /// Pages, whoever dirtied them.
     Total(u64),

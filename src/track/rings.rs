@@ -58,6 +58,8 @@ struct Ring {
     early_pages: u64,
     /// Dirty entries at the last look.
     last_look: u32,
+    /// Those of them that name pages taken early, as far as they were told of.
+    repeated: u32,
     /// Runs in a row that KVM ended with "full" when there was nothing to take.
     empty_fulls: u32,
     /// Calls of `ring_full` in a row with nothing to take.
@@ -118,18 +120,20 @@ impl Ring {
                 None => self.suspect &= taken == 0 || taken == self.ring.size().entries(),
             }
         }
-        self.last_look = 0;
+        (self.last_look, self.repeated) = (0, 0);
         self.vcpu.counters.occupancy.set(0);
         let harvest_ns = self.vcpu.counters.harvest_ns.add_since(started);
         cx.counters.harvest_ns.add(harvest_ns);
     }
 
-    /// Adds the pages of the entries that were not told of to `seen`.
-    fn tell(&mut self, slots: &Slots, seen: &mut PageSet) {
+    /// Adds the pages of the entries that were not told of to `seen`, and counts those that are `pending` already.
+    fn tell(&mut self, slots: &Slots, pending: &PageSet, seen: &mut PageSet) {
         let mut slots = SlotCursor::new(slots);
+        let repeated = &mut self.repeated;
         self.ring.tell(|slot, offset| {
             if let Some(page) = slots.page(slot, offset) {
                 seen.insert(page);
+                *repeated += u32::from(pending.contains(page));
             }
         });
     }
@@ -197,6 +201,7 @@ impl Rings {
             vcpu,
             early_pages: 0,
             last_look: 0,
+            repeated: 0,
             empty_fulls: 0,
             empty_calls: 0,
             passes: None,
@@ -247,10 +252,10 @@ impl Rings {
                 pages.push(self.rings[at].early_pages);
             } else {
                 ring.last_look = entries;
-                pages.push(ring.early_pages + u64::from(entries));
                 if let Some(seen) = &mut seen {
-                    ring.tell(cx.slots, seen.pages_mut());
+                    ring.tell(cx.slots, pending.pages_mut(), seen.pages_mut());
                 }
+                pages.push(ring.early_pages + u64::from(entries - ring.repeated.min(entries)));
             }
         }
         let early = self.rings.iter().map(|ring| ring.early_pages).sum();
