@@ -1,11 +1,10 @@
 //! `ringferry adjust`: changes the terms of a migration that is under way.
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 
-use crate::monitor::{Answer, Line, Request, default_path};
+use crate::monitor::{Answer, Line, MonitorArg, Request};
 use crate::output::Output;
 use crate::terms::TermsArgs;
 
@@ -19,9 +18,8 @@ Examples, while `ringferry send` is at it:
 #[derive(clap::Args, Debug)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// Monitor socket of the VM [default: ringferry.sock in $XDG_RUNTIME_DIR, else ringferry-UID.sock in the temporary directory]
-    #[arg(long, value_name = "PATH")]
-    monitor: Option<PathBuf>,
+    #[command(flatten)]
+    monitor: MonitorArg,
 
     #[command(flatten)]
     terms: TermsArgs,
@@ -29,7 +27,7 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args, output: Output) -> Result<ExitCode> {
-    let mut line = Line::connect(&args.monitor.unwrap_or_else(default_path))?;
+    let mut line = Line::connect(&args.monitor.path())?;
     line.send(&Request::Adjust(args.terms))?;
     match line.receive()? {
         Some(Answer::Adjusted) => {

@@ -168,8 +168,24 @@ impl Line {
     }
 }
 
+/// Where the monitor of a VM is.
+#[derive(clap::Args, Clone, Debug)]
+pub struct MonitorArg {
+    /// Monitor socket of the VM, where `send` and `adjust` find it [default: ringferry.sock in $XDG_RUNTIME_DIR, else
+    /// ringferry-UID.sock in the temporary directory]
+    #[arg(long, value_name = "PATH")]
+    monitor: Option<PathBuf>,
+}
+
+impl MonitorArg {
+    /// The socket's path.
+    pub fn path(self) -> PathBuf {
+        self.monitor.unwrap_or_else(default_path)
+    }
+}
+
 /// Where the monitor is when nobody says otherwise: one running VM per user.
-pub fn default_path() -> PathBuf {
+fn default_path() -> PathBuf {
     match std::env::var_os("XDG_RUNTIME_DIR") {
         Some(directory) => PathBuf::from(directory).join("ringferry.sock"),
         // All users share this one.

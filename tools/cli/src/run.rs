@@ -1,6 +1,5 @@
 //! `ringferry run`: boots a guest and keeps it running until `ringferry send` moves it, or Ctrl-C ends it.
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -12,7 +11,7 @@ use serde::Serialize;
 
 use crate::guest::{GuestArgs, Host, Marks};
 use crate::interrupt;
-use crate::monitor::{Answer, Line, Monitor, Request, default_path};
+use crate::monitor::{Answer, Line, Monitor, MonitorArg, Request};
 use crate::output::Output;
 use crate::report::{MigrationReport, rate};
 
@@ -34,10 +33,8 @@ Then `ringferry receive` and `ringferry send` in other terminals move it.";
 #[derive(clap::Args, Debug)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// Socket on which `ringferry send` is awaited [default: ringferry.sock in $XDG_RUNTIME_DIR, else
-    /// ringferry-UID.sock in the temporary directory]
-    #[arg(long, value_name = "PATH")]
-    monitor: Option<PathBuf>,
+    #[command(flatten)]
+    monitor: MonitorArg,
 
     #[command(flatten)]
     guest: GuestArgs,
@@ -53,7 +50,7 @@ struct ProgressObject {
 /// Runs the command.
 pub fn run(args: Args, output: Output) -> Result<ExitCode> {
     let interrupted = interrupt::flag()?;
-    let path = args.monitor.unwrap_or_else(default_path);
+    let path = args.monitor.path();
     let monitor = Monitor::bind(&path)?;
     let mut host = args.guest.boot()?;
     if !output.json() {

@@ -1,6 +1,5 @@
 //! `ringferry send`: asks a VM that `ringferry run` holds to migrate, and shows how it goes.
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -11,7 +10,7 @@ use anyhow::{Result, bail};
 use crate::display::Display;
 use crate::interrupt;
 use crate::migrate::MigrateArgs;
-use crate::monitor::{Answer, Line, Request, default_path};
+use crate::monitor::{Answer, Line, MonitorArg, Request};
 use crate::output::Output;
 
 const EXAMPLES: &str = "\
@@ -30,9 +29,8 @@ pub struct Args {
     #[arg(long, value_name = "HOST:PORT")]
     to: String,
 
-    /// Monitor socket of the VM [default: ringferry.sock in $XDG_RUNTIME_DIR, else ringferry-UID.sock in the temporary directory]
-    #[arg(long, value_name = "PATH")]
-    monitor: Option<PathBuf>,
+    #[command(flatten)]
+    monitor: MonitorArg,
 
     #[command(flatten)]
     migrate: MigrateArgs,
@@ -41,7 +39,7 @@ pub struct Args {
 /// Runs the command.
 pub fn run(args: Args, output: Output) -> Result<ExitCode> {
     let interrupted = interrupt::flag()?;
-    let mut line = Line::connect(&args.monitor.unwrap_or_else(default_path))?;
+    let mut line = Line::connect(&args.monitor.path())?;
     line.send(&Request::Migrate { to: args.to, args: args.migrate })?;
     let ended = AtomicBool::new(false);
     thread::scope(|scope| {
