@@ -44,6 +44,9 @@ const NEWEST_GATE: f64 = 0.25;
 const NEWEST_LOOK: f64 = 0.02;
 const NEWEST_LOOK_IN_TIME: f64 = 0.06;
 const LONGEST_GATE_S: f64 = 0.1;
+/// The share of the pages of a round that shrinks by itself which is sent, not struck off, until it is measured: as seen
+/// with writers that go through their memory in order, which have the least of it.
+const USUALLY_SENT: f64 = 0.97;
 /// From the decision to stop the guest to its last write, as measured on a busy host.
 const STOPPING_S: f64 = 0.6e-3;
 /// A switchover that had to be called off lowers the next one's limit to this share.
@@ -134,7 +137,7 @@ impl Controller {
             target: None,
             page_bytes: RAW_PAGE_BYTES,
             round_page_bytes: RAW_PAGE_BYTES,
-            sent_share: 1.0,
+            sent_share: USUALLY_SENT,
             bytes_acked: 0,
             throttled_seen: Vec::new(),
             next_plan: 0.0,
