@@ -49,6 +49,8 @@ pub fn run(mut args: Args, output: Output) -> Result<ExitCode> {
         "--cross-check compares entries of KVM's dirty rings, and this guest has none: it takes a KVM guest (/dev/kvm) \
          and --backend ring"
     );
+    // Terms that contradict each other are told before a guest boots.
+    args.migrate.terms.parameters()?;
     say(match kind {
         GuestKind::Kvm => format!("booting a KVM guest: {} vCPUs, {} of RAM", vm.vcpus, vm.memory),
         GuestKind::Threads => format!(
