@@ -7,8 +7,7 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use super::curve::Curve;
-use super::model::{Brake, FAIR, Forecast, Model, Outcome, Round, Terms};
-use super::plan::SHRINKING;
+use super::model::{Brake, FAIR, Fair, Forecast, Model, Outcome, Round, Terms, shrinks};
 use super::throttle::{LONGEST_STALL, SHORTEST_RUN, Throttle};
 use super::units::{duration, sane, whole};
 use super::{
@@ -24,7 +23,7 @@ const MOST_EVENTS: usize = 1024;
 const REPLAN_S: f64 = 0.05;
 const REPLAN_S_PER_VCPU: f64 = 0.5e-3;
 /// Bytes on the wire for a page that is sent as it is, until it is measured.
-const RAW_PAGE_BYTES: f64 = PAGE_SIZE as f64 + 16.0;
+const RAW_PAGE_BYTES: f64 = PAGE_SIZE as f64 + 1.0;
 /// Time between two observations, and while vCPUs are held back by pages.
 const LOOK: Duration = Duration::from_millis(1);
 const LOOK_WHILE_BRAKING: Duration = Duration::from_micros(200);
@@ -37,16 +36,11 @@ const ROUND_OVERHEAD_S: f64 = 2e-3;
 /// The first round is the only look at a guest's curves that costs nothing; it is braked only to keep a deadline
 /// that could not be kept otherwise, and not before this share of it has been seen.
 const FIRST_ROUND_SEEN: f64 = 0.5;
-/// This much of it says nothing about how fast pages are dirtied.
-const FIRST_ROUND_BLIND_S: f64 = 0.05;
 /// Weights of the newest gate that was measured and of the newest look that came late, and the longest time that one is believed to take.
 const NEWEST_GATE: f64 = 0.25;
 const NEWEST_LOOK: f64 = 0.02;
 const NEWEST_LOOK_IN_TIME: f64 = 0.06;
 const LONGEST_GATE_S: f64 = 0.1;
-/// The share of the pages of a round that shrinks by itself which is sent, not struck off, until it is measured: as seen
-/// with writers that go through their memory in order, which have the least of it.
-const USUALLY_SENT: f64 = 0.97;
 /// From the decision to stop the guest to its last write, as measured on a busy host.
 const STOPPING_S: f64 = 0.6e-3;
 /// A switchover that had to be called off lowers the next one's limit to this share.
@@ -70,6 +64,10 @@ struct Current {
     skipped: f64,
     /// It is expected to leave markedly less than it began with, with nobody held back.
     shrinks: bool,
+    /// How long the round before went on with nobody held back.
+    after_s: f64,
+    /// When somebody was first held back in this one.
+    braked_at: Option<f64>,
     bytes_at_start: u64,
     /// Per vCPU, in seconds, when the round started.
     throttled_at_start: Vec<f64>,
@@ -92,8 +90,6 @@ pub struct Controller {
     /// Bytes on the wire for a dirty page, and for a page of the current round.
     page_bytes: f64,
     round_page_bytes: f64,
-    /// The share of a round's pages that is sent, where pages that are dirty again are passed over.
-    sent_share: f64,
     bytes_acked: u64,
     /// Per vCPU, in seconds, when last seen.
     throttled_seen: Vec<f64>,
@@ -137,7 +133,6 @@ impl Controller {
             target: None,
             page_bytes: RAW_PAGE_BYTES,
             round_page_bytes: RAW_PAGE_BYTES,
-            sent_share: USUALLY_SENT,
             bytes_acked: 0,
             throttled_seen: Vec::new(),
             next_plan: 0.0,
@@ -245,6 +240,7 @@ impl Controller {
     /// A round starts with so many pages: everything dirty has been harvested and counts start at 0 again.
     pub fn round_started(&mut self, now: Duration, pages_to_send: Pages) {
         let at = now.as_secs_f64();
+        let free_s = self.round.braked_at.unwrap_or(at) - self.round.start;
         self.model.curves.iter_mut().for_each(Curve::recycled);
         self.model.others.recycled();
         self.model.bandwidth.start(at, self.bytes_acked);
@@ -255,6 +251,7 @@ impl Controller {
             start: at,
             pages: pages_to_send.as_f64(),
             bytes_at_start: self.bytes_acked,
+            after_s: if self.round.number == 0 { f64::INFINITY } else { free_s.max(0.0) },
             ..Current::default()
         };
         self.target = None;
@@ -310,9 +307,6 @@ impl Controller {
             let weight = (sent / ENOUGH_PAGES).min(1.0);
             let seen = (bytes / sent).clamp(64.0, 2.0 * RAW_PAGE_BYTES);
             self.page_bytes += weight * (seen - self.page_bytes);
-            if self.target.is_none() {
-                self.sent_share = (sent / self.round.done).clamp(0.1, 1.0);
-            }
         }
         if let Policy::AutoConverge(parameters) = &self.settings.policy {
             let dirtied_bytes = self.dirty_now() * PAGE_SIZE as f64;
@@ -360,8 +354,6 @@ impl Controller {
             self.model.curves.resize(vcpus, Curve::default());
         }
         let elapsed = (at - self.round.start).max(0.0);
-        // Tracking began before the first round did, nobody knows when: its first moments teach nothing.
-        let teaches = self.round.number > 1 || elapsed >= FIRST_ROUND_BLIND_S;
         // Of the time that a vCPU has been throttled before it is first seen in a round, this much can be of it.
         for (new, vcpu) in seen.vcpus.iter().enumerate().skip(self.round.throttled_at_start.len()) {
             let before = self.throttled_seen.get(new).copied().unwrap_or(0.0);
@@ -378,17 +370,13 @@ impl Controller {
             running_of_all += running;
             if self.settings.per_vcpu {
                 self.counts[index] = vcpu.dirtied;
-                if teaches {
-                    self.model.curves[index].observe(running, vcpu.dirtied.as_f64());
-                }
+                self.model.curves[index].observe(running, vcpu.dirtied.as_f64());
             }
         }
         // Writers that nobody can name are slowed down with the vCPUs only if they are the vCPUs.
         let by_vcpus = !self.settings.per_vcpu && !seen.vcpus.is_empty();
         let running = if by_vcpus { running_of_all / seen.vcpus.len() as f64 } else { elapsed };
-        if teaches {
-            self.model.others.observe(running, seen.others.as_f64());
-        }
+        self.model.others.observe(running, seen.others.as_f64());
         self.model.bandwidth.observe(at, seen.bytes_acked);
         self.bytes_acked = self.bytes_acked.max(seen.bytes_acked);
         self.round.done = seen.pages_done.as_f64();
@@ -410,7 +398,7 @@ impl Controller {
     /// What will be dirtied between the decision to stop the guest and its standing still, which takes as long as
     /// closing a gate, or as stopping a vCPU that knows of nothing.
     fn dirtied_until_stopped(&self) -> f64 {
-        let round = Round { pages: 0.0, of: 0.0, current: true };
+        let round = Round { current: true, ..Round::coming(0.0, 0.0) };
         let all = self.model.curves.iter().chain([&self.model.others]);
         let more = |curve: &Curve| curve.by_the_end(round, self.gate_s.max(STOPPING_S)) - curve.last().1;
         all.map(more).sum::<f64>().max(0.0)
@@ -422,7 +410,7 @@ impl Controller {
         Some(Terms {
             pages_per_s: bandwidth / self.page_bytes,
             current_pages_per_s: bandwidth / self.round_page_bytes,
-            sent_share: if self.leaves_redirtied() { self.sent_share } else { 1.0 },
+            strikes: matches!(self.settings.policy, Policy::FairShare(_)),
             switch_pages_per_s: switch / self.page_bytes,
             fits: self.fits(now).as_f64(),
             overhead_s: self.settings.switchover_overhead.as_secs_f64(),
@@ -473,6 +461,7 @@ impl Controller {
             pages: (self.round.pages - self.round.done).max(0.0),
             of: self.round.pages,
             current: true,
+            after_s: self.round.after_s,
         };
         // The simple brakes need not wait until the link is known.
         match self.settings.policy {
@@ -488,7 +477,7 @@ impl Controller {
         }
         let Some(terms) = self.terms(now) else { return };
         let free = self.model.forecast(&terms, round, Brake::Off, |_, _| None);
-        self.round.shrinks = self.model.round(&terms, round, Brake::Off).left <= round.of * SHRINKING;
+        self.round.shrinks = shrinks(round, &self.model.round(&terms, round, Brake::Off));
         let forecast = match self.settings.policy {
             Policy::None => free,
             Policy::AutoConverge(parameters) => self.auto_converge_forecast(&terms, round, &parameters),
@@ -594,12 +583,15 @@ impl Controller {
         }
         let target = plan.map_or(self.target, |plan| plan.target);
         self.target = target;
-        let (allowed, level) = match target {
-            Some(target) => model.allowed(&terms, round, target, fair_share.min_share),
-            None => (Vec::new(), f64::INFINITY),
+        let fair = match target {
+            Some(target) => model.fair(&terms, round, target, fair_share.min_share),
+            None => Fair { round, allowed: Vec::new(), level: f64::INFINITY },
         };
-        self.level = level.is_finite().then(|| Pages::floor(level));
-        self.set_shares(now, &terms, round, &allowed, fair_share.min_share);
+        if target.is_some() && self.round.braked_at.is_none() {
+            self.round.braked_at = Some(now.as_secs_f64());
+        }
+        self.level = fair.level.is_finite().then(|| Pages::floor(fair.level));
+        self.set_shares(now, &terms, &fair, fair_share.min_share);
         if plan.is_some() {
             let longest = duration(terms.longest_stall_s);
             let wanted = longest > self.longest_stall && target.is_some();
@@ -622,10 +614,10 @@ impl Controller {
         &mut self,
         now: Duration,
         terms: &Terms,
-        round: Round,
-        allowed: &[Option<f64>],
+        fair: &Fair,
         min_share: f64,
     ) {
+        let (round, allowed) = (fair.round, &fair.allowed);
         let seconds = terms.seconds(round);
         for index in 0..self.throttles.len() {
             let named = self.model.curves.get(index);

@@ -24,6 +24,7 @@ pub mod fair_share;
 mod model;
 mod plan;
 pub mod policy;
+mod redirtied;
 pub mod simulate;
 pub mod stop;
 pub mod switchover;

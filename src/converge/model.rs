@@ -19,7 +19,9 @@ pub(crate) const FAIR: f64 = 0.75;
 const FRESH_S: f64 = 0.01;
 /// Rounds that anyone is ready to predict, or to wait for.
 const MOST_ROUNDS: u32 = 200;
-/// A round that is not smaller than this share of the one before is as good as no progress.
+/// A round that is not smaller than this share of the one before is nothing to wait for.
+const SHRINKING: f64 = 0.9;
+/// And one that is not smaller than this share is as good as no progress.
 const NO_PROGRESS: f64 = 0.995;
 
 /// The curves of all who write guest memory, and the link.
@@ -44,9 +46,8 @@ pub(crate) struct Terms {
     /// B, for rounds to come, and for the current one: its pages may be cheaper (zero, never touched).
     pub pages_per_s: f64,
     pub current_pages_per_s: f64,
-    /// The share of a round's pages that is sent if nobody is held back in it: the others are dirty again, and
-    /// passed over.
-    pub sent_share: f64,
+    /// Pages that are dirty again are struck off the round that was to send them.
+    pub strikes: bool,
     /// B_switch.
     pub switch_pages_per_s: f64,
     /// P*, in pages.
@@ -74,11 +75,20 @@ pub(crate) struct Round {
     pub of: f64,
     /// It is the current one: counting goes on from what has been observed.
     pub current: bool,
+    /// How long the vCPUs ran to dirty these pages: for ever, if these are all there are; not at all, if they were held
+    /// back, and so will dirty others next.
+    pub after_s: f64,
 }
 
 impl Round {
-    pub fn coming(pages: f64) -> Self {
-        Self { pages, of: pages, current: false }
+    /// The round after one that took so long, with nobody held back.
+    pub fn coming(pages: f64, after_s: f64) -> Self {
+        Self { pages, of: pages, current: false, after_s }
+    }
+
+    /// Its pages are all that there are.
+    pub fn is_first(&self) -> bool {
+        self.after_s.is_infinite()
     }
 }
 
@@ -86,10 +96,23 @@ impl Round {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Outcome {
     pub seconds: f64,
+    /// Pages that it sends: not those that were struck off.
+    pub sent: f64,
     /// Pages that it leaves dirty.
     pub left: f64,
     /// Time that its worst-off vCPU stands still.
     pub lost_s: f64,
+}
+
+/// A braked round.
+#[derive(Clone, Debug)]
+pub(crate) struct Fair {
+    /// The round, but only with the pages that it will send.
+    pub round: Round,
+    /// What each vCPU may dirty; `None`: it is not held back.
+    pub allowed: Vec<Option<f64>>,
+    /// λ.
+    pub level: f64,
 }
 
 /// A whole migration, from now on.
@@ -175,7 +198,7 @@ impl Terms {
             finish_s: so_far.finish_s + seconds + downtime_s,
             downtime_s,
             lost_s: so_far.lost_s + outcome.lost_s * share + downtime_s,
-            pages: so_far.pages + round.pages * share + left,
+            pages: so_far.pages + outcome.sent * share + left,
             rounds: so_far.rounds + u32::from(!round.current),
         }
     }
@@ -188,7 +211,7 @@ impl Forecast {
         Self {
             finish_s: self.finish_s + outcome.seconds,
             lost_s: self.lost_s + outcome.lost_s,
-            pages: self.pages + round.pages,
+            pages: self.pages + outcome.sent,
             rounds: self.rounds + u32::from(!round.current),
             ..self
         }
@@ -213,16 +236,25 @@ impl Model {
 
     /// What `round` would do under a brake that treats all vCPUs alike.
     pub fn round(&self, terms: &Terms, round: Round, brake: Brake) -> Outcome {
-        let sent_share = if matches!(brake, Brake::Off) { terms.sent_share } else { 1.0 };
-        let seconds = terms.seconds(Round { pages: round.pages * sent_share, ..round });
-        let left = self.dirtied(round, seconds, brake).min(terms.ram);
+        let outcome = self.round_of(terms, round, round.pages, brake);
+        let strikes = terms.strikes && matches!(brake, Brake::Off);
+        if !strikes || !(round.is_first() || shrinks(round, &outcome)) {
+            return outcome;
+        }
+        self.round_of(terms, round, self.sent(terms, round, |_| 1.0), brake)
+    }
+
+    fn round_of(&self, terms: &Terms, round: Round, sent: f64, brake: Brake) -> Outcome {
+        let seconds = terms.seconds(Round { pages: sent, ..round });
+        let struck_off = round.pages - sent + self.counted(round);
+        let left = self.dirtied(round, seconds, brake).max(struck_off).min(terms.ram);
         let lost = |curve: &Curve| seconds - curve.time_left_to(round, brake.dirtied(curve, round, seconds));
         let lost_s = match brake {
             Brake::Off => 0.0,
             Brake::Time(share) => seconds * share,
             Brake::Rate(_) => self.curves.iter().map(lost).fold(0.0, f64::max),
         };
-        Outcome { seconds, left, lost_s }
+        Outcome { seconds, sent, left, lost_s }
     }
 
     /// The end, if `round` under a brake that treats all alike is the last one. What is still to be sent and what
@@ -263,20 +295,16 @@ impl Model {
         target: f64,
         min_share: f64,
     ) -> (Outcome, Option<Forecast>) {
-        let seconds = terms.seconds(round);
-        let (demands, levels) = self.levels(terms, round, target);
+        let fair = self.fair(terms, round, target, min_share);
+        let seconds = terms.seconds(fair.round);
         let mut left = self.others.by_the_end(round, seconds);
         let mut lost_s = 0.0f64;
-        for (curve, demand) in self.curves.iter().zip(demands) {
-            if demand <= levels.fair {
-                left += demand;
-                continue;
-            }
-            let allowed = terms.allowed(curve, round, &levels, min_share);
-            left += allowed;
-            lost_s = lost_s.max(seconds - curve.time_left_to(round, allowed));
+        for (curve, allowed) in self.curves.iter().zip(fair.allowed) {
+            left += allowed.unwrap_or_else(|| curve.by_the_end(round, seconds));
+            let lost = |allowed| seconds - curve.time_left_to(round, allowed);
+            lost_s = lost_s.max(allowed.map_or(0.0, lost));
         }
-        let outcome = Outcome { seconds, left: left.min(terms.ram), lost_s };
+        let outcome = Outcome { seconds, sent: fair.round.pages, left: left.min(terms.ram), lost_s };
         let end = (outcome.left <= terms.fits).then(|| {
             // Quotas are even: what is left falls along a line.
             let at_first = round.pages + self.counted(round);
@@ -287,8 +315,26 @@ impl Model {
         (outcome, end)
     }
 
-    /// What each vCPU would dirty in a round, and the levels if it is to leave `target` pages.
-    fn levels(&self, terms: &Terms, round: Round, target: f64) -> (Vec<f64>, Levels) {
+    /// Who is held back, and how far, if `round` is to leave `target` pages.
+    pub fn fair(&self, terms: &Terms, round: Round, target: f64, min_share: f64) -> Fair {
+        let fair = self.fair_of(terms, round, target, min_share);
+        if !terms.strikes {
+            return fair;
+        }
+        let seconds = terms.seconds(round);
+        let runs = |index: usize| match (self.curves.get(index), fair.allowed.get(index)) {
+            (Some(curve), Some(Some(allowed))) => (curve.time_left_to(round, *allowed) / seconds).min(1.0),
+            _ => 1.0,
+        };
+        let sent = self.sent(terms, round, runs);
+        if sent < round.pages {
+            self.fair_of(terms, Round { pages: sent, ..round }, target, min_share)
+        } else {
+            fair
+        }
+    }
+
+    fn fair_of(&self, terms: &Terms, round: Round, target: f64, min_share: f64) -> Fair {
         let seconds = terms.seconds(round);
         let others = self.others.by_the_end(round, seconds);
         let held = |index: usize| round.current && self.held.get(index).is_some_and(|held| *held);
@@ -297,22 +343,11 @@ impl Model {
         };
         let demands: Vec<f64> = self.curves.iter().enumerate().map(demand).collect();
         let levels = Levels::new(&demands, others, target, (terms.fits * AIM).max(round.of * terms.fair));
-        (demands, levels)
-    }
-
-    /// What each vCPU may dirty in a round that is to leave `target` pages (`None`: it is not held back), and λ.
-    pub fn allowed(
-        &self,
-        terms: &Terms,
-        round: Round,
-        target: f64,
-        min_share: f64,
-    ) -> (Vec<Option<f64>>, f64) {
-        let (demands, levels) = self.levels(terms, round, target);
         let allowed = |(curve, demand): (&Curve, f64)| {
             (demand > levels.fair).then(|| terms.allowed(curve, round, &levels, min_share))
         };
-        (self.curves.iter().zip(demands).map(allowed).collect(), levels.fair)
+        let allowed = self.curves.iter().zip(demands).map(allowed).collect();
+        Fair { round, allowed, level: levels.fair }
     }
 
     /// The rounds to come under a brake that `next` sets for each, from the round's outcome; `None` if they stop
@@ -337,7 +372,7 @@ impl Model {
             if no_progress(round, &outcome) && changed.is_none() && !matches!(brake, Brake::Time(_)) {
                 return None;
             }
-            round = Round::coming(outcome.left);
+            round = Round::coming(outcome.left, outcome.seconds);
         }
         None
     }
@@ -357,6 +392,11 @@ impl Brake {
         let counted = if round.current { curve.last().1 } else { 0.0 };
         free.min(counted + rate * seconds)
     }
+}
+
+/// The round leaves markedly less than it began with.
+pub(crate) fn shrinks(round: Round, outcome: &Outcome) -> bool {
+    outcome.left <= round.of * SHRINKING
 }
 
 /// The round does not get the migration anywhere. What is left of the current round says nothing about that.

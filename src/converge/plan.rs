@@ -4,7 +4,7 @@
 
 use std::cmp::Ordering;
 
-use super::model::{AIM, Brake, Forecast, Model, Round, Terms, no_progress};
+use super::model::{AIM, Brake, Forecast, Model, Round, Terms, no_progress, shrinks};
 use super::policy::FairShare;
 use super::throttle::LONGEST_STALL_EVER;
 use super::units::sane;
@@ -19,8 +19,6 @@ const BELOW: [f64; 3] = [0.0, 0.33, 0.67];
 const ABOVE: [f64; 5] = [0.0, 0.2, 0.4, 0.6, 0.8];
 /// How much dearer guest time is at once than after many rounds, as a share.
 const PREFER_LATER: f64 = 0.05;
-/// A round that is not smaller than this share of the one before is nothing to wait for.
-pub(crate) const SHRINKING: f64 = 0.9;
 
 /// Longer stalls are used if they end the migration in less than this share of the time.
 const WORTH_LONGER: f64 = 0.5;
@@ -146,12 +144,12 @@ fn plan(model: &Model, terms: &Terms, now: Round, rules: &Rules) -> Option<Plan>
             break;
         }
         so_far = so_far.after(round, &outcome);
-        shrinking += u32::from(outcome.left <= round.of * SHRINKING);
+        shrinking += u32::from(shrinks(round, &outcome));
         let late = rules.deadline_s.is_some_and(|deadline| so_far.finish_s > deadline);
         if free > 0 && (late || no_progress(round, &outcome)) {
             break;
         }
-        round = Round::coming(outcome.left);
+        round = Round::coming(outcome.left, outcome.seconds);
     }
     rules.choose(&plans)
 }
@@ -186,7 +184,7 @@ fn brake_down_after(
         if no_progress(round, &outcome) {
             return None;
         }
-        round = Round::coming(outcome.left);
+        round = Round::coming(outcome.left, 0.0);
         target = target.min(terms.fits * AIM);
     }
     None

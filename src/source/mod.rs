@@ -302,6 +302,8 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Source<'a, V, D> {
         let vcpus = self.tracker.vcpus();
         let mut steering = Steering::new(self.memory, &self.progress, self.started, overhead, vcpus);
         let mut to_send = populated;
+        // What was dirtied while the populated pages were looked for says nothing about how fast the guest dirties.
+        self.harvest(&mut to_send)?;
         let counters = sender.counters();
         let remaining = loop {
             steering.round_started(self.next_round(), to_send.len(), counters.totals());
