@@ -22,7 +22,8 @@ pub(super) struct Steering {
     vcpus: Vec<SteeredVcpu>,
     samples: Vec<VcpuSample>,
     seen: SeenDirty,
-    look_took: Duration,
+    /// The last two.
+    looks_took: [Duration; 2],
     last_look: (Duration, Vec<u64>),
     totals_before_round: Totals,
 }
@@ -80,7 +81,7 @@ impl Steering {
             terms_version,
             samples: Vec::with_capacity(vcpus.len()),
             seen: SeenDirty::new(memory.end()),
-            look_took: Duration::ZERO,
+            looks_took: [Duration::ZERO; 2],
             vcpus: vcpus.into_iter().map(steered).collect(),
             last_look: (Duration::ZERO, Vec::new()),
             totals_before_round: Totals::default(),
@@ -127,7 +128,7 @@ impl Steering {
         };
         let action = self.act(&observed, sender.totals(), None);
         self.apply_gates(vm);
-        self.look_took = began.elapsed();
+        self.looks_took = [self.looks_took[1], began.elapsed()];
         Ok(action)
     }
 
@@ -143,9 +144,11 @@ impl Steering {
         check
     }
 
-    /// When to look again: when the controller wants, but looking is not to be all that this thread does.
+    /// When to look again: when the controller wants, but looking is not to be all that this thread does. One look that
+    /// took long is one that had to wait for a CPU.
     pub fn next_look(&self) -> Duration {
-        self.controller.next_look().max(self.look_took * 2)
+        let [before, last] = self.looks_took;
+        self.controller.next_look().max(before.min(last) * 2)
     }
 
     /// What was expected at the last look.
