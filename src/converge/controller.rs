@@ -36,8 +36,9 @@ const ROUND_OVERHEAD_S: f64 = 2e-3;
 /// The first round is the only look at a guest's curves that costs nothing; it is braked only to keep a deadline
 /// that could not be kept otherwise, and not before this share of it has been seen.
 const FIRST_ROUND_SEEN: f64 = 0.5;
-/// Weights of the newest gate that was measured and of the newest look that came late, and the longest time that one is believed to take.
-const NEWEST_GATE: f64 = 0.25;
+/// Weights of the newest overrun of a gate and of the newest look that came late, and the longest time that one is
+/// believed to take.
+const NEWEST_OVERRUN: f64 = 0.05;
 const NEWEST_LOOK: f64 = 0.02;
 const NEWEST_LOOK_IN_TIME: f64 = 0.06;
 const LONGEST_GATE_S: f64 = 0.1;
@@ -73,6 +74,13 @@ struct Current {
     throttled_at_start: Vec<f64>,
 }
 
+impl Current {
+    /// How long it has gone on with nobody held back.
+    fn free_s(&self, at: f64) -> f64 {
+        (self.braked_at.unwrap_or(at) - self.start).max(0.0)
+    }
+}
+
 /// Decides, from what it is told.
 #[derive(Debug)]
 pub struct Controller {
@@ -99,9 +107,8 @@ pub struct Controller {
     told_throttling: (usize, u64),
     told_downtime: Duration,
     told_late: bool,
-    /// From a vCPU's overdraft to its gate being closed on it, as measured.
+    /// From a vCPU's overdraft to its gate being closed on it, as expected.
     gate_s: f64,
-    gate_measured: bool,
     looked_at: Duration,
     look_due: Duration,
     longest_stall: Duration,
@@ -118,7 +125,6 @@ impl Controller {
         Self {
             told_downtime: settings.limits.downtime,
             gate_s: settings.gate_latency.as_secs_f64(),
-            gate_measured: false,
             looked_at: Duration::ZERO,
             look_due: Duration::MAX,
             settings,
@@ -240,7 +246,7 @@ impl Controller {
     /// A round starts with so many pages: everything dirty has been harvested and counts start at 0 again.
     pub fn round_started(&mut self, now: Duration, pages_to_send: Pages) {
         let at = now.as_secs_f64();
-        let free_s = self.round.braked_at.unwrap_or(at) - self.round.start;
+        let free_s = self.round.free_s(at);
         self.model.curves.iter_mut().for_each(Curve::recycled);
         self.model.others.recycled();
         self.model.bandwidth.start(at, self.bytes_acked);
@@ -251,7 +257,7 @@ impl Controller {
             start: at,
             pages: pages_to_send.as_f64(),
             bytes_at_start: self.bytes_acked,
-            after_s: if self.round.number == 0 { f64::INFINITY } else { free_s.max(0.0) },
+            after_s: if self.round.number == 0 { f64::INFINITY } else { free_s },
             ..Current::default()
         };
         self.target = None;
@@ -263,16 +269,13 @@ impl Controller {
     /// Something has been seen in the middle of a round.
     pub fn observed(&mut self, now: Duration, seen: &Observation<'_>) -> Action {
         self.learn(now, seen);
-        if !self.gate_measured {
-            // Who looks late will close gates late.
-            // One that comes very late counts no more than one that comes late, and less than those in time: a vCPU that
-            // is held back leaves a CPU to who looks.
-            let late =
-                now.saturating_sub(self.look_due).as_secs_f64().min(2.0 * self.gate_s).min(LONGEST_GATE_S);
-            let gate = self.settings.gate_latency.as_secs_f64() + late;
-            let weight = if gate < self.gate_s { NEWEST_LOOK_IN_TIME } else { NEWEST_LOOK };
-            self.gate_s += weight * (gate - self.gate_s);
-        }
+        // Who looks late will close gates late. One that comes very late counts no more than one that comes late, and less
+        // than those in time: a vCPU that is held back leaves a CPU to who looks.
+        let late =
+            now.saturating_sub(self.look_due).as_secs_f64().min(2.0 * self.gate_s).min(LONGEST_GATE_S);
+        let gate = self.settings.gate_latency.as_secs_f64() + late;
+        let weight = if gate < self.gate_s { NEWEST_LOOK_IN_TIME } else { NEWEST_LOOK };
+        self.gate_s += weight * (gate - self.gate_s);
         if let Some(action) = self.must_end(now, false) {
             return action;
         }
@@ -282,11 +285,9 @@ impl Controller {
         }
         for (index, (throttle, gate)) in self.throttles.iter_mut().zip(&mut self.gates).enumerate() {
             *gate = throttle.look(now, self.counts[index], self.longest_stall);
-            let overrun =
-                throttle.take_overrun().and_then(|pages| self.model.curves[index].seconds_for(pages));
-            if let Some(overrun_s) = overrun {
-                self.gate_measured = true;
-                self.gate_s += NEWEST_GATE * (overrun_s.min(LONGEST_GATE_S) - self.gate_s);
+            if let (Some(pages), Some(mean)) = (throttle.take_overrun(), self.model.overruns.get_mut(index)) {
+                let pages = pages.as_f64();
+                *mean = Some(mean.map_or(pages, |mean| mean + NEWEST_OVERRUN * (pages - mean)));
             }
         }
         self.looked_at = now;
@@ -352,6 +353,7 @@ impl Controller {
         self.counts.resize(vcpus, Pages(0));
         if self.settings.per_vcpu {
             self.model.curves.resize(vcpus, Curve::default());
+            self.model.overruns.resize(vcpus, None);
         }
         let elapsed = (at - self.round.start).max(0.0);
         // Of the time that a vCPU has been throttled before it is first seen in a round, this much can be of it.
@@ -362,6 +364,7 @@ impl Controller {
         }
         self.throttled_seen.clear();
         self.throttled_seen.extend(seen.vcpus.iter().map(|vcpu| vcpu.throttled.as_secs_f64()));
+        let held_by_pages = matches!(self.settings.policy, Policy::FairShare(_) | Policy::DirtyLimit(_));
         let mut running_of_all = 0.0;
         for (index, vcpu) in seen.vcpus.iter().enumerate() {
             let throttled = vcpu.throttled.as_secs_f64();
@@ -370,7 +373,12 @@ impl Controller {
             running_of_all += running;
             if self.settings.per_vcpu {
                 self.counts[index] = vcpu.dirtied;
-                self.model.curves[index].observe(running, vcpu.dirtied.as_f64());
+                let curve = &mut self.model.curves[index];
+                if throttled > 0.0 && held_by_pages {
+                    curve.observe_held(vcpu.dirtied.as_f64());
+                } else {
+                    curve.observe(running, vcpu.dirtied.as_f64());
+                }
             }
         }
         // Writers that nobody can name are slowed down with the vCPUs only if they are the vCPUs.
@@ -462,6 +470,7 @@ impl Controller {
             of: self.round.pages,
             current: true,
             after_s: self.round.after_s,
+            free_s: self.round.free_s(at),
         };
         // The simple brakes need not wait until the link is known.
         match self.settings.policy {
@@ -585,7 +594,7 @@ impl Controller {
         self.target = target;
         let fair = match target {
             Some(target) => model.fair(&terms, round, target, fair_share.min_share),
-            None => Fair { round, allowed: Vec::new(), level: f64::INFINITY },
+            None => Fair { round, held: Vec::new(), level: f64::INFINITY },
         };
         if target.is_some() && self.round.braked_at.is_none() {
             self.round.braked_at = Some(now.as_secs_f64());
@@ -617,17 +626,17 @@ impl Controller {
         fair: &Fair,
         min_share: f64,
     ) {
-        let (round, allowed) = (fair.round, &fair.allowed);
+        let round = fair.round;
         let seconds = terms.seconds(round);
         for index in 0..self.throttles.len() {
             let named = self.model.curves.get(index);
             let curve = named.unwrap_or(&self.model.others);
-            let allowed = allowed.get(if named.is_some() { index } else { 0 }).copied().flatten();
-            let quota = allowed.map(|allowed| {
+            let held = fair.held.get(if named.is_some() { index } else { 0 }).copied().flatten();
+            let quota = held.map(|held| {
                 if named.is_some() {
-                    Quota::Pages(PagesPerSlice::over(allowed - curve.last().1, seconds))
+                    Quota::Pages(PagesPerSlice::over(held.quota - curve.last().1, seconds))
                 } else {
-                    let runs = curve.time_left_to(round, allowed).min(seconds) / seconds.max(1e-9);
+                    let runs = curve.time_left_to(round, held.dirties).min(seconds) / seconds.max(1e-9);
                     Quota::Time(1.0 - runs.max(sane(min_share)))
                 }
             });

@@ -101,6 +101,18 @@ impl Curve {
         self.last = point;
     }
 
+    /// `pages` different pages so far, by a vCPU that was held back since the recycle. That teaches nothing, since one that
+    /// comes out of a stall is slower than its curve; but where on it the vCPU is, its pages say.
+    pub fn observe_held(&mut self, pages: f64) {
+        let pages = pages.min(MOST_PAGES).max(self.last.1);
+        let t = self.time_to(pages);
+        if t.is_finite() {
+            self.last = (t, pages);
+        } else {
+            self.last.1 = pages;
+        }
+    }
+
     /// Whether anything has been observed.
     pub fn is_known(&self) -> bool {
         self.end.0 > 0.0

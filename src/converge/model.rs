@@ -8,7 +8,7 @@
 use super::bandwidth::Bandwidth;
 use super::curve::Curve;
 use super::fair_share::Levels;
-use super::units::{Pages, sane};
+use super::units::sane;
 
 /// A braked round aims at this share of P*: gates close a little late, and a round that misses P* by a page is a
 /// round for nothing.
@@ -32,6 +32,8 @@ pub(crate) struct Model {
     /// What nobody was named for: the VMM's own writes, devices, or all of a backend that cannot tell.
     pub others: Curve,
     pub bandwidth: Bandwidth,
+    /// Per vCPU: pages that it dirties between two stalls because closing its gate takes time, once measured.
+    pub overruns: Vec<Option<f64>>,
     /// Per vCPU: held back in the current round. What it would have dirtied can no longer be seen then, and that it
     /// dirties little is no reason to let it go.
     pub held: Vec<bool>,
@@ -56,7 +58,7 @@ pub(crate) struct Terms {
     pub overhead_s: f64,
     /// Of each round, besides sending: the harvest and its system calls.
     pub round_overhead_s: f64,
-    /// From a vCPU's overdraft to its gate being closed on it.
+    /// From a vCPU's overdraft to its gate being closed on it, as far as not measured in pages.
     pub gate_s: f64,
     /// Nobody is stopped for longer at a stretch.
     pub longest_stall_s: f64,
@@ -78,12 +80,19 @@ pub(crate) struct Round {
     /// How long the vCPUs ran to dirty these pages: for ever, if these are all there are; not at all, if they were held
     /// back, and so will dirty others next.
     pub after_s: f64,
+    /// How long it has been going on with nobody held back.
+    pub free_s: f64,
 }
 
 impl Round {
-    /// The round after one that took so long, with nobody held back.
+    /// The round after one in which nobody was held back for so long.
     pub fn coming(pages: f64, after_s: f64) -> Self {
-        Self { pages, of: pages, current: false, after_s }
+        Self { pages, of: pages, current: false, after_s, free_s: 0.0 }
+    }
+
+    /// What is left to be sent after it, if nobody is held back in it.
+    pub fn next(&self, outcome: &Outcome) -> Self {
+        Self::coming(outcome.left, self.free_s + outcome.seconds)
     }
 
     /// Its pages are all that there are.
@@ -104,13 +113,22 @@ pub(crate) struct Outcome {
     pub lost_s: f64,
 }
 
+/// A vCPU that is held back in a round.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Held {
+    /// Pages that it may dirty.
+    pub quota: f64,
+    /// Pages that it will dirty.
+    pub dirties: f64,
+}
+
 /// A braked round.
 #[derive(Clone, Debug)]
 pub(crate) struct Fair {
     /// The round, but only with the pages that it will send.
     pub round: Round,
-    /// What each vCPU may dirty; `None`: it is not held back.
-    pub allowed: Vec<Option<f64>>,
+    /// Per vCPU; `None`: it is not held back.
+    pub held: Vec<Option<Held>>,
     /// λ.
     pub level: f64,
 }
@@ -149,17 +167,6 @@ impl Curve {
         counted + (self.at(t + seconds) - self.at(t)).max(0.0)
     }
 
-    /// How fast pages are dirtied right after a recycle.
-    fn fresh_pages_per_s(&self) -> f64 {
-        self.at(FRESH_S) / FRESH_S
-    }
-
-    /// How long a vCPU that has just been let run takes to dirty `pages`; `None` if it does not.
-    pub(crate) fn seconds_for(&self, pages: Pages) -> Option<f64> {
-        let rate = self.fresh_pages_per_s();
-        (rate > 0.0).then(|| pages.as_f64() / rate)
-    }
-
     /// Running time, from now, until it has dirtied `pages` in `round`.
     pub(crate) fn time_left_to(&self, round: Round, pages: f64) -> f64 {
         if !round.current {
@@ -177,17 +184,26 @@ impl Terms {
         sane(round.pages) / pages_per_s.max(1e-9) + self.round_overhead_s
     }
 
-    /// What a vCPU that is held back may dirty in `round`. However hard the brake, that is its minimum share, and
-    /// what it has dirtied already and dirties between two stalls, since gates are neither closed for longer than
-    /// the longest stall nor at once.
-    fn allowed(&self, curve: &Curve, round: Round, levels: &Levels, min_share: f64) -> f64 {
+    /// What a vCPU that is held back may dirty in `round`: never less than its minimum share. However hard the brake,
+    /// it will dirty what it has dirtied already and dirties between two stalls, since gates are neither closed for
+    /// longer than the longest stall nor at once.
+    fn held(
+        &self,
+        curve: &Curve,
+        overrun: Option<f64>,
+        round: Round,
+        levels: &Levels,
+        min_share: f64,
+    ) -> Held {
         let seconds = self.seconds(round);
         let demand = curve.by_the_end(round, seconds);
         let counted = if round.current { curve.last().1 } else { 0.0 };
         let stalls = seconds / (self.longest_stall_s + self.gate_s);
-        // The rate of a freshly recycled vCPU, taken over long enough that a late first look does not distort it.
-        let between_stalls = counted + stalls * self.gate_s * curve.fresh_pages_per_s();
-        levels.quota.max(between_stalls).max(demand * sane(min_share)).min(demand)
+        // Until it is measured: the rate of a freshly recycled vCPU, over long enough that a late first look does not
+        // distort it.
+        let overrun = overrun.unwrap_or_else(|| self.gate_s * curve.at(FRESH_S) / FRESH_S);
+        let quota = levels.quota.max(demand * sane(min_share)).min(demand);
+        Held { quota, dirties: quota.max(counted + stalls * overrun).min(demand) }
     }
 
     /// The end of a migration whose guest is stopped `seconds` into a round of `of_s` with `left` pages to go.
@@ -299,10 +315,10 @@ impl Model {
         let seconds = terms.seconds(fair.round);
         let mut left = self.others.by_the_end(round, seconds);
         let mut lost_s = 0.0f64;
-        for (curve, allowed) in self.curves.iter().zip(fair.allowed) {
-            left += allowed.unwrap_or_else(|| curve.by_the_end(round, seconds));
-            let lost = |allowed| seconds - curve.time_left_to(round, allowed);
-            lost_s = lost_s.max(allowed.map_or(0.0, lost));
+        for (curve, held) in self.curves.iter().zip(fair.held) {
+            left += held.map_or_else(|| curve.by_the_end(round, seconds), |held| held.dirties);
+            let lost = |held: Held| seconds - curve.time_left_to(round, held.dirties);
+            lost_s = lost_s.max(held.map_or(0.0, lost));
         }
         let outcome = Outcome { seconds, sent: fair.round.pages, left: left.min(terms.ram), lost_s };
         let end = (outcome.left <= terms.fits).then(|| {
@@ -322,8 +338,8 @@ impl Model {
             return fair;
         }
         let seconds = terms.seconds(round);
-        let runs = |index: usize| match (self.curves.get(index), fair.allowed.get(index)) {
-            (Some(curve), Some(Some(allowed))) => (curve.time_left_to(round, *allowed) / seconds).min(1.0),
+        let runs = |index: usize| match (self.curves.get(index), fair.held.get(index)) {
+            (Some(curve), Some(Some(held))) => (curve.time_left_to(round, held.dirties) / seconds).min(1.0),
             _ => 1.0,
         };
         let sent = self.sent(terms, round, runs);
@@ -343,11 +359,13 @@ impl Model {
         };
         let demands: Vec<f64> = self.curves.iter().enumerate().map(demand).collect();
         let levels = Levels::new(&demands, others, target, (terms.fits * AIM).max(round.of * terms.fair));
-        let allowed = |(curve, demand): (&Curve, f64)| {
-            (demand > levels.fair).then(|| terms.allowed(curve, round, &levels, min_share))
+        let held = |(index, demand): (usize, f64)| {
+            let overrun = self.overruns.get(index).copied().flatten();
+            let held = || terms.held(&self.curves[index], overrun, round, &levels, min_share);
+            (demand > levels.fair).then(held)
         };
-        let allowed = self.curves.iter().zip(demands).map(allowed).collect();
-        Fair { round, allowed, level: levels.fair }
+        let held = demands.into_iter().enumerate().map(held).collect();
+        Fair { round, held, level: levels.fair }
     }
 
     /// The rounds to come under a brake that `next` sets for each, from the round's outcome; `None` if they stop
@@ -372,7 +390,7 @@ impl Model {
             if no_progress(round, &outcome) && changed.is_none() && !matches!(brake, Brake::Time(_)) {
                 return None;
             }
-            round = Round::coming(outcome.left, outcome.seconds);
+            round = round.next(&outcome);
         }
         None
     }

@@ -149,7 +149,7 @@ fn plan(model: &Model, terms: &Terms, now: Round, rules: &Rules) -> Option<Plan>
         if free > 0 && (late || no_progress(round, &outcome)) {
             break;
         }
-        round = Round::coming(outcome.left, outcome.seconds);
+        round = round.next(&outcome);
     }
     rules.choose(&plans)
 }

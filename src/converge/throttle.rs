@@ -19,8 +19,8 @@ pub const LONGEST_STALL: Duration = Duration::from_millis(8);
 /// Where a guest cannot be held within such stalls, they may become as long as this (and the controller says so).
 pub const LONGEST_STALL_EVER: Duration = Duration::from_millis(160);
 
-/// After a stall a vCPU has this long, and dirties a page, before its gate may close again, so that two stalls are two: on
-/// a busy host it may have to wait for a CPU first.
+/// After a stall a vCPU has this long, from the first page on that it dirties, before its gate may close again, so that
+/// two stalls are two to its guest: on a busy host it may have to wait for a CPU first.
 pub(crate) const SHORTEST_RUN: Duration = Duration::from_micros(100);
 /// It is expected to have done so by then.
 const USUAL_RUN: Duration = Duration::from_millis(2);
@@ -113,13 +113,34 @@ impl TokenBucket {
     }
 }
 
+/// The last time that a gate was closed.
+#[derive(Clone, Copy, Debug)]
+struct Stall {
+    until: Duration,
+    /// The pages dirtied when last seen in it.
+    dirtied: Pages,
+    /// When the vCPU was first seen to run again.
+    over_since: Option<Duration>,
+}
+
+impl Stall {
+    /// Whether the vCPU has run long enough for another one.
+    fn is_past(&mut self, now: Duration, dirtied: Pages, by_pages: bool) -> bool {
+        // A smaller count: the pages were recycled.
+        self.dirtied = self.dirtied.min(dirtied);
+        if self.over_since.is_none() && (dirtied > self.dirtied || !by_pages) {
+            self.over_since = Some(if by_pages { now } else { self.until });
+        }
+        self.over_since.is_some_and(|since| now >= since + SHORTEST_RUN)
+    }
+}
+
 /// The throttle of one vCPU.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Throttle {
     quota: Option<Quota>,
     bucket: Option<TokenBucket>,
-    /// When the last stall ends, and the pages dirtied when last seen in it.
-    stall: Option<(Duration, Pages)>,
+    stall: Option<Stall>,
     /// The pages dirtied when the last stall began, if it was as long as may be.
     full_stall: Option<Pages>,
     overrun: Option<Pages>,
@@ -166,14 +187,12 @@ impl Throttle {
             (Quota::QemuTime(share), _) => duty_cycle(now, QEMU_TIMESLICE, sane(share).min(0.99)),
         };
         let bounded = !matches!(quota, Quota::QemuTime(_));
-        if let Some((until, seen)) = &mut self.stall {
-            if now < *until {
-                *seen = dirtied;
-                return Gate::ClosedUntil(*until);
+        if let Some(stall) = &mut self.stall {
+            if now < stall.until {
+                stall.dirtied = dirtied;
+                return Gate::ClosedUntil(stall.until);
             }
-            let by_pages = matches!(quota, Quota::Pages(_));
-            let ran = now >= *until + SHORTEST_RUN && (dirtied != *seen || !by_pages);
-            if !ran {
+            if !stall.is_past(now, dirtied, matches!(quota, Quota::Pages(_))) {
                 return Gate::Open;
             }
         }
@@ -186,7 +205,7 @@ impl Throttle {
                     bucket.forgive(until - now);
                 }
                 self.measure(dirtied, until < wanted);
-                self.stall = Some((until, dirtied));
+                self.stall = Some(Stall { until, dirtied, over_since: None });
                 Gate::ClosedUntil(until)
             }
             _ => {
@@ -206,7 +225,7 @@ impl Throttle {
 
     /// Whether it has come out of a stall a moment ago, and may have to go into the next one.
     pub fn is_between_stalls(&self, now: Duration) -> bool {
-        self.stall.is_some_and(|(until, _)| until <= now && now < until + USUAL_RUN)
+        self.stall.is_some_and(|stall| stall.until <= now && now < stall.until + USUAL_RUN)
     }
 
     /// Pages that the vCPU dirtied between its last two stalls, if it should not have dirtied any.
