@@ -603,7 +603,8 @@ impl Controller {
         self.set_shares(now, &terms, &fair, fair_share.min_share);
         if plan.is_some() {
             let longest = duration(terms.longest_stall_s);
-            let wanted = longest > self.longest_stall && target.is_some();
+            // Now, or in the rounds to come: who waits for those would say the same again then.
+            let wanted = longest > self.longest_stall && (target.is_some() || later_round);
             self.longer_wanted = wanted.then(|| self.longer_wanted.unwrap_or(now));
             if self.longer_wanted.is_some_and(|since| now.saturating_sub(since) >= LONGER_WANTED) {
                 self.longest_stall = longest;

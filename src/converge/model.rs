@@ -334,7 +334,7 @@ impl Model {
     /// Who is held back, and how far, if `round` is to leave `target` pages.
     pub fn fair(&self, terms: &Terms, round: Round, target: f64, min_share: f64) -> Fair {
         let fair = self.fair_of(terms, round, target, min_share);
-        if !terms.strikes {
+        if !terms.strikes || round.after_s <= 0.0 {
             return fair;
         }
         let seconds = terms.seconds(round);

@@ -17,6 +17,9 @@ const MOST_BRAKED_ROUNDS: u32 = 32;
 /// would leave by itself.
 const BELOW: [f64; 3] = [0.0, 0.33, 0.67];
 const ABOVE: [f64; 5] = [0.0, 0.2, 0.4, 0.6, 0.8];
+/// The same for rounds further ahead than the next one, of which there will be other plans in time.
+const FAR_BELOW: [f64; 1] = [0.0];
+const FAR_ABOVE: [f64; 2] = [0.0, 0.4];
 /// How much dearer guest time is at once than after many rounds, as a share.
 const PREFER_LATER: f64 = 0.05;
 
@@ -132,8 +135,10 @@ fn plan(model: &Model, terms: &Terms, now: Round, rules: &Rules) -> Option<Plan>
         let outcome = model.round(terms, round, Brake::Off);
         if free > 0 || rules.brake_now {
             let above = (outcome.left - aim).max(0.0);
-            let targets =
-                BELOW.iter().map(|share| share * aim).chain(ABOVE.iter().map(|share| aim + share * above));
+            let (shares_below, shares_above) =
+                if free <= 1 { (&BELOW[..], &ABOVE[..]) } else { (&FAR_BELOW[..], &FAR_ABOVE[..]) };
+            let below = shares_below.iter().map(|share| share * aim);
+            let targets = below.chain(shares_above.iter().map(|share| aim + share * above));
             for target in targets {
                 let forecast = brake_down_after(so_far, model, terms, round, target, min_share);
                 consider(shrinking, true, (free == 0).then_some(target), forecast);

@@ -30,9 +30,8 @@ use crate::transport::{ChannelSpec, MigrationToken, RoundSent, SendOptions, Send
 use crate::vm::{Paused, Vm, VmError};
 use crate::wire::control::{Hello, Message, PROTOCOL, Token};
 
-/// The dirty source is observed after this time for the first time in a round; then as often as the controller
-/// wants.
-const FIRST_LOOK: Duration = Duration::from_millis(1);
+/// While the guest stands still there is only a wish to cancel to look for.
+const LOOK_AT_REST: Duration = Duration::from_millis(1);
 
 /// Why a migration did not complete.
 #[derive(Debug, thiserror::Error)]
@@ -356,12 +355,12 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Source<'a, V, D> {
         let mut dirty = PageSet::new(self.memory.end());
         let sending = sender.handle();
         let before = sending.totals();
-        let sent = send_round(sender, number, pages, || {
+        let sent = send_round(sender, number, pages, steering.next_look(), || {
             if self.progress.parameters().is_cancelled() {
                 return Err(SourceError::Cancelled);
             }
             if self.standstill.is_some() {
-                return Ok(FIRST_LOOK);
+                return Ok(LOOK_AT_REST);
             }
             match steering.look(self.tracker, self.vm, &sending)? {
                 Action::Continue => Ok(steering.next_look()),
@@ -373,7 +372,7 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Source<'a, V, D> {
                     let done = done.pages_sent + done.zero_pages + done.pages_struck_off;
                     let unsent = pages_to_send.saturating_sub(done);
                     self.stays_stopped(steering, why, unsent + dirty.len())?;
-                    Ok(FIRST_LOOK)
+                    Ok(LOOK_AT_REST)
                 }
             }
         })?;
@@ -478,8 +477,8 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Source<'a, V, D> {
         // Nothing writes RAM any more: our digest is computed while the last pages are on their way.
         let (sent, digest) = thread::scope(|scope| {
             let digest = self.options.verify.then(|| scope.spawn(|| ram_digest(memory, paused).digest.0));
-            let sent = send_round(&mut sender, number, remaining, || {
-                if parameters.is_cancelled() { Err(SourceError::Cancelled) } else { Ok(FIRST_LOOK) }
+            let sent = send_round(&mut sender, number, remaining, LOOK_AT_REST, || {
+                if parameters.is_cancelled() { Err(SourceError::Cancelled) } else { Ok(LOOK_AT_REST) }
             });
             let digest = digest.map_or(Ok(0), thread::ScopedJoinHandle::join);
             (sent, digest.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
@@ -555,13 +554,13 @@ fn send_round(
     sender: &mut Sender,
     round: u32,
     pages: PageSet,
+    mut next_look: Duration,
     mut look: impl FnMut() -> Result<Duration, SourceError>,
 ) -> Result<RoundSent, SourceError> {
     let cancel = sender.handle();
     thread::scope(|scope| {
         let (done, outcome) = mpsc::sync_channel(1);
         scope.spawn(move || done.send(sender.send_round(round, pages)));
-        let mut next_look = FIRST_LOOK;
         loop {
             match outcome.recv_timeout(next_look) {
                 Ok(result) => return Ok(result?),
