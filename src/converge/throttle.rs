@@ -22,6 +22,9 @@ pub const LONGEST_STALL_EVER: Duration = Duration::from_millis(160);
 /// After a stall a vCPU has this long, from the first page on that it dirties, before its gate may close again, so that
 /// two stalls are two to its guest: on a busy host it may have to wait for a CPU first.
 pub(crate) const SHORTEST_RUN: Duration = Duration::from_micros(100);
+/// And it dirties so many pages in it, unless that takes longer than this.
+const PAGES_BETWEEN_STALLS: u64 = 16;
+const SLOW_RUN: Duration = Duration::from_millis(1);
 /// It is expected to have done so by then.
 const USUAL_RUN: Duration = Duration::from_millis(2);
 
@@ -126,12 +129,17 @@ struct Stall {
 impl Stall {
     /// Whether the vCPU has run long enough for another one.
     fn is_past(&mut self, now: Duration, dirtied: Pages, by_pages: bool) -> bool {
+        if !by_pages {
+            return now >= self.until + SHORTEST_RUN;
+        }
         // A smaller count: the pages were recycled.
         self.dirtied = self.dirtied.min(dirtied);
-        if self.over_since.is_none() && (dirtied > self.dirtied || !by_pages) {
-            self.over_since = Some(if by_pages { now } else { self.until });
+        let dirtied = dirtied.0 - self.dirtied.0;
+        if dirtied == 0 {
+            return false;
         }
-        self.over_since.is_some_and(|since| now >= since + SHORTEST_RUN)
+        let ran = now.saturating_sub(*self.over_since.get_or_insert(now));
+        ran >= if dirtied < PAGES_BETWEEN_STALLS { SLOW_RUN } else { SHORTEST_RUN }
     }
 }
 
@@ -331,7 +339,8 @@ mod tests {
             prop_assert!(longest <= LONGEST_STALL);
             // What a vCPU overdraws before a look may close its gate is all that goes beyond the quota, where the
             // stalls can make up for it.
-            let overdraft = rate * (look_us as f64 / 1e6 + SHORTEST_RUN.as_secs_f64());
+            let in_run = rate * (look_us as f64 / 1e6 + SHORTEST_RUN.as_secs_f64());
+            let overdraft = in_run.max(PAGES_BETWEEN_STALLS as f64).min(in_run + rate * SLOW_RUN.as_secs_f64());
             let floor = overdraft.max(1.0) * 2.0 / LONGEST_STALL.as_secs_f64();
             prop_assert!(pages <= 2.1 * quota.max(floor) + 4.0 * overdraft + 10.0, "{} of {}", pages, quota);
             let mut timed = Throttle::default();
