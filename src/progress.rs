@@ -141,6 +141,11 @@ pub enum Event {
         /// The longest stall.
         longest_stall_ms: f64,
     },
+    /// The migration would not end if every vCPU kept the usual minimum share: they may be held below it.
+    MinShareLowered {
+        /// The share of its own rate of dirtying that even the heaviest writer keeps now, 0 to 1.
+        min_share: f64,
+    },
     /// No plan keeps the deadline; the fastest one is followed.
     DeadlineOutOfReach,
     /// More was dirty than expected when the guest stood still: it runs on.

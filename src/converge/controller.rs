@@ -44,6 +44,8 @@ const NEWEST_LOOK_IN_TIME: f64 = 0.06;
 const LONGEST_GATE_S: f64 = 0.1;
 /// From the decision to stop the guest to its last write, as measured on a busy host.
 const STOPPING_S: f64 = 0.6e-3;
+/// Who was held back for no more than this share of a round still teaches how fast it dirties.
+const HARDLY_HELD: f64 = 0.1;
 /// A switchover that had to be called off lowers the next one's limit to this share.
 const CAREFUL: f64 = 0.9;
 /// Stalls become longer when braking has wanted that for so long: a busy moment is no reason.
@@ -112,6 +114,7 @@ pub struct Controller {
     looked_at: Duration,
     look_due: Duration,
     longest_stall: Duration,
+    told_min_share: f64,
     /// Since when braking wants longer stalls.
     longer_wanted: Option<Duration>,
     called_off: u32,
@@ -147,6 +150,7 @@ impl Controller {
             told_throttling: (0, 0),
             told_late: false,
             longest_stall: LONGEST_STALL,
+            told_min_share: FairShare::USUAL_MIN_SHARE,
             longer_wanted: None,
             called_off: 0,
             sequence: 0,
@@ -251,6 +255,7 @@ impl Controller {
         self.model.others.recycled();
         self.model.bandwidth.start(at, self.bytes_acked);
         self.counts.fill(Pages(0));
+        self.throttles.iter_mut().for_each(Throttle::recycled);
         self.look_due = now + LOOK;
         self.round = Current {
             number: self.round.number.saturating_add(1),
@@ -374,8 +379,8 @@ impl Controller {
             if self.settings.per_vcpu {
                 self.counts[index] = vcpu.dirtied;
                 let curve = &mut self.model.curves[index];
-                if throttled > 0.0 && held_by_pages {
-                    curve.observe_held(vcpu.dirtied.as_f64());
+                if held_by_pages && throttled > elapsed * HARDLY_HELD {
+                    curve.observe_held(running, vcpu.dirtied.as_f64());
                 } else {
                     curve.observe(running, vcpu.dirtied.as_f64());
                 }
@@ -426,6 +431,7 @@ impl Controller {
             longest_stall_s: self.longest_stall.as_secs_f64(),
             fair: FAIR,
             gate_s: self.gate_s,
+            min_share: FairShare::USUAL_MIN_SHARE,
             ram: self.settings.ram.as_f64(),
         })
     }
@@ -561,6 +567,8 @@ impl Controller {
         let spent = self.throttled_seen.iter().fold(0.0f64, |most, throttled| most.max(*throttled));
         let grace_s = (grace - spent).max(0.0);
         let mut rules = plan::Rules { fair_share, deadline_s: remaining, grace_s, brake_now: later_round };
+        let mut terms = *terms;
+        terms.min_share = fair_share.min_share.unwrap_or(terms.min_share);
         let timed;
         let model = if self.settings.per_vcpu {
             &self.model
@@ -571,7 +579,7 @@ impl Controller {
             timed = Model { curves, held, ..Model::default() };
             &timed
         };
-        let (mut plan, mut terms) = plan::plan_on_terms(model, *terms, round, &rules);
+        let (mut plan, mut terms) = plan::plan_on_terms(model, terms, round, &rules);
         let late = remaining.is_some() && plan.is_none_or(|plan| !plan.in_time);
         if late && seen && !later_round {
             rules.brake_now = true;
@@ -580,7 +588,7 @@ impl Controller {
         // A round once braked stays braked, to the depth first chosen, unless that misses the deadline, or the link
         // turned out so much better that it need not be.
         if let Some(target) = self.target {
-            let forecast = plan::brake_down(model, &terms, round, target, fair_share.min_share);
+            let forecast = plan::brake_down(model, &terms, round, target);
             let stays = |forecast: &Forecast| {
                 let in_time = remaining.is_none_or(|remaining| forecast.finish_s <= remaining);
                 let dear = forecast.lost_s * LET_GO_SHARE - LET_GO_S;
@@ -590,17 +598,19 @@ impl Controller {
                 plan = Some(plan::Plan { target: Some(target), forecast, in_time: true });
             }
         }
-        let target = plan.map_or(self.target, |plan| plan.target);
+        // Where no plan ends, a guest that is held back leaves least to whatever limit ends it.
+        let no_plan = if later_round { Some(0.0) } else { self.target };
+        let target = plan.map_or(no_plan, |plan| plan.target);
         self.target = target;
         let fair = match target {
-            Some(target) => model.fair(&terms, round, target, fair_share.min_share),
+            Some(target) => model.fair(&terms, round, target),
             None => Fair { round, held: Vec::new(), level: f64::INFINITY },
         };
         if target.is_some() && self.round.braked_at.is_none() {
             self.round.braked_at = Some(now.as_secs_f64());
         }
         self.level = fair.level.is_finite().then(|| Pages::floor(fair.level));
-        self.set_shares(now, &terms, &fair, fair_share.min_share);
+        self.set_shares(now, &terms, &fair);
         if plan.is_some() {
             let longest = duration(terms.longest_stall_s);
             // Now, or in the rounds to come: who waits for those would say the same again then.
@@ -610,6 +620,10 @@ impl Controller {
                 self.longest_stall = longest;
                 self.tell(now, Change::LongestStall(longest));
             }
+        }
+        if target.is_some() && fair_share.min_share.is_none() && terms.min_share < self.told_min_share {
+            self.told_min_share = terms.min_share;
+            self.tell(now, Change::MinShare(terms.min_share));
         }
         let late = remaining.is_some() && plan.is_some_and(|plan| !plan.in_time) && (seen || later_round);
         if late && !self.told_late {
@@ -625,7 +639,6 @@ impl Controller {
         now: Duration,
         terms: &Terms,
         fair: &Fair,
-        min_share: f64,
     ) {
         let round = fair.round;
         let seconds = terms.seconds(round);
@@ -638,7 +651,7 @@ impl Controller {
                     Quota::Pages(PagesPerSlice::over(held.quota - curve.last().1, seconds))
                 } else {
                     let runs = curve.time_left_to(round, held.dirties).min(seconds) / seconds.max(1e-9);
-                    Quota::Time(1.0 - runs.max(sane(min_share)))
+                    Quota::Time(1.0 - runs.max(sane(terms.min_share)))
                 }
             });
             self.throttles[index].set(quota, now, self.counts[index]);

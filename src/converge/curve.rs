@@ -24,6 +24,8 @@ pub struct Curve {
     /// The farthest point ever observed; the curve goes on from here along its last slope.
     end: (f64, f64),
     /// The last observation since the recycle.
+    seen: (f64, f64),
+    /// Where on the curve the vCPU is: there, unless it was held back.
     last: (f64, f64),
     /// What the curve said at the last knot passed in this round, before this round changed it.
     before: Option<(usize, f64)>,
@@ -31,7 +33,14 @@ pub struct Curve {
 
 impl Default for Curve {
     fn default() -> Self {
-        Self { pages: [0.0; KNOTS], known: 0, end: (0.0, 0.0), last: (0.0, 0.0), before: None }
+        Self {
+            pages: [0.0; KNOTS],
+            known: 0,
+            end: (0.0, 0.0),
+            seen: (0.0, 0.0),
+            last: (0.0, 0.0),
+            before: None,
+        }
     }
 }
 
@@ -48,7 +57,7 @@ impl Curve {
     pub fn recycled(&mut self) {
         // What lies beyond this round is moved by as much as its end moved: a guest that dirties twice as
         // fast in its first second is expected to do so in its second one, too.
-        let before = self.before.take().filter(|(k, _)| *k + 1 < self.known && self.last.0 < knot(*k + 1));
+        let before = self.before.take().filter(|(k, _)| *k + 1 < self.known && self.seen.0 < knot(*k + 1));
         if let Some((k, before)) = before
             && before > 0.0
         {
@@ -59,13 +68,13 @@ impl Curve {
             self.pages[k + 1..self.known].copy_from_slice(&tail);
         }
         self.end.1 = self.end.1.max(self.pages[self.known.saturating_sub(1)]);
-        self.last = (0.0, 0.0);
+        (self.seen, self.last) = ((0.0, 0.0), (0.0, 0.0));
     }
 
     /// `pages` different pages so far, after `t` seconds of running since the recycle.
     pub fn observe(&mut self, t: f64, pages: f64) {
         // NaN fails the comparison, too.
-        if !(t > self.last.0 && t <= LONGEST_S) {
+        if !(t > self.seen.0 && t <= LONGEST_S) {
             return;
         }
         let point = (t, pages.min(MOST_PAGES).max(self.last.1));
@@ -73,13 +82,13 @@ impl Curve {
         let mut changed = false;
         for k in 0..KNOTS {
             let at = knot(k);
-            if at <= self.last.0 {
+            if at <= self.seen.0 {
                 continue;
             }
             if at > t {
                 break;
             }
-            let seen = between(self.last, point, at);
+            let seen = between(self.seen, point, at);
             changed = true;
             if k < known_knots {
                 self.before = Some((k, self.pages[k]));
@@ -90,27 +99,37 @@ impl Curve {
             }
         }
         if changed {
-            for k in 1..self.known {
-                self.pages[k] = self.pages[k].max(self.pages[k - 1]);
-            }
+            self.straighten();
         }
         if t >= self.end.0 {
             self.end = point;
         }
         self.end.1 = self.end.1.max(self.pages[self.known.saturating_sub(1)]);
-        self.last = point;
+        (self.seen, self.last) = (point, point);
     }
 
-    /// `pages` different pages so far, by a vCPU that was held back since the recycle. That teaches nothing, since one that
-    /// comes out of a stall is slower than its curve; but where on it the vCPU is, its pages say.
-    pub fn observe_held(&mut self, pages: f64) {
-        let pages = pages.min(MOST_PAGES).max(self.last.1);
-        let t = self.time_to(pages);
-        if t.is_finite() {
-            self.last = (t, pages);
-        } else {
-            self.last.1 = pages;
+    /// Never falling; and in half the time at least half as many pages, as of every guest that goes on as it did. One that
+    /// only began to write in the middle of a round will not wait as long in the next.
+    fn straighten(&mut self) {
+        for k in (2..self.known).rev() {
+            self.pages[k - 2] = self.pages[k - 2].max(self.pages[k] / 2.0);
         }
+        for k in 1..self.known {
+            self.pages[k] = self.pages[k].max(self.pages[k - 1]);
+        }
+    }
+
+    /// `pages` different pages so far, after `t` seconds of running, by a vCPU that was held back since the recycle. One
+    /// that comes out of a stall is slower than its curve: it teaches only what lies beyond all that is known. But
+    /// where on its curve the vCPU is, its pages say.
+    pub fn observe_held(&mut self, t: f64, pages: f64) {
+        let pages = pages.min(MOST_PAGES).max(self.last.1);
+        if t > self.end.0 && pages >= self.end.1 {
+            self.seen = self.end;
+            self.observe(t, pages);
+        }
+        let at = self.time_to(pages);
+        self.last = (if at.is_finite() { at } else { self.last.0 }, pages);
     }
 
     /// Whether anything has been observed.

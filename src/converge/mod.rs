@@ -178,6 +178,8 @@ pub enum Change {
     /// The guest cannot be held with shorter ones: vCPUs that are held back may now be stopped for so long at a
     /// stretch.
     LongestStall(Duration),
+    /// The migration would not end if every vCPU kept the usual minimum share: they may be held below it, down to this.
+    MinShare(f64),
     /// No plan keeps the deadline; the fastest one is followed.
     DeadlineOutOfReach,
     /// The guest is to be switched over.

@@ -64,6 +64,8 @@ pub(crate) struct Terms {
     pub longest_stall_s: f64,
     /// The share of a round's pages that it may leave without anybody being held back.
     pub fair: f64,
+    /// The share of its own demand that a vCPU keeps, however hard it is held back.
+    pub min_share: f64,
     /// No round is larger.
     pub ram: f64,
 }
@@ -193,7 +195,6 @@ impl Terms {
         overrun: Option<f64>,
         round: Round,
         levels: &Levels,
-        min_share: f64,
     ) -> Held {
         let seconds = self.seconds(round);
         let demand = curve.by_the_end(round, seconds);
@@ -202,7 +203,7 @@ impl Terms {
         // Until it is measured: the rate of a freshly recycled vCPU, over long enough that a late first look does not
         // distort it.
         let overrun = overrun.unwrap_or_else(|| self.gate_s * curve.at(FRESH_S) / FRESH_S);
-        let quota = levels.quota.max(demand * sane(min_share)).min(demand);
+        let quota = levels.quota.max(demand * sane(self.min_share)).min(demand);
         Held { quota, dirties: quota.max(counted + stalls * overrun).min(demand) }
     }
 
@@ -309,9 +310,8 @@ impl Model {
         so_far: Forecast,
         round: Round,
         target: f64,
-        min_share: f64,
     ) -> (Outcome, Option<Forecast>) {
-        let fair = self.fair(terms, round, target, min_share);
+        let fair = self.fair(terms, round, target);
         let seconds = terms.seconds(fair.round);
         let mut left = self.others.by_the_end(round, seconds);
         let mut lost_s = 0.0f64;
@@ -332,8 +332,8 @@ impl Model {
     }
 
     /// Who is held back, and how far, if `round` is to leave `target` pages.
-    pub fn fair(&self, terms: &Terms, round: Round, target: f64, min_share: f64) -> Fair {
-        let fair = self.fair_of(terms, round, target, min_share);
+    pub fn fair(&self, terms: &Terms, round: Round, target: f64) -> Fair {
+        let fair = self.fair_of(terms, round, target);
         if !terms.strikes || round.after_s <= 0.0 {
             return fair;
         }
@@ -344,13 +344,13 @@ impl Model {
         };
         let sent = self.sent(terms, round, runs);
         if sent < round.pages {
-            self.fair_of(terms, Round { pages: sent, ..round }, target, min_share)
+            self.fair_of(terms, Round { pages: sent, ..round }, target)
         } else {
             fair
         }
     }
 
-    fn fair_of(&self, terms: &Terms, round: Round, target: f64, min_share: f64) -> Fair {
+    fn fair_of(&self, terms: &Terms, round: Round, target: f64) -> Fair {
         let seconds = terms.seconds(round);
         let others = self.others.by_the_end(round, seconds);
         let held = |index: usize| round.current && self.held.get(index).is_some_and(|held| *held);
@@ -361,7 +361,7 @@ impl Model {
         let levels = Levels::new(&demands, others, target, (terms.fits * AIM).max(round.of * terms.fair));
         let held = |(index, demand): (usize, f64)| {
             let overrun = self.overruns.get(index).copied().flatten();
-            let held = || terms.held(&self.curves[index], overrun, round, &levels, min_share);
+            let held = || terms.held(&self.curves[index], overrun, round, &levels);
             (demand > levels.fair).then(held)
         };
         let held = demands.into_iter().enumerate().map(held).collect();

@@ -25,6 +25,8 @@ const PREFER_LATER: f64 = 0.05;
 
 /// Longer stalls are used if they end the migration in less than this share of the time.
 const WORTH_LONGER: f64 = 0.5;
+/// Shares of the usual minimum share, where nothing ends with all of it.
+const LESS_THAN_MINIMUM: [f64; 3] = [0.5, 0.2, 0.0];
 /// Shares of a round's pages that it may leave, where a deadline cannot be kept with the fair one.
 const LESS_THAN_FAIR: [f64; 3] = [0.5, 0.25, 0.0];
 
@@ -86,23 +88,21 @@ struct Candidate {
 /// The best plan from here, and the terms that it needs.
 ///
 /// Longer stalls, if nothing else ends, or ends much later: a guest that cannot be held within short ones would
-/// never arrive. And less than a fair share, if only that keeps the deadline: whoever sets one wants it kept.
+/// never arrive. A smaller minimum share, if only that ends. And less than a fair share, if only that keeps the
+/// deadline: whoever sets one wants it kept.
 pub(crate) fn plan_on_terms(
     model: &Model,
     mut terms: Terms,
     now: Round,
     rules: &Rules,
 ) -> (Option<Plan>, Terms) {
-    let mut best = plan(model, &terms, now, rules);
-    let brakes = |plan: Plan| plan.forecast.lost_s > plan.forecast.downtime_s;
-    if best.is_none_or(brakes) {
-        let longest_s = LONGEST_STALL_EVER.as_secs_f64();
-        let ideal = plan(model, &Terms { longest_stall_s: longest_s, ..terms }, now, rules);
-        let finish = |plan: Option<Plan>| plan.map_or(f64::INFINITY, |plan| plan.forecast.finish_s);
-        while finish(ideal) < WORTH_LONGER * finish(best) && terms.longest_stall_s < longest_s {
-            terms.longest_stall_s *= 2.0;
-            best = plan(model, &terms, now, rules);
+    let mut best = plan_on_longer_stalls(model, &mut terms, now, rules);
+    for share in LESS_THAN_MINIMUM {
+        if best.is_some() || rules.fair_share.min_share.is_some() {
+            break;
         }
+        terms.min_share = FairShare::USUAL_MIN_SHARE * share;
+        best = plan_on_longer_stalls(model, &mut terms, now, rules);
     }
     for fair in LESS_THAN_FAIR {
         if rules.deadline_s.is_none() || best.is_some_and(|plan| plan.in_time) {
@@ -112,6 +112,21 @@ pub(crate) fn plan_on_terms(
         best = plan(model, &terms, now, rules);
     }
     (best, terms)
+}
+
+fn plan_on_longer_stalls(model: &Model, terms: &mut Terms, now: Round, rules: &Rules) -> Option<Plan> {
+    let mut best = plan(model, terms, now, rules);
+    let brakes = |plan: Plan| plan.forecast.lost_s > plan.forecast.downtime_s;
+    if best.is_none_or(brakes) {
+        let longest_s = LONGEST_STALL_EVER.as_secs_f64();
+        let ideal = plan(model, &Terms { longest_stall_s: longest_s, ..*terms }, now, rules);
+        let finish = |plan: Option<Plan>| plan.map_or(f64::INFINITY, |plan| plan.forecast.finish_s);
+        while finish(ideal) < WORTH_LONGER * finish(best) && terms.longest_stall_s < longest_s {
+            terms.longest_stall_s *= 2.0;
+            best = plan(model, terms, now, rules);
+        }
+    }
+    best
 }
 
 /// The best plan from here; `None` if no plan ends.
@@ -126,7 +141,6 @@ fn plan(model: &Model, terms: &Terms, now: Round, rules: &Rules) -> Option<Plan>
         let cost = (late, if late { cost } else { cost + hurry * forecast.lost_s });
         plans.push(Candidate { cost, target, forecast });
     };
-    let min_share = rules.fair_share.min_share;
     let aim = terms.fits * AIM;
     let mut so_far = Forecast::NOTHING;
     let mut round = now;
@@ -140,7 +154,7 @@ fn plan(model: &Model, terms: &Terms, now: Round, rules: &Rules) -> Option<Plan>
             let below = shares_below.iter().map(|share| share * aim);
             let targets = below.chain(shares_above.iter().map(|share| aim + share * above));
             for target in targets {
-                let forecast = brake_down_after(so_far, model, terms, round, target, min_share);
+                let forecast = brake_down_after(so_far, model, terms, round, target);
                 consider(shrinking, true, (free == 0).then_some(target), forecast);
             }
         }
@@ -166,9 +180,8 @@ pub(crate) fn brake_down(
     terms: &Terms,
     round: Round,
     target: f64,
-    min_share: f64,
 ) -> Option<Forecast> {
-    brake_down_after(Forecast::NOTHING, model, terms, round, target, min_share)
+    brake_down_after(Forecast::NOTHING, model, terms, round, target)
 }
 
 /// The end of a plan: `round` is braked to `target`, each further one at least to what fits.
@@ -178,10 +191,9 @@ fn brake_down_after(
     terms: &Terms,
     mut round: Round,
     mut target: f64,
-    min_share: f64,
 ) -> Option<Forecast> {
     for _ in 0..MOST_BRAKED_ROUNDS {
-        let (outcome, end) = model.fair_round(terms, so_far, round, target, min_share);
+        let (outcome, end) = model.fair_round(terms, so_far, round, target);
         if end.is_some() {
             return end;
         }

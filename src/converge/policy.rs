@@ -51,8 +51,9 @@ impl Default for DirtyLimit {
 /// Parameters of `fair-share`.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct FairShare {
-    /// The share of its own rate of dirtying that even the heaviest writer keeps, 0 to 1.
-    pub min_share: f64,
+    /// The share of its own rate of dirtying that even the heaviest writer keeps, 0 to 1. `None`: a twentieth, or
+    /// less where the migration would not end otherwise (the controller says so).
+    pub min_share: Option<f64>,
     /// Seconds of guest time that one second of an earlier end is worth. Rounds that shrink by themselves cost
     /// the guest nothing and are let run while they end soon enough: at a dirty rate ρ times the bandwidth,
     /// braking buys a second of migration for (1 − ρ) ÷ ρ seconds of the writer's time, so 0.1 brakes by itself
@@ -64,9 +65,14 @@ pub struct FairShare {
     pub grace: f64,
 }
 
+impl FairShare {
+    /// What even the heaviest writer keeps, unless told otherwise.
+    pub const USUAL_MIN_SHARE: f64 = 0.05;
+}
+
 impl Default for FairShare {
     fn default() -> Self {
-        Self { min_share: 0.05, impatience: 0.1, grace: 0.5 }
+        Self { min_share: None, impatience: 0.1, grace: 0.5 }
     }
 }
 

@@ -222,6 +222,43 @@ fn a_working_set_that_moves_and_a_link_that_stalls_only_delay_the_end() {
 }
 
 #[test]
+fn a_writer_that_begins_in_the_middle_of_a_round_is_expected_to_go_on() {
+    let guest = Guest {
+        writers: vec![Writer {
+            phases: vec![Phase {
+                from: Duration::from_secs(2),
+                pages: Pages(106_879),
+                writes_per_s: FULL_SPEED,
+                order: Order::Cyclic,
+            }],
+        }],
+        ..guest(0, 0.0)
+    };
+    let machine = Machine { look: Duration::from_millis(1), ..Machine::default() };
+    let done = simulate(&guest, &Link::steady(142e6), &machine, settings("fair-share"), PATIENCE);
+    assert_eq!(done.ended, Some(Why::Fits));
+    assert!(done.total < Duration::from_secs(12), "{:?}", done.total);
+}
+
+#[test]
+fn more_heavy_writers_than_the_link_carries_are_held_below_their_minimum_share_unless_it_was_set() {
+    let mut guest = guest(0, 0.0);
+    guest.writers = vec![Writer::steady(512 * MIB, FULL_SPEED); 8];
+    guest.ram = Pages(8 * 512 * MIB / 4096);
+    let mut settings = settings("fair-share");
+    let link = Link::steady(50e6);
+    let patience = Duration::from_secs(400);
+    let done = simulate(&guest, &link, &Machine::default(), settings.clone(), patience);
+    assert_eq!(done.ended, Some(Why::Fits), "{:?}", done.rounds);
+    assert!(done.events.iter().any(|event| matches!(event.change, Change::MinShare(_))), "{:?}", done.events);
+    settings.policy = Policy::FairShare(FairShare { min_share: Some(0.05), ..FairShare::default() });
+    let done = simulate(&guest, &link, &Machine::default(), settings, patience);
+    assert_eq!(done.ended, None);
+    assert!(done.predicted_after_round_1.is_some_and(|prediction| !prediction.converges));
+    assert!(done.vcpus.iter().all(|vcpu| vcpu.throttled > Duration::ZERO), "held back all the same");
+}
+
+#[test]
 fn a_backend_that_cannot_tell_vcpus_apart_throttles_all_by_time_and_says_so() {
     let mut settings = settings("fair-share");
     settings.per_vcpu = false;
@@ -289,10 +326,7 @@ proptest! {
         let guest = Guest { ram: Pages(1 << 20), populated: Pages(150_000), writers };
         let link = Link { ripple, ..Link::steady(bytes_per_s) };
         let machine = Machine { look: Duration::from_millis(1), ..Machine::default() };
-        // Five writers that keep a twentieth of 600 MB/s each are more than the slower links carry: no minimum here.
-        let mut settings = settings("fair-share");
-        settings.policy = Policy::FairShare(FairShare { min_share: 0.0, ..FairShare::default() });
-        let done = simulate(&guest, &link, &machine, settings, PATIENCE * 5);
+        let done = simulate(&guest, &link, &machine, settings("fair-share"), PATIENCE * 5);
         prop_assert_eq!(done.ended, Some(Why::Fits));
         // Measured on a crest of the ripple, sent in a trough.
         let varies = (1.0 + ripple) / (1.0 - ripple);
@@ -336,7 +370,7 @@ proptest! {
     ) {
         let mut settings = Settings::new(Pages(ram));
         settings.policy = match POLICY_NAMES[policy].parse().unwrap() {
-            Policy::FairShare(_) => Policy::FairShare(FairShare { min_share, impatience, grace: min_share }),
+            Policy::FairShare(_) => Policy::FairShare(FairShare { min_share: Some(min_share), impatience, grace: min_share }),
             policy => policy,
         };
         settings.switchover_bandwidth = Some(bandwidth);

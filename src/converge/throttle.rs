@@ -97,8 +97,7 @@ impl TokenBucket {
         let refills = slice.saturating_sub(self.slice) as f64;
         self.slice = self.slice.max(slice);
         self.tokens = (self.tokens + refills * per_slice).min((SLICES_KEPT * per_slice).max(1.0));
-        // A smaller count than before: the pages were recycled and counting started again.
-        let new = dirtied.0.checked_sub(self.counted.0).unwrap_or(dirtied.0);
+        let new = dirtied.0.saturating_sub(self.counted.0);
         self.counted = dirtied;
         self.tokens -= Pages(new).as_f64();
         if self.tokens > 0.0 {
@@ -132,9 +131,7 @@ impl Stall {
         if !by_pages {
             return now >= self.until + SHORTEST_RUN;
         }
-        // A smaller count: the pages were recycled.
-        self.dirtied = self.dirtied.min(dirtied);
-        let dirtied = dirtied.0 - self.dirtied.0;
+        let dirtied = dirtied.0.saturating_sub(self.dirtied.0);
         if dirtied == 0 {
             return false;
         }
@@ -162,7 +159,7 @@ impl Throttle {
         }
         self.quota = quota;
         let Some(Quota::Pages(per_slice)) = quota else {
-            self.bucket = None;
+            (self.bucket, self.full_stall) = (None, None);
             return;
         };
         match &mut self.bucket {
@@ -172,6 +169,17 @@ impl Throttle {
                 self.bucket =
                     Some(TokenBucket { per_slice, tokens: sane(per_slice.0), slice, counted: dirtied });
             }
+        }
+    }
+
+    /// The pages were recycled: counting starts anew.
+    pub(crate) fn recycled(&mut self) {
+        self.full_stall = None;
+        if let Some(bucket) = &mut self.bucket {
+            bucket.counted = Pages(0);
+        }
+        if let Some(stall) = &mut self.stall {
+            stall.dirtied = Pages(0);
         }
     }
 
@@ -226,8 +234,7 @@ impl Throttle {
     /// A stall begins. What the vCPU dirtied between two that were cut short, one after the other, it dirtied only
     /// because closing a gate takes time.
     fn measure(&mut self, dirtied: Pages, cut_short: bool) {
-        let before = self.full_stall.filter(|before| *before <= dirtied);
-        self.overrun = before.map(|before| Pages(dirtied.0 - before.0));
+        self.overrun = self.full_stall.map(|before| Pages(dirtied.0.saturating_sub(before.0)));
         self.full_stall = cut_short.then_some(dirtied);
     }
 

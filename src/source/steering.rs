@@ -260,6 +260,7 @@ impl Steering {
                 Change::LongestStall(longest) => {
                     Event::StallsLengthened { longest_stall_ms: longest.as_secs_f64() * 1e3 }
                 }
+                Change::MinShare(min_share) => Event::MinShareLowered { min_share },
                 Change::DeadlineOutOfReach => Event::DeadlineOutOfReach,
                 Change::CalledOff { left, fits } => {
                     Event::SwitchoverCalledOff { pages_left: left.0, pages_fit: fits.0 }

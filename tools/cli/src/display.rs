@@ -180,6 +180,9 @@ fn sentence(event: &Event) -> Option<String> {
         Event::StallsLengthened { longest_stall_ms } => {
             format!("short stalls cannot hold the guest: now up to {longest_stall_ms:.0} ms each")
         }
+        Event::MinShareLowered { min_share } => {
+            format!("more heavy writers than the link carries: each keeps {:.1} % of its rate", min_share * 100.0)
+        }
         Event::DeadlineOutOfReach => "the deadline cannot be kept; going as fast as can be".to_owned(),
         Event::SwitchoverCalledOff { pages_left, pages_fit } => format!(
             "the guest runs on: {} pages were left, {} fit the downtime limit",

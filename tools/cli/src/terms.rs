@@ -30,7 +30,8 @@ pub struct TermsArgs {
     #[arg(long, value_name = "NAME")]
     pub policy: Option<PolicyName>,
 
-    /// The share of its own rate that `fair-share` leaves the heaviest writer, in percent [default: 5]
+    /// The share of its own rate that `fair-share` leaves the heaviest writer, in percent [default: 5, or less
+    /// where the migration would not end otherwise]
     #[arg(long, value_name = "PERCENT", value_parser = percent(0))]
     pub min_share: Option<u8>,
 
@@ -125,7 +126,7 @@ impl TermsArgs {
         let chosen = policy.name();
         let wrong = |parameter, of| Err(WrongTerms { parameter, of, policy: chosen });
         match (self.min_share, &mut *policy) {
-            (Some(percent), Policy::FairShare(share)) => share.min_share = f64::from(percent) / 100.0,
+            (Some(percent), Policy::FairShare(share)) => share.min_share = Some(f64::from(percent) / 100.0),
             (Some(_), _) => return wrong("--min-share", "fair-share"),
             (None, _) => {}
         }
