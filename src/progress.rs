@@ -54,6 +54,9 @@ pub struct RoundReport {
     pub duration_ms: f64,
     /// Unique pages that the guest dirtied meanwhile.
     pub pages_dirtied: u64,
+    /// Of these by vCPU, as counted for the throttle; empty where the source of dirty pages cannot tell, and in a round
+    /// in which the guest was stopped.
+    pub vcpu_pages_dirtied: Vec<u64>,
 }
 
 /// What is known now.

@@ -24,7 +24,7 @@ use crate::page::populated;
 use crate::page::ram_digest;
 use crate::page_set::PageSet;
 use crate::progress::{Event, Phase, Progress, RoundReport};
-use crate::track::{DirtySource, TrackError};
+use crate::track::{DirtySource, Observed, TrackError};
 use crate::transport::control::{ControlConnection, ControlError};
 use crate::transport::{ChannelSpec, MigrationToken, RoundSent, SendOptions, Sender, Totals, TransportError};
 use crate::vm::{Paused, Vm, VmError};
@@ -313,6 +313,9 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Source<'a, V, D> {
             }
             if let Some(round) = self.report.rounds.last_mut() {
                 round.pages_dirtied = dirty.len();
+                if let (Observed::PerVcpu(pages), None) = (&observed, &self.standstill) {
+                    round.vcpu_pages_dirtied.clone_from(pages);
+                }
             }
             self.publish_round();
             let action = match self.standstill {
@@ -446,6 +449,7 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Source<'a, V, D> {
             bytes_sent,
             duration_ms: millis(sent.duration),
             pages_dirtied: 0,
+            vcpu_pages_dirtied: Vec::new(),
         });
     }
 
