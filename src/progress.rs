@@ -139,8 +139,9 @@ pub enum Event {
         /// The downtime limit now in force.
         downtime_limit_ms: f64,
     },
-    /// Short stalls cannot hold the guest: vCPUs that are held back may now be stopped for this long at a stretch.
-    StallsLengthened {
+    /// vCPUs that are held back may now be stopped for this long at a stretch: longer than usual where short stalls
+    /// cannot hold the guest.
+    StallsChanged {
         /// The longest stall.
         longest_stall_ms: f64,
     },

@@ -39,6 +39,8 @@ const FIRST_ROUND_SEEN: f64 = 0.5;
 /// Weights of the newest overrun of a gate and of the newest look that came late, and the longest time that one is
 /// believed to take.
 const NEWEST_OVERRUN: f64 = 0.05;
+/// One overrun that is larger than so many usual ones is an accident, and counts no more than those.
+const MOST_OVERRUN: f64 = 5.0;
 const NEWEST_LOOK: f64 = 0.02;
 const NEWEST_LOOK_IN_TIME: f64 = 0.06;
 const LONGEST_GATE_S: f64 = 0.1;
@@ -48,8 +50,8 @@ const STOPPING_S: f64 = 0.6e-3;
 const HARDLY_HELD: f64 = 0.1;
 /// A switchover that had to be called off lowers the next one's limit to this share.
 const CAREFUL: f64 = 0.9;
-/// Stalls become longer when braking has wanted that for so long: a busy moment is no reason.
-const LONGER_WANTED: Duration = Duration::from_millis(150);
+/// Stalls become longer, or shorter again, when braking has wanted that for so long: a busy moment is no reason.
+const OTHER_STALLS_WANTED: Duration = Duration::from_millis(150);
 /// A braked round is let go if another plan costs the guest so much less: this share, and this many seconds.
 const LET_GO_SHARE: f64 = 0.75;
 const LET_GO_S: f64 = 0.25;
@@ -115,8 +117,8 @@ pub struct Controller {
     look_due: Duration,
     longest_stall: Duration,
     told_min_share: f64,
-    /// Since when braking wants longer stalls.
-    longer_wanted: Option<Duration>,
+    /// Since when braking wants longer stalls, or shorter ones again.
+    other_stalls_wanted: Option<Duration>,
     called_off: u32,
     sequence: u64,
     events: VecDeque<Event>,
@@ -151,7 +153,7 @@ impl Controller {
             told_late: false,
             longest_stall: LONGEST_STALL,
             told_min_share: FairShare::USUAL_MIN_SHARE,
-            longer_wanted: None,
+            other_stalls_wanted: None,
             called_off: 0,
             sequence: 0,
             events: VecDeque::new(),
@@ -290,9 +292,10 @@ impl Controller {
         }
         for (index, (throttle, gate)) in self.throttles.iter_mut().zip(&mut self.gates).enumerate() {
             *gate = throttle.look(now, self.counts[index], self.longest_stall);
-            if let (Some(pages), Some(mean)) = (throttle.take_overrun(), self.model.overruns.get_mut(index)) {
-                let pages = pages.as_f64();
-                *mean = Some(mean.map_or(pages, |mean| mean + NEWEST_OVERRUN * (pages - mean)));
+            if let (Some(pages), Some(vcpu)) = (throttle.take_overrun(), self.model.overruns.get_mut(index)) {
+                let mean = vcpu.unwrap_or_else(|| self.model.curves[index].overrun_in(self.gate_s));
+                let pages = pages.as_f64().min(MOST_OVERRUN * mean.max(1.0));
+                *vcpu = Some(mean + NEWEST_OVERRUN * (pages - mean));
             }
         }
         self.looked_at = now;
@@ -428,7 +431,7 @@ impl Controller {
             fits: self.fits(now).as_f64(),
             overhead_s: self.settings.switchover_overhead.as_secs_f64(),
             round_overhead_s: ROUND_OVERHEAD_S,
-            longest_stall_s: self.longest_stall.as_secs_f64(),
+            longest_stall_s: LONGEST_STALL.as_secs_f64(),
             fair: FAIR,
             gate_s: self.gate_s,
             min_share: FairShare::USUAL_MIN_SHARE,
@@ -611,14 +614,14 @@ impl Controller {
         }
         self.level = fair.level.is_finite().then(|| Pages::floor(fair.level));
         self.set_shares(now, &terms, &fair);
-        if plan.is_some() {
-            let longest = duration(terms.longest_stall_s);
-            // Now, or in the rounds to come: who waits for those would say the same again then.
-            let wanted = longest > self.longest_stall && (target.is_some() || later_round);
-            self.longer_wanted = wanted.then(|| self.longer_wanted.unwrap_or(now));
-            if self.longer_wanted.is_some_and(|since| now.saturating_sub(since) >= LONGER_WANTED) {
-                self.longest_stall = longest;
-                self.tell(now, Change::LongestStall(longest));
+        if plan.is_some() && later_round {
+            // Whether for now or for the rounds to come: who waits for those would say the same again then.
+            let wanted = duration(terms.longest_stall_s);
+            let since = self.other_stalls_wanted.filter(|_| wanted != self.longest_stall).unwrap_or(now);
+            self.other_stalls_wanted = (wanted != self.longest_stall).then_some(since);
+            if now.saturating_sub(since) >= OTHER_STALLS_WANTED {
+                self.longest_stall = wanted;
+                self.tell(now, Change::LongestStall(wanted));
             }
         }
         if target.is_some() && fair_share.min_share.is_none() && terms.min_share < self.told_min_share {

@@ -175,8 +175,8 @@ pub enum Change {
     },
     /// What is expected has changed by more than a twentieth.
     Prediction(Prediction),
-    /// The guest cannot be held with shorter ones: vCPUs that are held back may now be stopped for so long at a
-    /// stretch.
+    /// vCPUs that are held back may now be stopped for so long at a stretch: longer than usual where the guest cannot
+    /// be held with shorter stalls.
     LongestStall(Duration),
     /// The migration would not end if every vCPU kept the usual minimum share: they may be held below it, down to this.
     MinShare(f64),

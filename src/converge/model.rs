@@ -169,6 +169,12 @@ impl Curve {
         counted + (self.at(t + seconds) - self.at(t)).max(0.0)
     }
 
+    /// Pages that a vCPU will dirty between two stalls if closing its gate takes so long, until that is measured: at the
+    /// rate of a freshly recycled vCPU, over long enough that a late first look does not distort it.
+    pub(crate) fn overrun_in(&self, gate_s: f64) -> f64 {
+        gate_s * self.at(FRESH_S) / FRESH_S
+    }
+
     /// Running time, from now, until it has dirtied `pages` in `round`.
     pub(crate) fn time_left_to(&self, round: Round, pages: f64) -> f64 {
         if !round.current {
@@ -200,9 +206,7 @@ impl Terms {
         let demand = curve.by_the_end(round, seconds);
         let counted = if round.current { curve.last().1 } else { 0.0 };
         let stalls = seconds / (self.longest_stall_s + self.gate_s);
-        // Until it is measured: the rate of a freshly recycled vCPU, over long enough that a late first look does not
-        // distort it.
-        let overrun = overrun.unwrap_or_else(|| self.gate_s * curve.at(FRESH_S) / FRESH_S);
+        let overrun = overrun.unwrap_or_else(|| curve.overrun_in(self.gate_s));
         let quota = levels.quota.max(demand * sane(self.min_share)).min(demand);
         Held { quota, dirties: quota.max(counted + stalls * overrun).min(demand) }
     }

@@ -122,7 +122,7 @@ fn plan_on_longer_stalls(model: &Model, terms: &mut Terms, now: Round, rules: &R
         let ideal = plan(model, &Terms { longest_stall_s: longest_s, ..*terms }, now, rules);
         let finish = |plan: Option<Plan>| plan.map_or(f64::INFINITY, |plan| plan.forecast.finish_s);
         while finish(ideal) < WORTH_LONGER * finish(best) && terms.longest_stall_s < longest_s {
-            terms.longest_stall_s *= 2.0;
+            terms.longest_stall_s = (terms.longest_stall_s * 2.0).min(longest_s);
             best = plan(model, terms, now, rules);
         }
     }

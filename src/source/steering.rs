@@ -204,10 +204,15 @@ impl Steering {
         let now = self.started.elapsed();
         for (index, (vcpu, wanted)) in self.vcpus.iter_mut().zip(self.controller.gates()).enumerate() {
             match *wanted {
-                // A gate opens by itself after a while: a longer stall is renewed shortly before.
+                // A gate opens by itself after a while: a longer stall is renewed shortly before. Who comes too late
+                // for that finds the vCPU inside the guest again.
                 Gate::ClosedUntil(until) if *wanted == vcpu.gate => {
                     if until > vcpu.opens_at && now + RENEW_BEFORE > vcpu.opens_at {
+                        let has_opened = now >= vcpu.opens_at;
                         vcpu.close(until, now);
+                        if has_opened {
+                            vm.kick(index);
+                        }
                     }
                 }
                 wanted if wanted == vcpu.gate => {}
@@ -258,7 +263,7 @@ impl Steering {
                 }
                 Change::Prediction(prediction) => Event::PredictionChanged(shown(&prediction)),
                 Change::LongestStall(longest) => {
-                    Event::StallsLengthened { longest_stall_ms: longest.as_secs_f64() * 1e3 }
+                    Event::StallsChanged { longest_stall_ms: longest.as_secs_f64() * 1e3 }
                 }
                 Change::MinShare(min_share) => Event::MinShareLowered { min_share },
                 Change::DeadlineOutOfReach => Event::DeadlineOutOfReach,

@@ -177,8 +177,8 @@ fn sentence(event: &Event) -> Option<String> {
         Event::TermsChanged { policy, downtime_limit_ms } => {
             format!("policy {policy}, downtime limit {downtime_limit_ms:.0} ms")
         }
-        Event::StallsLengthened { longest_stall_ms } => {
-            format!("short stalls cannot hold the guest: now up to {longest_stall_ms:.0} ms each")
+        Event::StallsChanged { longest_stall_ms } => {
+            format!("vCPUs that are held back now stand for up to {longest_stall_ms:.0} ms at a stretch")
         }
         Event::MinShareLowered { min_share } => {
             format!("more heavy writers than the link carries: each keeps {:.1} % of its rate", min_share * 100.0)
