@@ -97,7 +97,7 @@ pub struct Controller {
     shares: Vec<Share>,
     counts: Vec<Pages>,
     level: Option<Pages>,
-    /// The round is being braked down to this.
+    /// The round is being braked down to this, and so were those before it.
     target: Option<f64>,
     /// Bytes on the wire for a dirty page, and for a page of the current round.
     page_bytes: f64,
@@ -267,7 +267,6 @@ impl Controller {
             after_s: if self.round.number == 0 { f64::INFINITY } else { free_s },
             ..Current::default()
         };
-        self.target = None;
         self.model.held.clear();
         self.round_page_bytes = self.page_bytes;
         self.plan(now);
@@ -588,8 +587,8 @@ impl Controller {
             rules.brake_now = true;
             (plan, terms) = plan::plan_on_terms(model, terms, round, &rules);
         }
-        // A round once braked stays braked, to the depth first chosen, unless that misses the deadline, or the link
-        // turned out so much better that it need not be.
+        // A guest once braked stays braked, to the depth first chosen, unless that misses the deadline, or it turned out
+        // so much better that it need not be: one that is let go for a round loses all that it paid for.
         if let Some(target) = self.target {
             let forecast = plan::brake_down(model, &terms, round, target);
             let stays = |forecast: &Forecast| {
