@@ -145,9 +145,9 @@ pub enum Event {
         /// The longest stall.
         longest_stall_ms: f64,
     },
-    /// The migration would not end if every vCPU kept the usual minimum share: they may be held below it.
+    /// The migration would not end if those who are held back kept the usual minimum share.
     MinShareLowered {
-        /// The share of its own rate of dirtying that even the heaviest writer keeps now, 0 to 1.
+        /// The share of their pages that those who are held back keep now, 0 to 1.
         min_share: f64,
     },
     /// No plan keeps the deadline; the fastest one is followed.

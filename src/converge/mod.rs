@@ -178,7 +178,7 @@ pub enum Change {
     /// vCPUs that are held back may now be stopped for so long at a stretch: longer than usual where the guest cannot
     /// be held with shorter stalls.
     LongestStall(Duration),
-    /// The migration would not end if every vCPU kept the usual minimum share: they may be held below it, down to this.
+    /// The migration would not end if those who are held back kept the usual minimum share: now they keep this one.
     MinShare(f64),
     /// No plan keeps the deadline; the fastest one is followed.
     DeadlineOutOfReach,

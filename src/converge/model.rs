@@ -7,7 +7,7 @@
 
 use super::bandwidth::Bandwidth;
 use super::curve::Curve;
-use super::fair_share::Levels;
+use super::fair_share::{Levels, water_fill};
 use super::units::sane;
 
 /// A braked round aims at this share of P*: gates close a little late, and a round that misses P* by a page is a
@@ -64,7 +64,7 @@ pub(crate) struct Terms {
     pub longest_stall_s: f64,
     /// The share of a round's pages that it may leave without anybody being held back.
     pub fair: f64,
-    /// The share of its own demand that a vCPU keeps, however hard it is held back.
+    /// The share of their pages that those who are held back keep, however hard.
     pub min_share: f64,
     /// No round is larger.
     pub ram: f64,
@@ -192,23 +192,16 @@ impl Terms {
         sane(round.pages) / pages_per_s.max(1e-9) + self.round_overhead_s
     }
 
-    /// What a vCPU that is held back may dirty in `round`: never less than its minimum share. However hard the brake,
-    /// it will dirty what it has dirtied already and dirties between two stalls, since gates are neither closed for
-    /// longer than the longest stall nor at once.
-    fn held(
-        &self,
-        curve: &Curve,
-        overrun: Option<f64>,
-        round: Round,
-        levels: &Levels,
-    ) -> Held {
+    /// A vCPU that may dirty `quota` pages in `round`. However hard the brake, it will dirty what it has dirtied
+    /// already and dirties between two stalls, since gates are neither closed for longer than the longest stall nor
+    /// at once.
+    fn held(&self, curve: &Curve, overrun: Option<f64>, round: Round, quota: f64) -> Held {
         let seconds = self.seconds(round);
         let demand = curve.by_the_end(round, seconds);
         let counted = if round.current { curve.last().1 } else { 0.0 };
         let stalls = seconds / (self.longest_stall_s + self.gate_s);
         let overrun = overrun.unwrap_or_else(|| curve.overrun_in(self.gate_s));
-        let quota = levels.quota.max(demand * sane(self.min_share)).min(demand);
-        Held { quota, dirties: quota.max(counted + stalls * overrun).min(demand) }
+        Held { quota: quota.min(demand), dirties: quota.max(counted + stalls * overrun).min(demand) }
     }
 
     /// The end of a migration whose guest is stopped `seconds` into a round of `of_s` with `left` pages to go.
@@ -363,10 +356,14 @@ impl Model {
         };
         let demands: Vec<f64> = self.curves.iter().enumerate().map(demand).collect();
         let levels = Levels::new(&demands, others, target, (terms.fits * AIM).max(round.of * terms.fair));
+        let is_held = |demand: f64| demand > levels.fair;
+        let wanted = self.curves.iter().zip(&demands).filter(|(_, demand)| is_held(**demand));
+        let wanted: Vec<f64> = wanted.map(|(curve, _)| curve.by_the_end(round, seconds)).collect();
+        let least = water_fill(&wanted, terms.min_share * wanted.iter().sum::<f64>());
         let held = |(index, demand): (usize, f64)| {
             let overrun = self.overruns.get(index).copied().flatten();
-            let held = || terms.held(&self.curves[index], overrun, round, &levels);
-            (demand > levels.fair).then(held)
+            let held = || terms.held(&self.curves[index], overrun, round, levels.quota.max(least));
+            is_held(demand).then(held)
         };
         let held = demands.into_iter().enumerate().map(held).collect();
         Fair { round, held, level: levels.fair }

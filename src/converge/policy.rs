@@ -51,8 +51,8 @@ impl Default for DirtyLimit {
 /// Parameters of `fair-share`.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct FairShare {
-    /// The share of its own rate of dirtying that even the heaviest writer keeps, 0 to 1. `None`: a twentieth, or
-    /// less where the migration would not end otherwise (the controller says so).
+    /// The share, 0 to 1, of what they would dirty together that the vCPUs that are held back keep, each as many pages
+    /// as the others. `None`: a twentieth, or less where the migration would not end otherwise (the controller says so).
     pub min_share: Option<f64>,
     /// Seconds of guest time that one second of an earlier end is worth. Rounds that shrink by themselves cost
     /// the guest nothing and are let run while they end soon enough: at a dirty rate ρ times the bandwidth,
@@ -66,7 +66,7 @@ pub struct FairShare {
 }
 
 impl FairShare {
-    /// What even the heaviest writer keeps, unless told otherwise.
+    /// What they keep, unless told otherwise.
     pub const USUAL_MIN_SHARE: f64 = 0.05;
 }
 

@@ -12,7 +12,7 @@ use crate::sizes::{Rate, Size, Time};
 use crate::terms::{PolicyName, TermsArgs};
 
 /// Those that are built in, by name.
-const BUILT_IN: [(&str, &str); 9] = [
+const BUILT_IN: [(&str, &str); 10] = [
     ("rhel73-30m", include_str!("../../scenarios/rhel73-30m.toml")),
     ("rhel73-50m", include_str!("../../scenarios/rhel73-50m.toml")),
     ("rhel73-60m", include_str!("../../scenarios/rhel73-60m.toml")),
@@ -22,6 +22,7 @@ const BUILT_IN: [(&str, &str); 9] = [
     ("heavy-512m-80", include_str!("../../scenarios/heavy-512m-80.toml")),
     ("heavy-512m-150", include_str!("../../scenarios/heavy-512m-150.toml")),
     ("one-heavy-of-eight", include_str!("../../scenarios/one-heavy-of-eight.toml")),
+    ("two-heavy-of-eight", include_str!("../../scenarios/two-heavy-of-eight.toml")),
 ];
 
 /// A guest, what its vCPUs do, the link, and the limits.
@@ -61,6 +62,8 @@ pub struct Limits {
     pub max_rounds: Option<u32>,
     pub max_transfer: Option<f64>,
     pub convergence_timeout: Option<Time>,
+    /// In percent, for fair-share.
+    pub min_share: Option<u8>,
 }
 
 impl Scenario {
@@ -117,7 +120,7 @@ impl Scenario {
 
     /// Its policy and limits. A policy that does not end is to be seen not to end: rounds are limited only if it says so.
     pub fn terms(&self) -> TermsArgs {
-        let Limits { downtime, deadline, max_rounds, max_transfer, convergence_timeout } = self.limits;
+        let Limits { downtime, deadline, max_rounds, max_transfer, convergence_timeout, min_share } = self.limits;
         TermsArgs {
             downtime_limit: Some(downtime),
             policy: self.policy,
@@ -125,6 +128,7 @@ impl Scenario {
             max_rounds: Some(max_rounds.unwrap_or(u32::MAX)),
             max_transfer,
             convergence_timeout,
+            min_share,
             ..TermsArgs::default()
         }
     }

@@ -30,8 +30,8 @@ pub struct TermsArgs {
     #[arg(long, value_name = "NAME")]
     pub policy: Option<PolicyName>,
 
-    /// The share of its own rate that `fair-share` leaves the heaviest writer, in percent [default: 5, or less
-    /// where the migration would not end otherwise]
+    /// The share of their pages that `fair-share` leaves those it holds back, the same number to each, in
+    /// percent [default: 5, or less where the migration would not end otherwise]
     #[arg(long, value_name = "PERCENT", value_parser = percent(0))]
     pub min_share: Option<u8>,
 
@@ -180,6 +180,11 @@ pub struct ComparedArgs {
     #[arg(long, value_name = "TIME")]
     deadline: Option<Time>,
 
+    /// The share of their pages that `fair-share` leaves those it holds back, in percent [default: the
+    /// scenario's, else 5, or less where the migration would not end otherwise]
+    #[arg(long, value_name = "PERCENT", value_parser = percent(0))]
+    min_share: Option<u8>,
+
     /// What `dirty-limit` allows each vCPU [default: 1MB/s]
     #[arg(long, value_name = "RATE")]
     dirty_limit: Option<Rate>,
@@ -193,6 +198,10 @@ impl ComparedArgs {
         let terms = |policy: &PolicyName| TermsArgs {
             policy: Some(*policy),
             dirty_limit: self.dirty_limit.filter(|_| matches!(policy.0, Policy::DirtyLimit(_))),
+            min_share: self
+                .min_share
+                .or(scenario.min_share)
+                .filter(|_| matches!(policy.0, Policy::FairShare(_))),
             deadline: self.deadline.or(scenario.deadline),
             ..scenario.clone()
         };
