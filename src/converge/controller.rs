@@ -277,8 +277,7 @@ impl Controller {
         self.learn(now, seen);
         // Who looks late will close gates late. One that comes very late counts no more than one that comes late, and less
         // than those in time: a vCPU that is held back leaves a CPU to who looks.
-        let late =
-            now.saturating_sub(self.look_due).as_secs_f64().min(2.0 * self.gate_s).min(LONGEST_GATE_S);
+        let late = now.saturating_sub(self.look_due).as_secs_f64().min(2.0 * self.gate_s).min(LONGEST_GATE_S);
         let gate = self.settings.gate_latency.as_secs_f64() + late;
         let weight = if gate < self.gate_s { NEWEST_LOOK_IN_TIME } else { NEWEST_LOOK };
         self.gate_s += weight * (gate - self.gate_s);
@@ -636,12 +635,7 @@ impl Controller {
     }
 
     /// Turns what each vCPU may dirty (all together, if they cannot be told apart) into quotas.
-    fn set_shares(
-        &mut self,
-        now: Duration,
-        terms: &Terms,
-        fair: &Fair,
-    ) {
+    fn set_shares(&mut self, now: Duration, terms: &Terms, fair: &Fair) {
         let round = fair.round;
         let seconds = terms.seconds(round);
         for index in 0..self.throttles.len() {

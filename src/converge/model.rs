@@ -340,11 +340,7 @@ impl Model {
             _ => 1.0,
         };
         let sent = self.sent(terms, round, runs);
-        if sent < round.pages {
-            self.fair_of(terms, Round { pages: sent, ..round }, target)
-        } else {
-            fair
-        }
+        if sent < round.pages { self.fair_of(terms, Round { pages: sent, ..round }, target) } else { fair }
     }
 
     fn fair_of(&self, terms: &Terms, round: Round, target: f64) -> Fair {

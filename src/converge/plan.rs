@@ -175,12 +175,7 @@ fn plan(model: &Model, terms: &Terms, now: Round, rules: &Rules) -> Option<Plan>
 
 /// The end, if the current `round` is braked to `target` and each further one at least to what fits; `None` if that
 /// does not end.
-pub(crate) fn brake_down(
-    model: &Model,
-    terms: &Terms,
-    round: Round,
-    target: f64,
-) -> Option<Forecast> {
+pub(crate) fn brake_down(model: &Model, terms: &Terms, round: Round, target: f64) -> Option<Forecast> {
     brake_down_after(Forecast::NOTHING, model, terms, round, target)
 }
 

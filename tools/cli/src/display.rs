@@ -181,7 +181,10 @@ fn sentence(event: &Event) -> Option<String> {
             format!("vCPUs that are held back now stand for up to {longest_stall_ms:.0} ms at a stretch")
         }
         Event::MinShareLowered { min_share } => {
-            format!("heavier writers than the link carries: they keep {:.1} % of their pages", min_share * 100.0)
+            format!(
+                "heavier writers than the link carries: they keep {:.1} % of their pages",
+                min_share * 100.0
+            )
         }
         Event::DeadlineOutOfReach => "the deadline cannot be kept; going as fast as can be".to_owned(),
         Event::SwitchoverCalledOff { pages_left, pages_fit } => format!(

@@ -48,6 +48,10 @@ pub struct VmArgs {
     /// Whether RAM lies in huge pages
     #[arg(long, value_enum, value_name = "KIND", default_value_t = HugePagesArg::None)]
     pub huge_pages: HugePagesArg,
+
+    /// Keep each vCPU on a CPU of its own, as far as there are enough
+    #[arg(long)]
+    pub pin_vcpus: bool,
 }
 
 /// What the guest does and how its writes are tracked.
@@ -133,6 +137,7 @@ impl VmArgs {
                 HugePagesArg::Transparent => HugePages::Transparent,
                 HugePagesArg::Reserved => HugePages::Reserved,
             },
+            pin_vcpus: self.pin_vcpus,
             ..Config::default()
         }
     }

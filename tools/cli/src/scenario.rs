@@ -97,7 +97,7 @@ impl Scenario {
     }
 
     /// The guest that it describes.
-    pub fn guest_args(&self, backend: BackendArg, ring_entries: u32) -> Result<GuestArgs> {
+    pub fn guest_args(&self, backend: BackendArg, ring_entries: u32, pin_vcpus: bool) -> Result<GuestArgs> {
         let vcpus = u32::try_from(self.guest.vcpus.len())?;
         let work = self.guest.vcpus.iter().enumerate();
         Ok(GuestArgs {
@@ -108,6 +108,7 @@ impl Scenario {
                 regions: 1,
                 backing: BackingArg::Anonymous,
                 huge_pages: HugePagesArg::None,
+                pin_vcpus,
             },
             fill: self.guest.fill,
             work: work.map(|(vcpu, work)| format!("vcpu{vcpu}={work}")).collect(),
@@ -120,7 +121,8 @@ impl Scenario {
 
     /// Its policy and limits. A policy that does not end is to be seen not to end: rounds are limited only if it says so.
     pub fn terms(&self) -> TermsArgs {
-        let Limits { downtime, deadline, max_rounds, max_transfer, convergence_timeout, min_share } = self.limits;
+        let Limits { downtime, deadline, max_rounds, max_transfer, convergence_timeout, min_share } =
+            self.limits;
         TermsArgs {
             downtime_limit: Some(downtime),
             policy: self.policy,

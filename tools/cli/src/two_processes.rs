@@ -145,6 +145,9 @@ impl ReceivingProcess {
             .args(["--regions", &vm.regions.to_string()])
             .args(["--backing", &value_name(&vm.backing), "--huge-pages", &value_name(&vm.huge_pages)])
             .args(["--run-for", &format!("{}ms", MEASURE.as_millis())]);
+        if vm.pin_vcpus {
+            command.arg("--pin-vcpus");
+        }
         if !listen.address.ip().is_loopback() {
             command.arg("--insecure");
         }

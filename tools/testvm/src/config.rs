@@ -31,6 +31,8 @@ pub struct Config {
     pub boot: Boot,
     /// How guest writes are tracked.
     pub tracking: Tracking,
+    /// Whether each vCPU's thread is kept on a CPU of its own, as far as there are enough.
+    pub pin_vcpus: bool,
     /// Where the guest's serial port goes, besides [`TestVm::console`](crate::TestVm::console).
     pub console: Option<Console>,
 }
@@ -46,6 +48,7 @@ impl Default for Config {
             huge_pages: HugePages::None,
             boot: Boot::Destination,
             tracking: Tracking::None,
+            pin_vcpus: false,
             console: None,
         }
     }

@@ -25,6 +25,7 @@ pub mod links;
 mod machine;
 mod memory;
 mod multiboot;
+mod pin;
 mod skip;
 mod state;
 mod stats;

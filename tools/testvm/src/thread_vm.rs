@@ -23,6 +23,7 @@ use crate::gate::{Gate, VcpuStatus, Wanted};
 use crate::guest::{Guest, GuestError};
 use crate::machine::HostMachine;
 use crate::memory::Ram;
+use crate::pin;
 use crate::state::StateError;
 use crate::workload::Machine;
 use crate::workload::command_line;
@@ -50,6 +51,7 @@ enum Phase {
 pub struct ThreadVm {
     ram: Ram,
     vcpus: usize,
+    pin_vcpus: bool,
     workload: Option<command_line::Config>,
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
@@ -103,7 +105,15 @@ impl ThreadVm {
             stop: AtomicBool::new(false),
             stopped_at_ns: (0..vcpus).map(|_| AtomicU64::new(0)).collect(),
         });
-        Ok(Self { ram, vcpus, workload, shared, threads: Vec::new(), phase: Phase::Built })
+        Ok(Self {
+            ram,
+            vcpus,
+            pin_vcpus: config.pin_vcpus,
+            workload,
+            shared,
+            threads: Vec::new(),
+            phase: Phase::Built,
+        })
     }
 
     /// Starts the workload.
@@ -136,7 +146,11 @@ impl ThreadVm {
             let mut vcpu = attached.ok_or(GuestError::NotRunning("a mailbox that makes no sense"))?;
             prepare(index, &mut vcpu);
             let shared = self.shared.clone();
+            let pinned = self.pin_vcpus;
             let body = move || {
+                if pinned {
+                    pin::to_cpu(index);
+                }
                 let ended = catch_unwind(AssertUnwindSafe(|| shared.work(index, vcpu)));
                 let failed = VcpuStatus::Failed(VcpuError::Panicked);
                 shared.gate.ended(index, ended.map_or(failed, |()| VcpuStatus::Paused));

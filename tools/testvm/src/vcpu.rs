@@ -17,6 +17,7 @@ use crate::error::{TestVmError, VcpuError};
 use crate::exit::{failure, rip};
 use crate::gate::{Gate, VcpuStatus};
 use crate::kick::Kick;
+use crate::pin;
 use crate::stats::Stats;
 use crate::workload::mailbox::{EXIT_PORT, IDLE_PORT};
 
@@ -139,9 +140,13 @@ pub(crate) fn spawn(
     vcpu: Arc<Vcpu>,
     gate: Arc<Gate>,
     serial: Arc<Mutex<Serial>>,
+    pinned: bool,
 ) -> Result<JoinHandle<()>, TestVmError> {
     let index = vcpu.index;
     let body = move || {
+        if pinned {
+            pin::to_cpu(index);
+        }
         vcpu.kick.adopt();
         let ended = catch_unwind(AssertUnwindSafe(|| run(&vcpu, &gate, &serial)));
         vcpu.kick.leave();

@@ -138,7 +138,8 @@ impl TestVm {
             phase: Phase::Built,
         };
         for vcpu in &built.vcpus {
-            let thread = vcpu::spawn(vcpu.clone(), built.gate.clone(), built.serial.clone())?;
+            let thread =
+                vcpu::spawn(vcpu.clone(), built.gate.clone(), built.serial.clone(), config.pin_vcpus)?;
             built.threads.push(thread);
         }
         Ok(built)

@@ -59,6 +59,10 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 65_536)]
     ring_entries: u32,
 
+    /// Keep each vCPU on a CPU of its own, as far as there are enough: figures of single vCPUs scatter less
+    #[arg(long)]
+    pin_vcpus: bool,
+
     /// Time after which a migration is given up
     #[arg(long, value_name = "TIME", default_value = GIVE_UP)]
     timeout: Time,
@@ -128,7 +132,7 @@ fn one(
     links: &Links,
     output: Output,
 ) -> Result<bool> {
-    let guest = scenario.guest_args(args.backend, args.ring_entries)?;
+    let guest = scenario.guest_args(args.backend, args.ring_entries, args.pin_vcpus)?;
     let listen =
         Listen { address: (Links::far_address(1), 7000).into(), namespace: Some(links.far().to_owned()) };
     let mut crossing = Crossing::prepare(&guest, &listen)?;
