@@ -7,7 +7,8 @@
 //!
 //! **How far.** Each of the others gets the same number of pages for the round, evenly: λ, or less where that ends
 //! the migration sooner and so costs the guest less. Together they keep `min_share` of their `Σ nᵢ`, poured the same
-//! way; what that adds is not taken from the others: the round just leaves more.
+//! way (a share of each one's own rate would leave most to whoever writes most); what that adds is not taken from the
+//! others: the round just leaves more.
 //!
 //! **What it costs.** In a round of length `T`, a vCPU that may dirty λ pages runs for `nᵢ⁻¹(λ)` and stands for
 //! the rest: it loses `T − nᵢ⁻¹(λ)`; for a steady writer, `T × (1 − λ ÷ nᵢ(T))`.
