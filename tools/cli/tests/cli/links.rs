@@ -1,11 +1,11 @@
-//! A real VM migrates over two links at once, between two network namespaces, and one of the links falls silent in
-//! the middle.
+//! A real VM migrates between two network namespaces: over two links, one of which falls silent in the middle, and over
+//! one that is too slow for what its vCPUs write.
 
 use ringferry_testvm::links::{Links, MTU};
 use ringferry_testvm::skip;
 use serde_json::Value;
 
-use crate::support::Running;
+use crate::support::{Running, ringferry};
 
 /// Two shaped links for data, and a third for control.
 fn links() -> std::io::Result<Links> {
@@ -63,4 +63,58 @@ fn a_vm_arrives_whole_although_one_of_its_two_links_falls_silent_and_the_report_
     assert_eq!(received.code, Some(0), "{received:?}");
     assert!(received.stdout.contains("\"guest_consistent\":true"), "{received:?}");
     drop(guest);
+}
+
+/// Two write at full speed over working sets of different size, two write little.
+const SHARED: &str = r#"
+description = "four vCPUs"
+[guest]
+memory = "512MiB"
+fill = "64MiB"
+vcpus = [
+    "pattern:sequential,ws:60MiB,bytes:16,content:counter",
+    "pattern:sequential,ws:120MiB,bytes:16,content:counter",
+    "pattern:sequential,ws:4MiB,bytes:16,content:counter,pace:1220",
+    "pattern:sequential,ws:4MiB,bytes:16,content:counter,pace:1220",
+]
+[link]
+rate = "100MB/s"
+[limits]
+downtime = "300ms"
+min_share = 40
+max_rounds = 5
+"#;
+
+#[test]
+fn two_heavy_writers_are_held_to_the_same_number_of_pages_and_light_ones_are_not_held() {
+    if let Err(error) = std::fs::File::options().read(true).write(true).open("/dev/kvm") {
+        return skip(&format!("/dev/kvm cannot be opened: {error}"));
+    }
+    if let Err(reason) = links() {
+        return skip(&format!("namespaces with shaped links cannot be made here: {reason}"));
+    }
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), SHARED).unwrap();
+    let run = ringferry(&["bench", "migrate", "--json", "--scenario", file.path().to_str().unwrap()]);
+    assert_eq!(run.code, Some(0), "{run:?}");
+    let report = run.objects().into_iter().find(|object| object["kind"] == "migration_report").unwrap();
+    assert_eq!(
+        (&report["result"], &report["ram_digest_match"], &report["guest_consistent"]),
+        (&"completed".into(), &true.into(), &true.into()),
+        "{report}"
+    );
+    let throttled = |vcpu: usize| report["vcpus"][vcpu]["throttled_ms"].as_f64().unwrap();
+    assert!(throttled(0) > 0.0 && throttled(1) > 0.0, "{report}");
+    assert_eq!((throttled(2), throttled(3)), (0.0, 0.0), "{report}");
+    // Held back, neither dirties all of its working set; from the third round on both are above their share of the link.
+    let rounds = report["rounds"].as_array().unwrap().iter().skip(2);
+    let dirtied = rounds.filter_map(|round| {
+        let vcpus = round["vcpu_pages_dirtied"].as_array()?;
+        Some((vcpus.first()?.as_u64()?, vcpus.get(1)?.as_u64()?))
+    });
+    let held = dirtied.filter(|(one, other)| *one < 15_000 && *other < 30_000);
+    let (one, other) = held.fold((0, 0), |(one, other), (a, b)| (one + a, other + b));
+    assert!(one > 0 && other > 0, "{report}");
+    // Within 5 % on a host that is at rest; a CI machine is not.
+    assert!(one * 2 > other && other * 2 > one, "{one} and {other} pages: {report}");
 }
