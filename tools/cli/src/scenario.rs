@@ -88,6 +88,11 @@ impl Scenario {
                 scenario.guest.vcpus.len()
             );
         }
+        if let Some(percent) = scenario.limits.min_share.filter(|percent| *percent > 100) {
+            bail!(
+                "scenario {file}: key `min_share` in [limits] is {percent}, 0 to 100 (percent) are allowed"
+            );
+        }
         for (vcpu, work) in scenario.guest.vcpus.iter().enumerate() {
             Work::default().change(work).map_err(|error| {
                 anyhow::anyhow!("scenario {file}: key `vcpus` in [guest], entry {vcpu}: {error}")
