@@ -88,10 +88,8 @@ impl Scenario {
                 scenario.guest.vcpus.len()
             );
         }
-        if let Some(percent) = scenario.limits.min_share.filter(|percent| *percent > 100) {
-            bail!(
-                "scenario {file}: key `min_share` in [limits] is {percent}, 0 to 100 (percent) are allowed"
-            );
+        if let Some(percent) = scenario.limits.min_share.filter(|percent| *percent > 99) {
+            bail!("scenario {file}: key `min_share` in [limits] is {percent}, 0 to 99 (percent) are allowed");
         }
         for (vcpu, work) in scenario.guest.vcpus.iter().enumerate() {
             Work::default().change(work).map_err(|error| {
@@ -176,6 +174,9 @@ mod tests {
         let text = BUILT_IN[0].1.replace("100MB/s", "fast");
         let error = format!("{:#}", Scenario::parse("mine.toml", &text).unwrap_err());
         assert!(error.contains("rate") && error.contains("100MB/s"), "{error}");
+        let text = BUILT_IN[0].1.replace("[limits]", "[limits]\nmin_share = 200");
+        let error = format!("{:#}", Scenario::parse("mine.toml", &text).unwrap_err());
+        assert!(error.contains("min_share") && error.contains("0 to 99"), "{error}");
     }
 
     #[test]
