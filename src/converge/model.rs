@@ -17,6 +17,9 @@ pub(crate) const AIM: f64 = 0.9;
 pub(crate) const FAIR: f64 = 0.75;
 /// What a vCPU dirties in this time after a recycle says how fast it dirties whenever it is let run.
 const FRESH_S: f64 = 0.01;
+/// One that comes out of a stall is slower: of 75 pages that this rate lets expect between two stalls, 57 came
+/// (kernel-notes/steering.md).
+const AFTER_A_STALL: f64 = 0.75;
 /// Rounds that anyone is ready to predict, or to wait for.
 const MOST_ROUNDS: u32 = 200;
 /// A round that is not smaller than this share of the one before is nothing to wait for.
@@ -172,7 +175,7 @@ impl Curve {
     /// Pages that a vCPU will dirty between two stalls if closing its gate takes so long, until that is measured: at the
     /// rate of a freshly recycled vCPU, over long enough that a late first look does not distort it.
     pub(crate) fn overrun_in(&self, gate_s: f64) -> f64 {
-        gate_s * self.at(FRESH_S) / FRESH_S
+        AFTER_A_STALL * gate_s * self.at(FRESH_S) / FRESH_S
     }
 
     /// Running time, from now, until it has dirtied `pages` in `round`.
