@@ -3,12 +3,13 @@
 //! Owns the order of things within a round and nothing else: the arithmetic is in its neighbours. Before it comes
 //! `track`, whose counts it is given; after it `source`, which does what it says.
 
-use std::collections::VecDeque;
 use std::time::Duration;
 
 use super::curve::Curve;
+use super::looks::Looks;
 use super::model::{Brake, FAIR, Fair, Forecast, Model, Outcome, Round, Terms, shrinks};
-use super::throttle::{LONGEST_STALL, SHORTEST_RUN, Throttle};
+use super::news::News;
+use super::throttle::{LONGEST_STALL, Throttle};
 use super::units::{duration, sane, whole};
 use super::{
     Action, AtTimeout, AutoConverge, Change, DirtyLimit, Event, FairShare, Gate, LastCheck, Observation,
@@ -17,18 +18,11 @@ use super::{
 };
 use crate::PAGE_SIZE;
 
-/// Events kept for a caller that does not take them.
-const MOST_EVENTS: usize = 1024;
 /// Plans are made this often within a round, or less often for guests whose plans take long.
 const REPLAN_S: f64 = 0.05;
 const REPLAN_S_PER_VCPU: f64 = 0.5e-3;
 /// Bytes on the wire for a page that is sent as it is, until it is measured.
 const RAW_PAGE_BYTES: f64 = PAGE_SIZE as f64 + 1.0;
-/// Time between two observations, and while vCPUs are held back by pages.
-const LOOK: Duration = Duration::from_millis(1);
-const LOOK_WHILE_BRAKING: Duration = Duration::from_micros(200);
-/// And while one of them has come out of a stall and, as likely as not, has to go into the next one.
-const LOOK_BETWEEN_STALLS: Duration = Duration::from_micros(100);
 /// Pages that say what a page costs.
 const ENOUGH_PAGES: f64 = 16_384.0;
 /// Time between two rounds, until it is measured.
@@ -36,14 +30,10 @@ const ROUND_OVERHEAD_S: f64 = 2e-3;
 /// The first round is the only look at a guest's curves that costs nothing; it is braked only to keep a deadline
 /// that could not be kept otherwise, and not before this share of it has been seen.
 const FIRST_ROUND_SEEN: f64 = 0.5;
-/// Weights of the newest overrun of a gate and of the newest look that came late, and the longest time that one is
-/// believed to take.
+/// Weight of the newest overrun of a gate.
 const NEWEST_OVERRUN: f64 = 0.05;
 /// One overrun that is larger than so many usual ones is an accident, and counts no more than those.
 const MOST_OVERRUN: f64 = 5.0;
-const NEWEST_LOOK: f64 = 0.02;
-const NEWEST_LOOK_IN_TIME: f64 = 0.06;
-const LONGEST_GATE_S: f64 = 0.1;
 /// From the decision to stop the guest to its last write, as measured on a busy host.
 const STOPPING_S: f64 = 0.6e-3;
 /// Who was held back for no more than this share of a round still teaches how fast it dirties.
@@ -107,31 +97,20 @@ pub struct Controller {
     throttled_seen: Vec<f64>,
     next_plan: f64,
     prediction: Option<Prediction>,
-    told: Option<Prediction>,
-    told_throttling: (usize, u64),
-    told_downtime: Duration,
-    told_late: bool,
-    /// From a vCPU's overdraft to its gate being closed on it, as expected.
-    gate_s: f64,
-    looked_at: Duration,
-    look_due: Duration,
+    looks: Looks,
     longest_stall: Duration,
-    told_min_share: f64,
     /// Since when braking wants longer stalls, or shorter ones again.
     other_stalls_wanted: Option<Duration>,
     called_off: u32,
-    sequence: u64,
-    events: VecDeque<Event>,
+    news: News,
 }
 
 impl Controller {
     /// A controller for a migration that starts now.
     pub fn new(settings: Settings) -> Self {
         Self {
-            told_downtime: settings.limits.downtime,
-            gate_s: settings.gate_latency.as_secs_f64(),
-            looked_at: Duration::ZERO,
-            look_due: Duration::MAX,
+            news: News::new(settings.limits.downtime),
+            looks: Looks::new(settings.gate_latency),
             settings,
             model: Model::default(),
             round: Current::default(),
@@ -148,15 +127,9 @@ impl Controller {
             throttled_seen: Vec::new(),
             next_plan: 0.0,
             prediction: None,
-            told: None,
-            told_throttling: (0, 0),
-            told_late: false,
             longest_stall: LONGEST_STALL,
-            told_min_share: FairShare::USUAL_MIN_SHARE,
             other_stalls_wanted: None,
             called_off: 0,
-            sequence: 0,
-            events: VecDeque::new(),
         }
     }
 
@@ -171,12 +144,11 @@ impl Controller {
         change(&mut self.settings);
         if self.settings.policy != before.policy {
             (self.target, self.level) = (None, None);
-            self.tell(now, Change::Policy(self.settings.policy));
+            self.news.tell(now, Change::Policy(self.settings.policy));
         }
         if self.settings.limits != before.limits {
-            self.told_downtime = self.settings.limits.downtime_at(now);
-            self.told_late = false;
-            self.tell(now, Change::Limits(self.settings.limits.clone()));
+            self.news.limits_set(self.settings.limits.downtime_at(now));
+            self.news.tell(now, Change::Limits(self.settings.limits.clone()));
         }
         self.next_plan = 0.0;
     }
@@ -203,18 +175,9 @@ impl Controller {
         matches!(self.settings.policy, Policy::FairShare(_)) && gets_anywhere
     }
 
-    /// How long to wait until the next observation. While someone is held back by pages, what it overdraws is what
-    /// it dirties between two looks.
+    /// How long to wait until the next observation.
     pub fn next_look(&self) -> Duration {
-        let now = self.looked_at;
-        let of_vcpu = |((share, throttle), gate): ((&Share, &Throttle), &Gate)| match (share.quota, gate) {
-            (Some(Quota::Pages(_)), Gate::ClosedUntil(until)) => until.saturating_sub(now) + SHORTEST_RUN,
-            (Some(Quota::Pages(_)), Gate::Open) if throttle.is_between_stalls(now) => LOOK_BETWEEN_STALLS,
-            (Some(Quota::Pages(_)), Gate::Open) => LOOK_WHILE_BRAKING,
-            _ => LOOK,
-        };
-        let vcpus = self.shares.iter().zip(&self.throttles).zip(&self.gates);
-        vcpus.map(of_vcpu).fold(LOOK, Duration::min)
+        self.looks.next(&self.shares, &self.throttles, &self.gates)
     }
 
     /// λ of the current round, if it is braked.
@@ -246,7 +209,7 @@ impl Controller {
 
     /// What has happened since this was last called.
     pub fn take_events(&mut self) -> impl Iterator<Item = Event> + '_ {
-        self.events.drain(..)
+        self.news.take()
     }
 
     /// A round starts with so many pages: everything dirty has been harvested and counts start at 0 again.
@@ -258,7 +221,7 @@ impl Controller {
         self.model.bandwidth.start(at, self.bytes_acked);
         self.counts.fill(Pages(0));
         self.throttles.iter_mut().for_each(Throttle::recycled);
-        self.look_due = now + LOOK;
+        self.looks.round_started(now);
         self.round = Current {
             number: self.round.number.saturating_add(1),
             start: at,
@@ -275,12 +238,7 @@ impl Controller {
     /// Something has been seen in the middle of a round.
     pub fn observed(&mut self, now: Duration, seen: &Observation<'_>) -> Action {
         self.learn(now, seen);
-        // Who looks late will close gates late. One that comes very late counts no more than one that comes late, and less
-        // than those in time: a vCPU that is held back leaves a CPU to who looks.
-        let late = now.saturating_sub(self.look_due).as_secs_f64().min(2.0 * self.gate_s).min(LONGEST_GATE_S);
-        let gate = self.settings.gate_latency.as_secs_f64() + late;
-        let weight = if gate < self.gate_s { NEWEST_LOOK_IN_TIME } else { NEWEST_LOOK };
-        self.gate_s += weight * (gate - self.gate_s);
+        self.looks.begins(now, self.settings.gate_latency);
         if let Some(action) = self.must_end(now, false) {
             return action;
         }
@@ -291,14 +249,13 @@ impl Controller {
         for (index, (throttle, gate)) in self.throttles.iter_mut().zip(&mut self.gates).enumerate() {
             *gate = throttle.look(now, self.counts[index], self.longest_stall);
             if let (Some(pages), Some(vcpu)) = (throttle.take_overrun(), self.model.overruns.get_mut(index)) {
-                let mean = vcpu.unwrap_or_else(|| self.model.curves[index].overrun_in(self.gate_s));
+                let mean = vcpu.unwrap_or_else(|| self.model.curves[index].overrun_in(self.looks.gate_s()));
                 let pages = pages.as_f64().min(MOST_OVERRUN * mean.max(1.0));
                 *vcpu = Some(mean + NEWEST_OVERRUN * (pages - mean));
             }
         }
-        self.looked_at = now;
-        self.look_due = now + self.next_look();
-        self.downtime_limit_told(now);
+        self.looks.ends(now, &self.shares, &self.throttles, &self.gates);
+        self.news.downtime_limit(now, self.settings.limits.downtime_at(now));
         let left = (self.round.pages - self.round.done).max(0.0) + self.dirty_now();
         self.switch_if_it_fits(now, left + self.dirtied_until_stopped())
     }
@@ -337,17 +294,9 @@ impl Controller {
         let check = switchover::last_check(left, fits, self.called_off);
         if check == LastCheck::CallOff {
             self.called_off += 1;
-            self.tell(now, Change::CalledOff { left, fits });
+            self.news.tell(now, Change::CalledOff { left, fits });
         }
         check
-    }
-
-    fn tell(&mut self, at: Duration, change: Change) {
-        self.sequence += 1;
-        if self.events.len() == MOST_EVENTS {
-            self.events.pop_front();
-        }
-        self.events.push_back(Event { sequence: self.sequence, at, change });
     }
 
     fn learn(&mut self, now: Duration, seen: &Observation<'_>) {
@@ -414,7 +363,8 @@ impl Controller {
     fn dirtied_until_stopped(&self) -> f64 {
         let round = Round { current: true, ..Round::coming(0.0, 0.0) };
         let all = self.model.curves.iter().chain([&self.model.others]);
-        let more = |curve: &Curve| curve.by_the_end(round, self.gate_s.max(STOPPING_S)) - curve.last().1;
+        let more =
+            |curve: &Curve| curve.by_the_end(round, self.looks.gate_s().max(STOPPING_S)) - curve.last().1;
         all.map(more).sum::<f64>().max(0.0)
     }
 
@@ -431,7 +381,7 @@ impl Controller {
             round_overhead_s: ROUND_OVERHEAD_S,
             longest_stall_s: LONGEST_STALL.as_secs_f64(),
             fair: FAIR,
-            gate_s: self.gate_s,
+            gate_s: self.looks.gate_s(),
             min_share: FairShare::USUAL_MIN_SHARE,
             ram: self.settings.ram.as_f64(),
         })
@@ -442,10 +392,10 @@ impl Controller {
         let ram_bytes = self.settings.ram.0.saturating_mul(PAGE_SIZE as u64);
         let reached = self.settings.limits.reached(now, rounds, self.bytes_acked, ram_bytes)?;
         if reached == stop::Reached::Timeout(AtTimeout::Cancel) {
-            self.tell(now, Change::GaveUp(reached));
+            self.news.tell(now, Change::GaveUp(reached));
             return Some(Action::GiveUp(reached));
         }
-        self.tell(now, Change::SwitchOver(Why::Limit(reached)));
+        self.news.tell(now, Change::SwitchOver(Why::Limit(reached)));
         Some(Action::SwitchOver(Why::Limit(reached)))
     }
 
@@ -455,16 +405,8 @@ impl Controller {
         if left > 0.0 && left > self.fits(now).as_f64() * room {
             return Action::Continue;
         }
-        self.tell(now, Change::SwitchOver(Why::Fits));
+        self.news.tell(now, Change::SwitchOver(Why::Fits));
         Action::SwitchOver(Why::Fits)
-    }
-
-    fn downtime_limit_told(&mut self, now: Duration) {
-        let limit = self.settings.limits.downtime_at(now);
-        if limit != self.told_downtime {
-            self.told_downtime = limit;
-            self.tell(now, Change::DowntimeLimit(limit));
-        }
     }
 
     /// Predicts, and sets the quotas that follow.
@@ -514,11 +456,8 @@ impl Controller {
             spread,
         };
         self.prediction = Some(prediction);
-        if self.told.is_none_or(|told| differs(&told, &prediction)) {
-            self.told = Some(prediction);
-            self.tell(now, Change::Prediction(prediction));
-        }
-        self.throttling_told(now);
+        self.news.prediction(now, prediction);
+        self.news.throttling(now, &self.shares, self.level);
     }
 
     /// The same quota for every vCPU.
@@ -619,17 +558,15 @@ impl Controller {
             self.other_stalls_wanted = (wanted != self.longest_stall).then_some(since);
             if now.saturating_sub(since) >= OTHER_STALLS_WANTED {
                 self.longest_stall = wanted;
-                self.tell(now, Change::LongestStall(wanted));
+                self.news.tell(now, Change::LongestStall(wanted));
             }
         }
-        if target.is_some() && fair_share.min_share.is_none() && terms.min_share < self.told_min_share {
-            self.told_min_share = terms.min_share;
-            self.tell(now, Change::MinShare(terms.min_share));
+        if target.is_some() && fair_share.min_share.is_none() {
+            self.news.min_share(now, terms.min_share);
         }
         let late = remaining.is_some() && plan.is_some_and(|plan| !plan.in_time) && (seen || later_round);
-        if late && !self.told_late {
-            self.told_late = true;
-            self.tell(now, Change::DeadlineOutOfReach);
+        if late {
+            self.news.deadline_out_of_reach(now);
         }
         plan.map(|plan| plan.forecast)
     }
@@ -656,38 +593,8 @@ impl Controller {
         self.model.held.clear();
         self.model.held.extend(self.shares.iter().map(|share| share.quota.is_some()));
     }
-
-    fn throttling_told(&mut self, now: Duration) {
-        let throttled = self.shares.iter().filter_map(|share| share.quota);
-        let vcpus = throttled.clone().count();
-        let time_share = throttled.clone().find_map(|quota| match quota {
-            Quota::Time(share) | Quota::QemuTime(share) => Some(share),
-            Quota::Pages(_) => None,
-        });
-        // Told again when it moves by more than a twentieth of the scale, or of a doubling.
-        let step = time_share
-            .map_or(self.level.map_or(0, |level| u64::from(level.0.max(1).ilog2())), |share| {
-                whole(share * 20.0)
-            });
-        if (vcpus, step) != self.told_throttling {
-            self.told_throttling = (vcpus, step);
-            self.tell(now, Change::Throttling { vcpus, level: self.level, time_share });
-        }
-    }
 }
 
 fn pages_per_s(limit: DirtyLimit) -> f64 {
     limit.bytes_per_s as f64 / PAGE_SIZE as f64
-}
-
-/// Whether two predictions are different news.
-fn differs(told: &Prediction, now: &Prediction) -> bool {
-    if (told.converges, told.converges_unthrottled) != (now.converges, now.converges_unthrottled) {
-        return true;
-    }
-    let far = |a: Duration, b: Duration| a.abs_diff(b).as_secs_f64() > 0.05 * a.as_secs_f64();
-    match (told.total, now.total) {
-        (Some(told), Some(now)) => far(told, now),
-        (told, now) => told.is_some() != now.is_some(),
-    }
 }

@@ -12,16 +12,18 @@
 //! 3. [`round_ended`](Controller::round_ended) when its pages are done; then harvest and 1, or switch over;
 //! 4. [`last_check`](Controller::last_check) when the guest stands still and what is left is known exactly.
 //!
-//! `curve` and `bandwidth` measure, `model` predicts, `plan` and `fair_share` decide, `throttle` turns a decision
-//! into gates, `switchover` and `stop` end it, `auto_converge` is the older rule, `policy` has all the names; `controller` ties
-//! them together.
+//! `curve` and `bandwidth` measure, `model` predicts, `plan` and `fair_share` decide; `looks` says when to look at the
+//! vCPUs and `throttle` turns a decision into gates; `switchover` and `stop` end it; `news` is what those who watch are
+//! told; `auto_converge` is the older rule, `policy` has all the names; `controller` ties them together.
 
 pub mod auto_converge;
 pub mod bandwidth;
 mod controller;
 pub mod curve;
 pub mod fair_share;
+mod looks;
 mod model;
+mod news;
 mod plan;
 pub mod policy;
 mod redirtied;

@@ -5,6 +5,7 @@
 //! dirty set and lets the VM run on here. After it, the source never resumes by itself: see
 //! [`SourceError::Unconfirmed`].
 
+mod error;
 mod report;
 mod slice;
 mod steering;
@@ -14,6 +15,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+pub use error::SourceError;
 pub use report::{ChannelReport, LossReport, SourceReport};
 
 use self::slice::ShortSlice;
@@ -24,77 +26,14 @@ use crate::page::populated;
 use crate::page::ram_digest;
 use crate::page_set::PageSet;
 use crate::progress::{Event, Phase, Progress, RoundReport};
-use crate::track::{DirtySource, Observed, TrackError};
+use crate::track::{DirtySource, Observed};
 use crate::transport::control::{ControlConnection, ControlError};
-use crate::transport::{ChannelSpec, MigrationToken, RoundSent, SendOptions, Sender, Totals, TransportError};
-use crate::vm::{Paused, Vm, VmError};
+use crate::transport::{ChannelSpec, MigrationToken, RoundSent, SendOptions, Sender, Totals};
+use crate::vm::{Paused, Vm};
 use crate::wire::control::{Hello, Message, PROTOCOL, Token};
 
 /// While the guest stands still there is only a wish to cancel to look for.
 const LOOK_AT_REST: Duration = Duration::from_millis(1);
-
-/// Why a migration did not complete.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum SourceError {
-    /// The control connection failed.
-    #[error(transparent)]
-    Control(#[from] ControlError),
-    /// The destination will not take this VM.
-    #[error("the destination refused the VM: {0}")]
-    Refused(String),
-    /// The destination gave up.
-    #[error("the destination ended the migration: {0}")]
-    Aborted(String),
-    /// The peer said something that its phase does not allow.
-    #[error("expected {expected} from the destination, got {got}")]
-    Unexpected {
-        /// What the phase allows.
-        expected: &'static str,
-        /// What came.
-        got: &'static str,
-    },
-    /// The data connections failed.
-    #[error(transparent)]
-    Transport(#[from] TransportError),
-    /// Dirty tracking failed.
-    #[error("dirty tracking failed: {0}")]
-    Track(#[from] TrackError),
-    /// The VMM could not do its part.
-    #[error("the VMM could not {action}: {source}")]
-    Vm {
-        /// What it was asked.
-        action: &'static str,
-        /// Its own error.
-        source: VmError,
-    },
-    /// The two RAM digests differ.
-    #[error("RAM at the destination differs (digest {ours:032x} here, {theirs:032x} there): not handed over")]
-    DigestMismatch {
-        /// Digest here.
-        ours: u128,
-        /// Digest there.
-        theirs: u128,
-    },
-    /// A limit that the user set says that it has taken long enough.
-    #[error("given up: the timeout of the migration has passed; the VM runs on here")]
-    GaveUp,
-    /// The user asked to stop.
-    #[error("cancelled; the VM runs on here")]
-    Cancelled,
-    /// The VM was handed over, and the destination never said that it runs. It may run there: the VM stays
-    /// paused here with its RAM kept, until an operator has looked and either drops it or resumes it.
-    #[error(
-        "the VM was handed over but the destination did not confirm that it runs ({cause}); it stays paused here: \
-         find out whether it runs there, then end one of the two"
-    )]
-    Unconfirmed {
-        /// Hand this to [`Vm::resume`] only if the destination certainly does not run the VM.
-        paused: Paused,
-        /// Why no confirmation came.
-        cause: Box<SourceError>,
-    },
-}
 
 /// What the user chooses for one migration. What may change while it runs is in
 /// [`Parameters`](crate::progress::Parameters).
