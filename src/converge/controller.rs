@@ -6,10 +6,11 @@
 use std::time::Duration;
 
 use super::curve::Curve;
+use super::fair_share::even_out;
 use super::looks::Looks;
-use super::model::{Brake, FAIR, Fair, Forecast, Model, Outcome, Round, Terms, shrinks};
+use super::model::{AIM, Brake, FAIR, Fair, Forecast, Model, Outcome, Round, Terms, shrinks};
 use super::news::News;
-use super::throttle::{LONGEST_STALL, Throttle};
+use super::throttle::{LONGEST_STALL, LONGEST_STALL_EVER, Throttle};
 use super::units::{duration, sane, whole};
 use super::{
     Action, AtTimeout, AutoConverge, Change, DirtyLimit, Event, FairShare, Gate, LastCheck, Observation,
@@ -40,8 +41,10 @@ const STOPPING_S: f64 = 0.6e-3;
 const HARDLY_HELD: f64 = 0.1;
 /// A switchover that had to be called off lowers the next one's limit to this share.
 const CAREFUL: f64 = 0.9;
-/// Stalls become longer, or shorter again, when braking has wanted that for so long: a busy moment is no reason.
-const OTHER_STALLS_WANTED: Duration = Duration::from_millis(150);
+/// Stalls become longer, and shorter again, when braking has wanted that for so long: a busy moment is no reason, and
+/// a migration that is about to end should.
+const LONGER_STALLS_WANTED: Duration = Duration::from_millis(150);
+const SHORTER_STALLS_WANTED: Duration = Duration::from_secs(1);
 /// A braked round is let go if another plan costs the guest so much less: this share, and this many seconds.
 const LET_GO_SHARE: f64 = 0.75;
 const LET_GO_S: f64 = 0.25;
@@ -85,6 +88,8 @@ pub struct Controller {
     throttles: Vec<Throttle>,
     gates: Vec<Gate>,
     shares: Vec<Share>,
+    /// By how much the stalls of each vCPU may be longer than the longest.
+    stretches: Vec<f64>,
     counts: Vec<Pages>,
     level: Option<Pages>,
     /// The round is being braked down to this, and so were those before it.
@@ -118,6 +123,7 @@ impl Controller {
             throttles: Vec::new(),
             gates: Vec::new(),
             shares: Vec::new(),
+            stretches: Vec::new(),
             counts: Vec::new(),
             level: None,
             target: None,
@@ -230,6 +236,9 @@ impl Controller {
             after_s: if self.round.number == 0 { f64::INFINITY } else { free_s },
             ..Current::default()
         };
+        // The depth of a plan is that of its first braked round; those that follow it go straight down.
+        let aim = self.fits(now).as_f64() * AIM;
+        self.target = self.target.map(|target| target.min(aim));
         self.model.held.clear();
         self.round_page_bytes = self.page_bytes;
         self.plan(now);
@@ -247,7 +256,8 @@ impl Controller {
             self.plan(now);
         }
         for (index, (throttle, gate)) in self.throttles.iter_mut().zip(&mut self.gates).enumerate() {
-            *gate = throttle.look(now, self.counts[index], self.longest_stall);
+            let longest = self.longest_stall.mul_f64(self.stretches[index]).min(LONGEST_STALL_EVER);
+            *gate = throttle.look(now, self.counts[index], longest);
             if let (Some(pages), Some(vcpu)) = (throttle.take_overrun(), self.model.overruns.get_mut(index)) {
                 let mean = vcpu.unwrap_or_else(|| self.model.curves[index].overrun_in(self.looks.gate_s()));
                 let pages = pages.as_f64().min(MOST_OVERRUN * mean.max(1.0));
@@ -305,6 +315,7 @@ impl Controller {
         self.throttles.resize(vcpus, Throttle::default());
         self.gates.resize(vcpus, Gate::Open);
         self.shares.resize(vcpus, Share::default());
+        self.stretches.resize(vcpus, 1.0);
         self.counts.resize(vcpus, Pages(0));
         if self.settings.per_vcpu {
             self.model.curves.resize(vcpus, Curve::default());
@@ -466,6 +477,7 @@ impl Controller {
             throttle.set(quota, now, *dirtied);
         }
         self.shares.iter_mut().for_each(|share| share.quota = quota);
+        self.stretches.fill(1.0);
         self.level = None;
     }
 
@@ -542,10 +554,11 @@ impl Controller {
         let no_plan = if later_round { Some(0.0) } else { self.target };
         let target = plan.map_or(no_plan, |plan| plan.target);
         self.target = target;
-        let fair = match target {
+        let mut fair = match target {
             Some(target) => model.fair(&terms, round, target),
             None => Fair { round, held: Vec::new(), level: f64::INFINITY },
         };
+        even_out(&mut fair.held, |index| self.counts.get(index).map_or(0.0, |counted| counted.as_f64()));
         if target.is_some() && self.round.braked_at.is_none() {
             self.round.braked_at = Some(now.as_secs_f64());
         }
@@ -556,7 +569,9 @@ impl Controller {
             let wanted = duration(terms.longest_stall_s);
             let since = self.other_stalls_wanted.filter(|_| wanted != self.longest_stall).unwrap_or(now);
             self.other_stalls_wanted = (wanted != self.longest_stall).then_some(since);
-            if now.saturating_sub(since) >= OTHER_STALLS_WANTED {
+            let enough =
+                if wanted > self.longest_stall { LONGER_STALLS_WANTED } else { SHORTER_STALLS_WANTED };
+            if now.saturating_sub(since) >= enough {
                 self.longest_stall = wanted;
                 self.news.tell(now, Change::LongestStall(wanted));
             }
@@ -588,6 +603,7 @@ impl Controller {
                 }
             });
             self.throttles[index].set(quota, now, self.counts[index]);
+            self.stretches[index] = held.map_or(1.0, |held| held.stretch);
             self.shares[index] = Share { predicted: Pages::floor(curve.by_the_end(round, seconds)), quota };
         }
         self.model.held.clear();

@@ -30,6 +30,7 @@
 //! braking could begin and several depths, and takes the cheapest plan that keeps the deadline. They are why its
 //! search is so small: free rounds, then one braked round to a chosen depth, then straight down to `P*`.
 
+use super::throttle::MOST_STRETCH;
 use super::units::sane;
 
 /// The level λ with `Σ min(nᵢ, λ) = budget`; infinite if all of it fits. Negative or undefined demands are none.
@@ -83,6 +84,40 @@ impl Levels {
     }
 }
 
+/// A vCPU that is held back in a round.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Held {
+    /// Pages that it may dirty.
+    pub quota: f64,
+    /// Pages that it will dirty: more than its quota, if gates cannot hold it that low.
+    pub dirties: f64,
+    /// Its stalls may be longer than the longest by this factor.
+    pub stretch: f64,
+}
+
+/// Not all can be held as low as is wanted, nor all alike. As far as longer stalls take pages from those who dirty most,
+/// the others may dirty them: together they dirty as much as before. `counted` says what each has dirtied already.
+pub fn even_out(vcpus: &mut [Option<Held>], counted: impl Fn(usize) -> f64) {
+    let held = || vcpus.iter().flatten();
+    let mean = held().map(|held| held.dirties).sum::<f64>() / (held().count().max(1) as f64);
+    let missing: f64 = held().map(|held| (mean - held.dirties).max(0.0)).sum();
+    let mut taken = 0.0;
+    for (index, held) in vcpus.iter_mut().enumerate() {
+        let Some(held) = held.as_mut().filter(|held| held.dirties > mean.max(held.quota)) else { continue };
+        let counted = counted(index);
+        let to_come = (held.dirties - counted).max(0.0);
+        held.stretch = (to_come / (mean.max(held.quota) - counted).max(1e-9)).clamp(1.0, MOST_STRETCH);
+        let less = to_come - to_come / held.stretch;
+        held.dirties -= less;
+        taken += less;
+    }
+    let share = if missing > 0.0 { (taken / missing).min(1.0) } else { 0.0 };
+    for held in vcpus.iter_mut().flatten().filter(|held| held.dirties < mean) {
+        held.dirties += share * (mean - held.dirties);
+        held.quota = held.quota.max(held.dirties);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -108,7 +143,47 @@ mod tests {
         assert_eq!(water_fill(&[5.0], 0.0), 0.0);
     }
 
+    #[test]
+    fn who_cannot_be_held_low_enough_stalls_for_longer_and_the_other_dirties_what_that_saves() {
+        let held = |dirties| Some(Held { quota: 1000.0, dirties, stretch: 1.0 });
+        let mut vcpus = [held(6000.0), None, held(4000.0)];
+        even_out(&mut vcpus, |_| 0.0);
+        let [Some(most), None, Some(least)] = vcpus else { panic!("{vcpus:?}") };
+        assert_eq!((most.quota, most.dirties, most.stretch), (1000.0, 5000.0, 1.2));
+        assert_eq!((least.quota, least.dirties, least.stretch), (5000.0, 5000.0, 1.0));
+    }
+
+    #[test]
+    fn who_can_all_be_held_as_low_as_wanted_are_left_alone() {
+        let held = Some(Held { quota: 5000.0, dirties: 5000.0, stretch: 1.0 });
+        let mut vcpus = [held, None, held];
+        even_out(&mut vcpus, |_| 4999.0);
+        assert_eq!(vcpus, [held, None, held]);
+    }
+
     proptest! {
+        #[test]
+        fn evening_out_takes_as_much_as_it_gives(
+            floors in prop::collection::vec((0.0..1e6f64, 0.0..1e6f64), 0..50), quota in 0.0..1e6f64,
+        ) {
+            let held = |(counted, floor): &(f64, f64)| {
+                Some(Held { quota, dirties: quota.max(counted + floor), stretch: 1.0 })
+            };
+            let before: Vec<Option<Held>> = floors.iter().map(held).collect();
+            let mut after = before.clone();
+            even_out(&mut after, |index| floors[index].0);
+            let sum = |vcpus: &[Option<Held>]| vcpus.iter().flatten().map(|held| held.dirties).sum::<f64>();
+            prop_assert!(sum(&after) <= sum(&before) * (1.0 + 1e-9));
+            let spread = |vcpus: &[Option<Held>]| {
+                let dirties = || vcpus.iter().flatten().map(|held| held.dirties);
+                dirties().fold(0.0, f64::max) - dirties().fold(f64::INFINITY, f64::min)
+            };
+            prop_assert!(floors.is_empty() || spread(&after) <= spread(&before) * (1.0 + 1e-9));
+            for (held, (counted, _)) in after.iter().flatten().zip(&floors) {
+                prop_assert!(held.dirties >= held.quota.min(*counted) && (1.0..=MOST_STRETCH).contains(&held.stretch));
+            }
+        }
+
         #[test]
         fn the_water_stands_level_and_the_innocent_are_dry(
             demands in prop::collection::vec(0.0..1e9f64, 0..200), share in 0.0..1e10f64, target in 0.0..2e10f64, others in 0.0..1e9f64,

@@ -7,7 +7,7 @@
 
 use super::bandwidth::Bandwidth;
 use super::curve::Curve;
-use super::fair_share::{Levels, water_fill};
+use super::fair_share::{Held, Levels, water_fill};
 use super::units::sane;
 
 /// A braked round aims at this share of P*: gates close a little late, and a round that misses P* by a page is a
@@ -118,15 +118,6 @@ pub(crate) struct Outcome {
     pub lost_s: f64,
 }
 
-/// A vCPU that is held back in a round.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Held {
-    /// Pages that it may dirty.
-    pub quota: f64,
-    /// Pages that it will dirty.
-    pub dirties: f64,
-}
-
 /// A braked round.
 #[derive(Clone, Debug)]
 pub(crate) struct Fair {
@@ -204,7 +195,8 @@ impl Terms {
         let counted = if round.current { curve.last().1 } else { 0.0 };
         let stalls = seconds / (self.longest_stall_s + self.gate_s);
         let overrun = overrun.unwrap_or_else(|| curve.overrun_in(self.gate_s));
-        Held { quota: quota.min(demand), dirties: quota.max(counted + stalls * overrun).min(demand) }
+        let dirties = quota.max(counted + stalls * overrun).min(demand);
+        Held { quota: quota.min(demand), dirties, stretch: 1.0 }
     }
 
     /// The end of a migration whose guest is stopped `seconds` into a round of `of_s` with `left` pages to go.

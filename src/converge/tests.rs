@@ -300,6 +300,24 @@ fn the_2011_limits_end_what_does_not_converge() {
     assert!(done.bytes >= 2048 * MIB && done.bytes < 2048 * MIB + 200 * MIB);
 }
 
+/// It was braked to the depth of its first braked round, in every round, and never arrived.
+#[test]
+fn a_writer_whose_first_braked_round_was_a_shallow_one_is_braked_down_after_it() {
+    let phase = Phase {
+        from: Duration::from_secs(2),
+        pages: Pages(31_887),
+        writes_per_s: 26_159.8,
+        order: Order::Random,
+    };
+    let writers = vec![Writer { phases: vec![phase] }];
+    let guest = Guest { ram: Pages(1 << 20), populated: Pages(150_000), writers };
+    let link = Link { ripple: 0.0819, ..Link::steady(60_217_300.0) };
+    let machine = Machine { look: Duration::from_millis(1), ..Machine::default() };
+    let done = simulate(&guest, &link, &machine, settings("fair-share"), PATIENCE);
+    assert_eq!(done.ended, Some(Why::Fits));
+    assert!(done.rounds.len() < 12, "{} rounds", done.rounds.len());
+}
+
 fn any_writer() -> impl Strategy<Value = Writer> {
     let phase = (0..20u64, 0..131_072u64, prop_oneof![0.0..60_000.0f64, Just(f64::INFINITY)], any::<bool>());
     prop::collection::vec(phase, 0..3).prop_map(|mut phases| {
@@ -335,7 +353,8 @@ proptest! {
             Change::LongestStall(longest) => Some(longest),
             _ => None,
         });
-        prop_assert!(done.longest_stall() <= longer.max().unwrap_or(throttle::LONGEST_STALL));
+        let longest = longer.max().unwrap_or(throttle::LONGEST_STALL);
+        prop_assert!(done.longest_stall() <= longest.mul_f64(throttle::MOST_STRETCH));
         for (writer, vcpu) in guest.writers.iter().zip(&done.vcpus) {
             // Within an equal share of nine tenths of P*, whatever the round.
             let share = 0.4 * bytes_per_s * (1.0 - ripple) * 0.8 / 4112.0 / guest.writers.len() as f64;
