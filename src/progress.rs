@@ -140,7 +140,7 @@ pub enum Event {
         downtime_limit_ms: f64,
     },
     /// vCPUs that are held back may now be stopped for this long at a stretch: longer than usual where short stalls
-    /// cannot hold the guest.
+    /// cannot hold the guest. The heaviest of several, for up to a quarter longer.
     StallsChanged {
         /// The longest stall.
         longest_stall_ms: f64,

@@ -178,7 +178,7 @@ pub enum Change {
     /// What is expected has changed by more than a twentieth.
     Prediction(Prediction),
     /// vCPUs that are held back may now be stopped for so long at a stretch: longer than usual where the guest cannot
-    /// be held with shorter stalls.
+    /// be held with shorter stalls. The heaviest of several, by up to [`throttle::MOST_STRETCH`].
     LongestStall(Duration),
     /// The migration would not end if those who are held back kept the usual minimum share: now they keep this one.
     MinShare(f64),

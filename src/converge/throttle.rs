@@ -19,7 +19,7 @@ pub const LONGEST_STALL: Duration = Duration::from_millis(8);
 /// Where a guest cannot be held within such stalls, they may become as long as this (and the controller says so).
 pub const LONGEST_STALL_EVER: Duration = Duration::from_millis(160);
 
-/// By this factor they may be longer for a vCPU that cannot help dirtying more pages than others that are held back.
+/// By this factor stalls may be longer for a vCPU that cannot help dirtying more pages than others that are held back.
 pub const MOST_STRETCH: f64 = 1.25;
 
 /// After a stall a vCPU has this long, from the first page on that it dirties, before its gate may close again, so that

@@ -178,7 +178,9 @@ fn sentence(event: &Event) -> Option<String> {
             format!("policy {policy}, downtime limit {downtime_limit_ms:.0} ms")
         }
         Event::StallsChanged { longest_stall_ms } => {
-            format!("vCPUs that are held back now stand for up to {longest_stall_ms:.0} ms at a stretch")
+            format!(
+                "vCPUs that are held back now stand for {longest_stall_ms:.0} ms at a stretch, or a little longer"
+            )
         }
         Event::MinShareLowered { min_share } => {
             format!(
