@@ -65,7 +65,8 @@ fn a_vm_arrives_whole_although_one_of_its_two_links_falls_silent_and_the_report_
     drop(guest);
 }
 
-/// Two write at full speed over working sets of different size, two write little.
+/// Two write at full speed over working sets of different size, two write little. The link is fast enough for neither to
+/// dirty all of its set in a round while it is held back, on a busy machine either.
 const SHARED: &str = r#"
 description = "four vCPUs"
 [guest]
@@ -78,9 +79,9 @@ vcpus = [
     "pattern:sequential,ws:4MiB,bytes:16,content:counter,pace:1220",
 ]
 [link]
-rate = "100MB/s"
+rate = "200MB/s"
 [limits]
-downtime = "300ms"
+downtime = "150ms"
 min_share = 40
 max_rounds = 5
 "#;
@@ -115,6 +116,6 @@ fn two_heavy_writers_are_held_to_the_same_number_of_pages_and_light_ones_are_not
     let held = dirtied.filter(|(one, other)| *one < 15_000 && *other < 30_000);
     let (one, other) = held.fold((0, 0), |(one, other), (a, b)| (one + a, other + b));
     assert!(one > 0 && other > 0, "{report}");
-    // Within 5 % on a host that is at rest; a CI machine is not.
+    // Within 10 % on a host that is at rest; a CI machine is not.
     assert!(one * 2 > other && other * 2 > one, "{one} and {other} pages: {report}");
 }
