@@ -173,14 +173,15 @@ mod tests {
             let mut after = before.clone();
             even_out(&mut after, |index| floors[index].0);
             let sum = |vcpus: &[Option<Held>]| vcpus.iter().flatten().map(|held| held.dirties).sum::<f64>();
-            prop_assert!(sum(&after) <= sum(&before) * (1.0 + 1e-9));
+            prop_assert!((sum(&after) - sum(&before)).abs() <= 1e-9 * sum(&before) + 1e-6);
             let spread = |vcpus: &[Option<Held>]| {
                 let dirties = || vcpus.iter().flatten().map(|held| held.dirties);
                 dirties().fold(0.0, f64::max) - dirties().fold(f64::INFINITY, f64::min)
             };
             prop_assert!(floors.is_empty() || spread(&after) <= spread(&before) * (1.0 + 1e-9));
             for (held, (counted, _)) in after.iter().flatten().zip(&floors) {
-                prop_assert!(held.dirties >= held.quota.min(*counted) && (1.0..=MOST_STRETCH).contains(&held.stretch));
+                prop_assert!(held.dirties >= counted * (1.0 - 1e-9), "what is dirty stays so");
+                prop_assert!((1.0..=MOST_STRETCH).contains(&held.stretch));
             }
         }
 
