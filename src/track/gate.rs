@@ -18,11 +18,12 @@ const ANY: libc::c_int = -1;
 
 /// What the vCPU thread should do next.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[must_use = "an interrupted wait means that somebody kicked this vCPU: look why before running it"]
+#[must_use = "an interrupted wait may mean that somebody kicked this vCPU: look why before running it"]
 pub enum BeforeRun {
     /// Enter the guest.
     Run,
-    /// A signal ended the wait early: look at what the VMM's kick is for, then call `before_run` again.
+    /// The gate is still closed, but a signal came, or it was closed anew: look whether the VMM wants something of this
+    /// vCPU, then call `before_run` again.
     Interrupted,
 }
 
@@ -92,7 +93,7 @@ impl Gate {
         }
     }
 
-    /// Waits until the gate is open, or a signal comes.
+    /// Waits until the gate is open, a signal comes, or the gate is closed anew.
     #[inline]
     pub(super) fn pass(&self) -> BeforeRun {
         // Relaxed: a vCPU that just misses a closing is kicked, and sees it the next time.
@@ -102,32 +103,37 @@ impl Gate {
         self.wait()
     }
 
+    /// Sleeps once at most. A signal that comes a moment before the sleep does not end it; so every change has to, or a
+    /// vCPU whose gate is closed anew before it opens would never look at why it was kicked.
     #[cold]
     fn wait(&self) -> BeforeRun {
         self.counted_passes.fetch_add(1, Ordering::Relaxed);
+        let changes = self.changes.load(Ordering::Acquire);
+        let opens_at_ns = self.opens_at_ns.load(Ordering::Relaxed);
         let came_ns = now_ns();
-        let mut now = came_ns;
-        let outcome = loop {
-            let changes = self.changes.load(Ordering::Acquire);
-            let opens_at_ns = self.opens_at_ns.load(Ordering::Relaxed);
-            if opens_at_ns <= now {
-                // Nobody has closed it again since: the next pass costs one load. Else: they have, and it stays.
-                let _ =
-                    self.opens_at_ns.compare_exchange(opens_at_ns, 0, Ordering::Relaxed, Ordering::Relaxed);
-                break BeforeRun::Run;
-            }
-            let interrupted = self.sleep(changes, opens_at_ns);
-            now = now_ns();
-            if interrupted {
-                break BeforeRun::Interrupted;
-            }
-        };
+        if self.has_opened(opens_at_ns, came_ns) {
+            return BeforeRun::Run;
+        }
+        self.sleep(changes, opens_at_ns);
+        let now = now_ns();
         self.throttled_ns.add(now - came_ns);
-        outcome
+        match self.has_opened(self.opens_at_ns.load(Ordering::Relaxed), now) {
+            true => BeforeRun::Run,
+            false => BeforeRun::Interrupted,
+        }
     }
 
-    /// Sleeps until the time, a change or a signal comes; true for a signal.
-    fn sleep(&self, changes: u32, until_ns: u64) -> bool {
+    fn has_opened(&self, opens_at_ns: u64, now_ns: u64) -> bool {
+        let open = opens_at_ns <= now_ns;
+        if open {
+            // Nobody has closed it again since: the next pass costs one load. Else: they have, and it stays.
+            let _ = self.opens_at_ns.compare_exchange(opens_at_ns, 0, Ordering::Relaxed, Ordering::Relaxed);
+        }
+        open
+    }
+
+    /// Sleeps until the time, a change or a signal comes.
+    fn sleep(&self, changes: u32, until_ns: u64) {
         let until = libc::timespec {
             tv_sec: libc::time_t::try_from(until_ns / 1_000_000_000).unwrap_or(libc::time_t::MAX),
             tv_nsec: libc::c_long::try_from(until_ns % 1_000_000_000).unwrap_or(0),
@@ -135,7 +141,7 @@ impl Gate {
         // SAFETY:
         // * The futex word is an aligned, live `AtomicU32`; the kernel only reads it.
         // * `until` is a valid absolute time on CLOCK_MONOTONIC, which FUTEX_WAIT_BITSET takes without a flag.
-        let returned = unsafe {
+        unsafe {
             libc::syscall(
                 libc::SYS_futex,
                 self.changes.as_ptr(),
@@ -144,9 +150,8 @@ impl Gate {
                 &raw const until,
                 ptr::null::<u32>(),
                 ANY,
-            )
-        };
-        returned != 0 && std::io::Error::last_os_error().raw_os_error() == Some(libc::EINTR)
+            );
+        }
     }
 }
 
@@ -160,6 +165,7 @@ fn now_ns() -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicBool;
     use std::thread;
 
     use super::*;
@@ -187,6 +193,27 @@ mod tests {
         let gate = Gate::default();
         gate.close_for(Duration::MAX);
         assert_eq!(gate.pass(), BeforeRun::Run);
+    }
+
+    #[test]
+    fn a_wait_ends_even_if_the_gate_is_always_closed_anew() {
+        let gate = Gate::default();
+        let done = AtomicBool::new(false);
+        gate.close_for(Gate::CLOSED_MAX);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    gate.close_for(Gate::CLOSED_MAX);
+                    thread::sleep(Duration::from_micros(100));
+                }
+            });
+            // Each of these would be the moment to look at a kick.
+            for _ in 0..100 {
+                let _ = gate.pass();
+            }
+            done.store(true, Ordering::Relaxed);
+        });
+        assert!(gate.throttled() > Duration::ZERO);
     }
 
     #[test]

@@ -47,8 +47,10 @@ impl VcpuHandle {
         self.vcpu.index
     }
 
-    /// To be called before each `KVM_RUN`. One relaxed load when nobody throttles; else a futex wait of at most
-    /// 10 ms at a time.
+    /// To be called before each `KVM_RUN`. One relaxed load when nobody throttles; else one futex wait of at most 10 ms.
+    ///
+    /// A kick that calls a vCPU out for good (to pause or end it) ends the wait at once if it says so to the vCPU's
+    /// thread first, then sends the signal, then opens the [`gate`](Self::gate).
     #[inline]
     pub fn before_run(&self) -> BeforeRun {
         self.vcpu.gate.pass()

@@ -82,10 +82,11 @@ impl Vcpu {
 
     /// The same for a vCPU that is not to run again soon: it need not wait for its throttle either.
     pub fn call_out(&self) {
+        self.kick.kick();
+        // After the kick: who is woken by this sees it.
         if let Some(tracked) = &self.tracked {
             tracked.gate().open();
         }
-        self.kick.kick();
     }
 
     /// Relaxed: counters are read one by one, for reports.
@@ -172,11 +173,8 @@ fn run(vcpu: &Vcpu, gate: &Gate, serial: &Mutex<Serial>) -> VcpuStatus {
     }
     loop {
         // After a kick, KVM_RUN is to return at once; after any other signal, the throttle still holds.
-        if let Some(tracked) = &vcpu.tracked
-            && tracked.before_run() == BeforeRun::Interrupted
-            && !vcpu.kick.is_pending()
-        {
-            continue;
+        if let Some(tracked) = &vcpu.tracked {
+            while !vcpu.kick.is_pending() && tracked.before_run() == BeforeRun::Interrupted {}
         }
         let rest = match fd.run() {
             Ok(VcpuExit::IoOut(port, bytes)) => {

@@ -142,20 +142,22 @@ fn a_throttled_vcpu_is_called_out_by_a_pause() {
     wait_for_progress(&vm, &[0, 0], 1);
     let handles = vm.tracker().unwrap().vcpus();
     let done = AtomicBool::new(false);
-    std::thread::scope(|scope| {
+    let outcome = std::thread::scope(|scope| {
         scope.spawn(|| {
             while !done.load(Ordering::Relaxed) {
                 handles.iter().for_each(|handle| handle.gate().close_for(Duration::from_secs(1)));
                 std::thread::yield_now();
             }
         });
-        for _ in 0..100 {
+        let outcome = (0..100).try_for_each(|_| {
             (0..2).for_each(|vcpu| vm.kick(vcpu));
-            let paused = vm.pause().unwrap();
-            vm.resume(paused).unwrap();
-        }
+            let paused = vm.pause()?;
+            vm.resume(paused)
+        });
         done.store(true, Ordering::Relaxed);
+        outcome
     });
+    outcome.unwrap();
     let before = counts(&vm);
     wait_for_progress(&vm, &before, 1000);
 }
