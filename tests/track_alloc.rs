@@ -6,7 +6,6 @@ mod bare;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -47,9 +46,8 @@ fn nothing_allocates_on_the_vcpu_path() {
     let mut vcpu = vm.create_vcpu(0, Privilege::User).unwrap();
     let handle = tracker.attach_vcpu(0, vcpu.fd()).unwrap();
     tracker.start().unwrap();
-    let done = AtomicBool::new(false);
     let ring_fulls = thread::scope(|scope| {
-        let (done, handle) = (&done, &handle);
+        let handle = &handle;
         let vcpu_thread = scope.spawn(move || {
             let mut ring_fulls = 0;
             vcpu.set_work(&Work::Loop(Pages { first: DATA, pages: 8192, stride: 1, passes: 20 }), 1).unwrap();
@@ -68,15 +66,16 @@ fn nothing_allocates_on_the_vcpu_path() {
                     }
                 }
             }
-            done.store(true, Ordering::Release);
             ring_fulls
         });
         let mut dirty = PageSet::new(vm.memory().end());
-        while !done.load(Ordering::Acquire) {
+        while !vcpu_thread.is_finished() {
             handle.gate().close_for(Duration::from_micros(50));
             tracker.observe().unwrap();
             dirty.clear();
             tracker.harvest(&mut dirty).unwrap();
+            // Long enough for the gate to open in between.
+            thread::sleep(Duration::from_micros(100));
         }
         vcpu_thread.join().unwrap()
     });

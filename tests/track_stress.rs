@@ -12,7 +12,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use bare::{BareVcpu, BareVm, DATA, Kickable, Privilege, Stopper, Work, install_kick_handler, kvm};
+use bare::{
+    BareVcpu, BareVm, DATA, Kickable, Privilege, StopOnDrop, Stopper, Work, install_kick_handler, kvm,
+};
 use ringferry::kvm::RingSize;
 use ringferry::track::{DirtyTracker, VcpuHandle};
 use ringferry::{DirtySource, PageIndex, PageSet, Paused, SlotId};
@@ -88,7 +90,7 @@ impl Rig {
             let (stop, kickables) = (&stop, &kickables);
             for (index, (vcpu, handle)) in vcpus.iter_mut().enumerate() {
                 scope.spawn(move || {
-                    kickables[index].enter();
+                    let _inside = kickables[index].enter();
                     let mut random = Random(index as u64 + 1);
                     for value in 1.. {
                         let (first, count) = (random.next(), random.next() % 600 + 1);
@@ -100,7 +102,6 @@ impl Rig {
                             break;
                         }
                     }
-                    kickables[index].leave();
                 });
             }
             scope.spawn(move || {
@@ -115,7 +116,8 @@ impl Rig {
                     thread::sleep(Duration::from_micros(200));
                 }
             });
-            kickables[VCPUS].enter();
+            let _stop = StopOnDrop(stop);
+            let _inside = kickables[VCPUS].enter();
             let mut dirty = PageSet::new(vm.memory().end());
             let mut random = Random(99);
             while Instant::now() < ends_at {
@@ -136,8 +138,6 @@ impl Rig {
                     }
                 }
             }
-            kickables[VCPUS].leave();
-            stop.store(true, Ordering::Release);
         });
     }
 

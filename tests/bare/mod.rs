@@ -4,7 +4,7 @@
 #![allow(dead_code, unused_imports, reason = "each test binary uses its own part")]
 
 use std::fs::OpenOptions;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::time::Duration;
 
 use kvm_ioctls::Kvm;
@@ -21,9 +21,28 @@ pub fn kvm() -> Option<Kvm> {
     }
 }
 
+/// Tells other threads to stop, also when the test fails: else it would wait for them for ever.
+pub struct StopOnDrop<'a>(pub &'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
 /// A thread that can be kicked, from when it entered until it left.
 #[derive(Default)]
 pub struct Kickable(AtomicI32);
+
+/// While this lives, its thread can be kicked.
+#[must_use]
+pub struct Inside<'a>(&'a Kickable);
+
+impl Drop for Inside<'_> {
+    fn drop(&mut self) {
+        self.0.0.store(0, Ordering::Release);
+    }
+}
 
 extern "C" fn ignore(_: libc::c_int) {}
 
@@ -39,13 +58,10 @@ pub fn install_kick_handler() {
 }
 
 impl Kickable {
-    pub fn enter(&self) {
+    pub fn enter(&self) -> Inside<'_> {
         // SAFETY: no arguments, no memory.
         self.0.store(unsafe { libc::gettid() }, Ordering::Release);
-    }
-
-    pub fn leave(&self) {
-        self.0.store(0, Ordering::Release);
+        Inside(self)
     }
 
     /// Sends the signal, if the thread is there: whether it is.

@@ -90,14 +90,13 @@ impl Writer {
         let stop = Arc::new(AtomicBool::new(false));
         let (kicked, stopped) = (kickable.clone(), stop.clone());
         let thread = std::thread::spawn(move || {
-            kicked.enter();
+            let _inside = kicked.enter();
             let mut value = 1;
             while !stopped.load(Ordering::Acquire) {
                 vcpu.set_work(&work, value).unwrap();
                 vcpu.run_until(Some(&handle), &stopped).unwrap();
                 value += 1;
             }
-            kicked.leave();
         });
         Self { kickable, stop, thread }
     }

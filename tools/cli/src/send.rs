@@ -1,9 +1,6 @@
 //! `ringferry send`: asks a VM that `ringferry run` holds to migrate, and shows how it goes.
 
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
-use std::time::Duration;
 
 use anyhow::{Result, bail};
 
@@ -41,14 +38,12 @@ pub fn run(args: Args, output: Output) -> Result<ExitCode> {
     let interrupted = interrupt::flag()?;
     let mut line = Line::connect(&args.monitor.path())?;
     line.send(&Request::Migrate { to: args.to, args: args.migrate })?;
-    let ended = AtomicBool::new(false);
-    thread::scope(|scope| {
-        let (mut canceller, ended) = (line.try_clone()?, &ended);
-        scope.spawn(move || cancel_on(interrupted, ended, &mut canceller));
-        let result = show_until_the_end(&mut line, output);
-        ended.store(true, Ordering::Relaxed);
-        result
-    })
+    let mut canceller = line.try_clone()?;
+    let cancel = move || {
+        // If the socket is gone, the reader of it says so.
+        let _ = canceller.send(&Request::Cancel);
+    };
+    interrupt::cancelling(interrupted, cancel, || show_until_the_end(&mut line, output))
 }
 
 fn show_until_the_end(line: &mut Line, output: Output) -> Result<ExitCode> {
@@ -69,17 +64,5 @@ fn show_until_the_end(line: &mut Line, output: Output) -> Result<ExitCode> {
             Some(Answer::Failed(why)) => bail!("{why}"),
             None => bail!("`ringferry run` ended before the migration did"),
         }
-    }
-}
-
-/// Relaxed everywhere: the flags carry no data and are polled.
-fn cancel_on(interrupted: &AtomicBool, ended: &AtomicBool, line: &mut Line) {
-    while !ended.load(Ordering::Relaxed) {
-        if interrupted.load(Ordering::Relaxed) {
-            // If the socket is gone, the reader of it says so.
-            let _ = line.send(&Request::Cancel);
-            return;
-        }
-        thread::sleep(Duration::from_millis(20));
     }
 }

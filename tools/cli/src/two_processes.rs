@@ -5,14 +5,15 @@ use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdout, Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use ringferry::progress::{Progress, Update};
+use ringferry::progress::Update;
 
 use crate::guest::{AfterMigration, GuestArgs, Host, VmArgs};
+use crate::interrupt;
 use crate::migrate::MigrateArgs;
 use crate::receive::Told;
 use crate::report::MigrationReport;
@@ -60,15 +61,13 @@ impl Crossing {
         interrupted: &AtomicBool,
         show: impl FnMut(&Update) + Send,
     ) -> Result<MigrationReport> {
-        let progress = args.progress()?;
-        let done = AtomicBool::new(false);
-        let mut report = thread::scope(|scope| {
-            scope.spawn(|| cancel_on(interrupted, &progress, &done));
-            let address = &self.receiver.address;
-            let migrated = args.migrate(&mut self.host, address, &progress, &self.before_per_s, show);
-            done.store(true, Ordering::Relaxed);
-            migrated
-        })?;
+        let progress = &args.progress()?;
+        let address = &self.receiver.address;
+        let mut report = interrupt::cancelling(
+            interrupted,
+            || progress.parameters().cancel(),
+            || args.migrate(&mut self.host, address, progress, &self.before_per_s, show),
+        )?;
         let after = self.receiver.checked()?;
         report.guest_consistent = after.guest_consistent;
         for (vcpu, rate) in report.vcpus.iter_mut().zip(&after.progress_after_per_s) {
@@ -90,17 +89,6 @@ fn measure(host: &Host) -> Result<Vec<f64>> {
     host.check_vcpus()?;
     let marks = begin.zip(host.marks()?);
     Ok(marks.map_or_else(Vec::new, |(begin, end)| end.per_s_since(&begin)))
-}
-
-fn cancel_on(interrupted: &AtomicBool, progress: &Progress, done: &AtomicBool) {
-    // Relaxed: flags without data, polled.
-    while !done.load(Ordering::Relaxed) {
-        if interrupted.load(Ordering::Relaxed) {
-            progress.parameters().cancel();
-            return;
-        }
-        thread::sleep(Duration::from_millis(10));
-    }
 }
 
 /// Where the other process waits.
