@@ -126,16 +126,9 @@ impl RingMaps {
     fn expect(&self, ring: RingId, pushed: &Pushed, inventory: &Inventory) -> Result<(), Error> {
         let mut vcpus = inventory.vms.iter().flat_map(|vm| &vm.vcpus);
         let Some(vcpu) = vcpus.find(|vcpu| vcpu.ring == ring) else { return Ok(()) };
-        let identity = RingCounts {
-            kvm: pushed.vm.0,
-            tgid: pushed.pid,
-            creator: pushed.creator_tid,
-            vcpu: pushed.vcpu,
-            ..RingCounts::default()
-        };
         let mut cpus = vec![RingCounts::default().as_bytes().to_vec(); crate::profiler::cpus()?];
         if let Some(first) = cpus.first_mut() {
-            *first = identity.as_bytes().to_vec();
+            *first = identity(pushed).as_bytes().to_vec();
         }
         let mark = Mark {
             dirty_index: vcpu.dirty_index,
@@ -255,6 +248,17 @@ fn sum_ring(ring: u64, cpus: &[Vec<u8>], tallies: &[Tally]) -> Option<VcpuCounts
     Some(VcpuCounts::of(RingId(ring), &sum))
 }
 
+/// Counts of nothing, of that vCPU.
+fn identity(pushed: &Pushed) -> RingCounts {
+    RingCounts {
+        kvm: pushed.vm.0,
+        tgid: pushed.pid,
+        creator: pushed.creator_tid,
+        vcpu: pushed.vcpu,
+        ..RingCounts::default()
+    }
+}
+
 impl VcpuCounts {
     fn of(ring: RingId, sum: &RingCounts) -> Self {
         Self {
@@ -289,13 +293,6 @@ impl VcpuCounts {
     }
 
     fn by_index(ring: RingId, pushed: &Pushed, events: Option<&Self>) -> Self {
-        let identity = RingCounts {
-            kvm: pushed.vm.0,
-            tgid: pushed.pid,
-            creator: pushed.creator_tid,
-            vcpu: pushed.vcpu,
-            ..RingCounts::default()
-        };
-        Self { pushes: pushed.pushes, ..events.copied().unwrap_or_else(|| Self::of(ring, &identity)) }
+        Self { pushes: pushed.pushes, ..events.copied().unwrap_or_else(|| Self::of(ring, &identity(pushed))) }
     }
 }

@@ -26,25 +26,46 @@ use ringferry_testvm::{Boot, Config, Guest, TestVm, Tracking, guest_image};
 const VCPU_COUNT: u32 = 4;
 const VCPUS: usize = VCPU_COUNT as usize;
 
-/// A VM in this process that dirties until it is told to stop; returns the thread that created it.
-fn neighbour(stop: Arc<AtomicBool>) -> std::thread::JoinHandle<i32> {
-    std::thread::spawn(move || {
-        let kvm = kvm().unwrap();
-        let vm = BareVm::new(&kvm, &[1024]).unwrap();
-        let mut tracker = DirtyTracker::enable(vm.fd(), RingSize::default()).unwrap();
-        tracker.add_memory(vm.memory()).unwrap();
-        let vcpu = vm.create_vcpu(0, Privilege::User).unwrap();
-        let handle = tracker.attach_vcpu(0, vcpu.fd()).unwrap();
-        tracker.start().unwrap();
-        let writer =
-            Writer::start(vcpu, handle, Work::Loop(Pages { first: DATA, pages: 1024, stride: 1, passes: 1 }));
-        while !stop.load(Ordering::Acquire) {
-            harvest_for(&mut tracker, &vm, 1, Duration::from_millis(5), || {});
+/// A VM in this process that dirties until it is told to stop.
+struct Neighbour {
+    stop: Arc<AtomicBool>,
+    /// Returns the number of the thread that created the VM.
+    thread: std::thread::JoinHandle<i32>,
+}
+
+impl Neighbour {
+    fn start() -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        Self { stop, thread: std::thread::spawn(move || dirty_until(&stopped)) }
+    }
+
+    fn stop_and_find_it_counted(self, profilers: &mut [Profiler]) {
+        self.stop.store(true, Ordering::Release);
+        let creator = self.thread.join().unwrap();
+        for profiler in profilers {
+            let counts = common::counts_of(profiler, creator);
+            assert!(counts.iter().map(|vcpu| vcpu.pushes).sum::<u64>() > 0, "the neighbour wrote nothing");
         }
-        writer.stop();
-        tracker.stop().unwrap();
-        nix::unistd::gettid().as_raw()
-    })
+    }
+}
+
+fn dirty_until(stop: &AtomicBool) -> i32 {
+    let kvm = kvm().unwrap();
+    let vm = BareVm::new(&kvm, &[1024]).unwrap();
+    let mut tracker = DirtyTracker::enable(vm.fd(), RingSize::default()).unwrap();
+    tracker.add_memory(vm.memory()).unwrap();
+    let vcpu = vm.create_vcpu(0, Privilege::User).unwrap();
+    let handle = tracker.attach_vcpu(0, vcpu.fd()).unwrap();
+    tracker.start().unwrap();
+    let work = Work::Loop(Pages { first: DATA, pages: 1024, stride: 1, passes: 1 });
+    let writer = Writer::start(vcpu, handle, work);
+    while !stop.load(Ordering::Acquire) {
+        harvest_for(&mut tracker, &vm, 1, Duration::from_millis(5), || {});
+    }
+    writer.stop();
+    tracker.stop().unwrap();
+    nix::unistd::gettid().as_raw()
 }
 
 /// A profiler of each way of counting, in the order of [`Counted::pushed`].
@@ -112,8 +133,7 @@ fn in_20_of_20_runs_the_tracker_took_what_the_kernel_pushed_per_vcpu_beside_a_ne
     }
     let Some(mut profilers) = profilers() else { return };
     install_kick_handler();
-    let stop = Arc::new(AtomicBool::new(false));
-    let other = neighbour(stop.clone());
+    let neighbour = Neighbour::start();
     let mut all = [0; VCPUS];
     for run in 0..20 {
         // Rings that hold everything, and rings that are full all the time.
@@ -122,12 +142,7 @@ fn in_20_of_20_runs_the_tracker_took_what_the_kernel_pushed_per_vcpu_beside_a_ne
     }
     // In a single short run on a busy machine a vCPU may not get a turn.
     assert!(all.iter().all(|&pushed| pushed > 10_000), "{all:?}");
-    stop.store(true, Ordering::Release);
-    let creator = other.join().unwrap();
-    for profiler in &mut profilers {
-        let other = common::counts_of(profiler, creator);
-        assert!(other.iter().map(|vcpu| vcpu.pushes).sum::<u64>() > 0, "the neighbour wrote nothing");
-    }
+    neighbour.stop_and_find_it_counted(&mut profilers);
     assert_eq!(profilers[0].totals().unwrap().dropped_pushes, 0);
 }
 
@@ -201,8 +216,7 @@ fn over_20_of_20_migrations_of_four_interrupted_vcpus_both_counts_are_equal() {
     }
     let Some(mut profilers) = profilers() else { return };
     install_kick_handler();
-    let stop = Arc::new(AtomicBool::new(false));
-    let other = neighbour(stop.clone());
+    let neighbour = Neighbour::start();
     let mut all = [0; VCPUS];
     for run in 0..20 {
         let (vcpus, sent, received) = over_a_migration(&mut profilers);
@@ -210,10 +224,5 @@ fn over_20_of_20_migrations_of_four_interrupted_vcpus_both_counts_are_equal() {
         assert_equal(run, &vcpus, &mut all);
     }
     assert!(all.iter().all(|&pushed| pushed > 10_000), "{all:?}");
-    stop.store(true, Ordering::Release);
-    let creator = other.join().unwrap();
-    for profiler in &mut profilers {
-        let other = common::counts_of(profiler, creator);
-        assert!(other.iter().map(|vcpu| vcpu.pushes).sum::<u64>() > 0, "the neighbour wrote nothing");
-    }
+    neighbour.stop_and_find_it_counted(&mut profilers);
 }
