@@ -7,7 +7,11 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
-use crate::error::VcpuError;
+use crate::error::{TestVmError, VcpuError};
+
+/// How long a pause waits for the slowest vCPU. A kick takes well below a millisecond, and a turn of a VM of threads
+/// 10 ms; on a host that is short of CPUs, sixteen vCPU threads may wait long for their turn.
+const PAUSE_LIMIT: Duration = Duration::from_secs(10);
 
 /// What a vCPU does.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -84,13 +88,18 @@ impl Gate {
         self.changed.notify_all();
     }
 
-    /// Waits until no vCPU runs; the first that still does when the time is over is the error.
-    pub fn wait_until_none_runs(&self, limit: Duration) -> Result<(), usize> {
-        let end = Instant::now() + limit;
+    /// Waits until no vCPU runs.
+    ///
+    /// # Errors
+    ///
+    /// [`TestVmError::PauseTimeout`]: one still does after ten seconds.
+    pub fn wait_until_none_runs(&self) -> Result<(), TestVmError> {
+        let end = Instant::now() + PAUSE_LIMIT;
         let mut state = self.state.lock();
-        while let Some(running) = state.status.iter().position(|status| *status == VcpuStatus::Running) {
+        while let Some(vcpu) = state.status.iter().position(|status| *status == VcpuStatus::Running) {
             if self.changed.wait_until(&mut state, end).timed_out() {
-                return Err(running);
+                let waited_ms = u64::try_from(PAUSE_LIMIT.as_millis()).unwrap_or(u64::MAX);
+                return Err(TestVmError::PauseTimeout { vcpu, waited_ms });
             }
         }
         Ok(())
