@@ -4,13 +4,13 @@
 #![expect(clippy::unwrap_used, reason = "a bench that cannot be set up ends")]
 #![expect(missing_docs, reason = "criterion's macros make a public function without a document")]
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use ringferry::kvm::RingSize;
 use ringferry::kvm::fake::FakeKernel;
 use ringferry::track::DirtyTracker;
-use ringferry::{DirtySource, PageIndex, PageRun, PageSet, SlotId};
+use ringferry::{DirtySource, PageIndex, PageRun, PageSet, SeenDirty, SlotId};
 
 const ENTRIES: u64 = 60_000;
 const SLOT: SlotId = SlotId(1);
@@ -19,6 +19,7 @@ struct Rig {
     kernel: FakeKernel,
     tracker: DirtyTracker,
     dirty: PageSet,
+    seen: SeenDirty,
 }
 
 impl Rig {
@@ -29,11 +30,25 @@ impl Rig {
         tracker.add_memory(&memory).unwrap();
         tracker.attach_fake_vcpu(0, &kernel, 0, 0).unwrap();
         tracker.start().unwrap();
-        Self { kernel, tracker, dirty: PageSet::new(memory.end()) }
+        let end = memory.end();
+        Self { kernel, tracker, dirty: PageSet::new(end), seen: SeenDirty::new(end) }
     }
 
     fn fill(&self, stride: u64) {
         (0..ENTRIES).for_each(|i| assert!(self.kernel.write(0, SLOT, i * stride)));
+    }
+
+    /// The time of a look that tells of every page.
+    fn tell(&mut self, stride: u64) -> Duration {
+        self.dirty.clear();
+        self.tracker.harvest(&mut self.dirty).unwrap();
+        self.fill(stride);
+        self.seen.clear();
+        let started = Instant::now();
+        self.tracker.observe_into(&mut self.seen).unwrap();
+        let took = started.elapsed();
+        assert_eq!(self.seen.len(), ENTRIES);
+        took
     }
 
     /// The time that one harvest spends in taking, without the reset.
@@ -54,6 +69,9 @@ fn tracking(c: &mut Criterion) {
         let mut rig = Rig::new(ENTRIES * stride);
         group.bench_function(BenchmarkId::new("take", pattern), |b| {
             b.iter_custom(|times| (0..times).map(|_| rig.take(stride)).sum());
+        });
+        group.bench_function(BenchmarkId::new("tell", pattern), |b| {
+            b.iter_custom(|times| (0..times).map(|_| rig.tell(stride)).sum());
         });
     }
     let mut rig = Rig::new(ENTRIES);

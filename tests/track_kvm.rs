@@ -6,11 +6,11 @@ mod bare;
 
 use std::collections::BTreeSet;
 
-use bare::{BareVcpu, BareVm, DATA, Exit, Pages, Privilege, Work, kvm};
+use bare::{BareVcpu, BareVm, DATA, Exit, Pages, Privilege, Work, kvm, take_and_give_back};
 use kvm_ioctls::Kvm;
 use ringferry::kvm::{KvmError, RingSize};
 use ringferry::track::{DirtyTracker, Observed, VcpuHandle};
-use ringferry::{DirtySource, PageIndex, PageRun, PageSet, Paused, SlotId, TrackError};
+use ringferry::{DirtySource, PageIndex, PageRun, PageSet, Paused, SeenDirty, SlotId, TrackError};
 
 const SLOT_PAGES: [u64; 2] = [4096, 1000];
 
@@ -137,6 +137,27 @@ fn looking_costs_the_guest_nothing_and_counts_by_vcpu() {
     let figures = guest.tracker.snapshot().vcpus[0];
     assert_eq!((figures.pages, figures.duplicate_entries), (every(1, 0).len() as u64, 0));
     assert_eq!(figures.ring_entries_max, figures.pages);
+}
+
+#[test]
+fn a_page_that_the_host_took_away_and_gave_back_counts_once() {
+    let Some(kvm) = kvm() else { return };
+    let mut guest = Guest::new(&kvm, Backend::Ring, RingSize::default());
+    guest.tracker.start().unwrap();
+    let mut seen = SeenDirty::new(guest.vm.memory().end());
+    let all = every(1, 0);
+    for _ in 0..3 {
+        guest.write(&all);
+        let counted = guest.tracker.observe_into(&mut seen).unwrap();
+        assert_eq!(counted, Observed::PerVcpu(vec![all.len() as u64]));
+        for region in guest.vm.memory().regions() {
+            take_and_give_back(guest.vm.memory(), region.pages);
+        }
+    }
+    assert_eq!(guest.harvest(), all);
+    let figures = guest.tracker.snapshot().vcpus[0];
+    assert_eq!(figures.pages, all.len() as u64);
+    assert!(figures.duplicate_entries >= figures.pages, "KVM named them once: {figures:?}");
 }
 
 #[test]

@@ -135,9 +135,10 @@ impl From<KvmError> for TrackError {
 pub enum Observed {
     /// Pages by the vCPU that dirtied them, in the order in which the vCPUs were attached.
     ///
-    /// A page counts once for the vCPU that dirtied it first. Only where KVM emulates guest instructions, or where a
-    /// page was dirtied again after a ring was recycled early, may it count again until the next harvest; the latter
-    /// not with [`observe_into`](DirtySource::observe_into).
+    /// A page counts once for the vCPU that dirtied it first. With [`observe`](DirtySource::observe), which only counts,
+    /// it may count again before the next harvest: if KVM emulates guest instructions, if a ring was recycled early, or
+    /// if the host took the page from the guest for a moment (huge pages, compaction, NUMA balancing). With
+    /// [`observe_into`](DirtySource::observe_into) it does not.
     PerVcpu(Vec<u64>),
     /// Pages, whoever dirtied them.
     Total(u64),

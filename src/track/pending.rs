@@ -13,6 +13,8 @@ pub(super) trait Protected {}
 #[derive(Debug)]
 pub(super) struct Pending {
     pages: PageSet,
+    /// Pages, in `pages` or to come, that a look has told of since they were handed out.
+    told: PageSet,
     /// Pages that were handed out before and did not arrive. They outlast a period of tracking.
     given_back: PageSet,
     /// Pages that an interrupted reset may have left writable with no entry to tell of later writes: dirty in
@@ -25,12 +27,12 @@ pub(super) struct Pending {
 impl Pending {
     pub(super) fn new() -> Self {
         let empty = || PageSet::new(PageIndex(0));
-        Self { pages: empty(), given_back: empty(), unsure: empty(), everything: false }
+        Self { pages: empty(), told: empty(), given_back: empty(), unsure: empty(), everything: false }
     }
 
     /// Makes room for pages below `end`.
     pub(super) fn grow(&mut self, end: PageIndex) {
-        for set in [&mut self.pages, &mut self.given_back, &mut self.unsure] {
+        for set in [&mut self.pages, &mut self.told, &mut self.given_back, &mut self.unsure] {
             if set.capacity() < end {
                 let small = std::mem::replace(set, PageSet::new(end));
                 set.union(&small);
@@ -46,6 +48,11 @@ impl Pending {
     /// Where a backend puts what it finds.
     pub(super) fn pages_mut(&mut self) -> &mut PageSet {
         &mut self.pages
+    }
+
+    /// A look found the page, which will come: whether that is news.
+    pub(super) fn tell(&mut self, page: PageIndex) -> bool {
+        self.told.insert(page) && (self.pages.is_empty() || !self.pages.contains(page))
     }
 
     pub(super) fn give_back(&mut self, pages: &PageSet) {
@@ -64,7 +71,7 @@ impl Pending {
 
     /// These pages are no longer RAM.
     pub(super) fn remove_run(&mut self, run: PageRun) {
-        for set in [&mut self.pages, &mut self.given_back, &mut self.unsure] {
+        for set in [&mut self.pages, &mut self.told, &mut self.given_back, &mut self.unsure] {
             set.remove_run(run);
         }
     }
@@ -72,6 +79,7 @@ impl Pending {
     /// A period of tracking begins or ends.
     pub(super) fn forget(&mut self) {
         self.pages.clear();
+        self.told.clear();
         self.rearmed();
     }
 
@@ -93,6 +101,7 @@ impl Pending {
             dirty.union(&self.pages);
         }
         self.pages.clear();
+        self.told.clear();
     }
 
     /// The pages of one run as a bitmap, bit 0 of word 0 the first.
@@ -102,6 +111,7 @@ impl Pending {
             self.pages.insert_run(part);
         }
         self.given_back.remove_run(run);
+        self.told.remove_run(run);
         self.pages.take_words(run)
     }
 }

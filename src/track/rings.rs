@@ -58,7 +58,7 @@ struct Ring {
     early_pages: u64,
     /// Dirty entries at the last look.
     last_look: u32,
-    /// Those of them that name pages taken early, as far as they were told of.
+    /// Those of them that name pages taken early or named before, as far as they were told of.
     repeated: u32,
     /// Runs in a row that KVM ended with "full" when there was nothing to take.
     empty_fulls: u32,
@@ -126,14 +126,15 @@ impl Ring {
         cx.counters.harvest_ns.add(harvest_ns);
     }
 
-    /// Adds the pages of the entries that were not told of to `seen`, and counts those that are `pending` already.
-    fn tell(&mut self, slots: &Slots, pending: &PageSet, seen: &mut PageSet) {
+    /// Adds the pages of the entries that were not told of to `seen`, and counts the entries that are no news: KVM names a
+    /// page again when the host has taken it from the guest in between (kernel-notes/dirty-ring.md).
+    fn tell(&mut self, slots: &Slots, pending: &mut Pending, seen: &mut PageSet) {
         let mut slots = SlotCursor::new(slots);
         let repeated = &mut self.repeated;
         self.ring.tell(|slot, offset| {
             if let Some(page) = slots.page(slot, offset) {
                 seen.insert(page);
-                *repeated += u32::from(pending.contains(page));
+                *repeated += u32::from(!pending.tell(page));
             }
         });
     }
@@ -253,7 +254,7 @@ impl Rings {
             } else {
                 ring.last_look = entries;
                 if let Some(seen) = &mut seen {
-                    ring.tell(cx.slots, pending.pages_mut(), seen.pages_mut());
+                    ring.tell(cx.slots, pending, seen.pages_mut());
                 }
                 pages.push(ring.early_pages + u64::from(entries - ring.repeated.min(entries)));
             }

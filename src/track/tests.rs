@@ -370,6 +370,29 @@ fn a_look_tells_of_each_page_once_and_of_those_that_were_taken_early_too() {
     assert!(told(&mut model).is_empty());
 }
 
+#[test]
+fn a_look_that_tells_counts_a_page_once_however_often_kvm_names_it() {
+    let mut model = Model::new(2, 0, 0, false);
+    let mut seen = SeenDirty::new(end());
+    let mut look = |model: &mut Model| {
+        seen.clear();
+        model.tracker.observe_into(&mut seen).unwrap()
+    };
+    model.emulate(0, 1, &[5, 5, 9]);
+    assert_eq!(look(&mut model), Observed::PerVcpu(vec![2, 0]));
+    // Again after a look, and by the other vCPU.
+    model.emulate(0, 1, &[9, 11]);
+    model.emulate(1, 1, &[5, 12]);
+    assert_eq!(look(&mut model), Observed::PerVcpu(vec![3, 1]));
+    // In another round they are new, wholly or a slot at a time.
+    model.harvest();
+    model.emulate(1, 1, &[9, 9]);
+    assert_eq!(look(&mut model), Observed::PerVcpu(vec![0, 1]));
+    model.tracker.take_slot_bitmap(SlotId(1)).unwrap();
+    model.emulate(1, 1, &[9]);
+    assert_eq!(look(&mut model), Observed::PerVcpu(vec![0, 2]));
+}
+
 /// A signal that comes after the last entry was counted leaves the count right and the last batch unprotected.
 #[test]
 fn a_reset_that_was_stopped_at_its_very_end_is_not_trusted() {

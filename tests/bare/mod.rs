@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::time::Duration;
 
 use kvm_ioctls::Kvm;
+use ringferry::{GuestMemory, PageRun};
 pub use ringferry_testvm::bare::{BareVcpu, BareVm, CONTROL_PAGES, DATA, Exit, Pages, Privilege, Work};
 
 /// `None` where there is no KVM to use: the test has then been noted as skipped.
@@ -27,6 +28,17 @@ pub struct StopOnDrop<'a>(pub &'a AtomicBool);
 impl Drop for StopOnDrop<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Release);
+    }
+}
+
+/// The host takes these pages from the guest for a moment, as it does to move them: the next write is a fault again.
+pub fn take_and_give_back(memory: &GuestMemory, run: PageRun) {
+    for host in memory.host_runs(run).unwrap() {
+        for protection in [libc::PROT_READ, libc::PROT_READ | libc::PROT_WRITE] {
+            // SAFETY: the memory stays where it is, holding what it holds, and nobody else writes it meanwhile.
+            let failed = unsafe { libc::mprotect(host.host.cast(), host.len_bytes(), protection) };
+            assert_eq!(failed, 0, "{}", std::io::Error::last_os_error());
+        }
     }
 }
 

@@ -162,8 +162,38 @@ pub struct BareVm {
 /// What is behind the slots; VM and vCPUs keep it, as each of their descriptors keeps the slots alive.
 #[derive(Debug)]
 struct Mappings {
-    control: MmapRaw,
-    data: Vec<MmapRaw>,
+    control: Anonymous,
+    data: Vec<Anonymous>,
+}
+
+/// Anonymous memory that shares none of its aligned 2 MiB with anything else. Else whoever unmaps the other part takes
+/// the pages of this one from the guest, and what it then writes is named dirty a second time.
+#[derive(Debug)]
+struct Anonymous {
+    map: MmapRaw,
+    /// From the begin of the mapping.
+    first: usize,
+    bytes: usize,
+}
+
+impl Anonymous {
+    const ALIGNMENT: usize = 2 << 20;
+
+    fn new(bytes: usize) -> io::Result<Self> {
+        let mut options = MmapOptions::new();
+        options.len(bytes.next_multiple_of(Self::ALIGNMENT) + Self::ALIGNMENT).no_reserve_swap();
+        let map: MmapRaw = options.map_anon()?.into();
+        let at = map.as_mut_ptr().addr();
+        Ok(Self { map, first: at.next_multiple_of(Self::ALIGNMENT) - at, bytes })
+    }
+
+    fn len(&self) -> usize {
+        self.bytes
+    }
+
+    fn as_mut_ptr(&self) -> *mut u8 {
+        self.map.as_mut_ptr().wrapping_add(self.first)
+    }
 }
 
 fn kvm_error(error: kvm_ioctls::Error) -> io::Error {
@@ -178,13 +208,7 @@ fn index(n: u64) -> usize {
     usize::try_from(n).unwrap_or(usize::MAX)
 }
 
-fn map(bytes: usize) -> io::Result<MmapRaw> {
-    let mut options = MmapOptions::new();
-    options.len(bytes).no_reserve_swap();
-    Ok(options.map_anon()?.into())
-}
-
-fn slot_of(slot: u32, first: PageIndex, memory: &MmapRaw) -> kvm_userspace_memory_region {
+fn slot_of(slot: u32, first: PageIndex, memory: &Anonymous) -> kvm_userspace_memory_region {
     kvm_userspace_memory_region {
         slot,
         flags: 0,
@@ -194,7 +218,7 @@ fn slot_of(slot: u32, first: PageIndex, memory: &MmapRaw) -> kvm_userspace_memor
     }
 }
 
-fn put(control: &MmapRaw, at: u64, bytes: &[u8]) {
+fn put(control: &Anonymous, at: u64, bytes: &[u8]) {
     let at = index(at);
     assert!(at + bytes.len() <= control.len());
     // SAFETY: inside the mapping, by the line above; no guest that uses these bytes runs.
@@ -214,7 +238,7 @@ impl BareVm {
         }
         let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm_error)?;
         let fd = kvm.create_vm().map_err(kvm_error)?;
-        let control = map(CONTROL_BYTES)?;
+        let control = Anonymous::new(CONTROL_BYTES)?;
         for (at, code) in [(CODE_LIST, LIST), (CODE_LOOP, LOOP), (CODE_CLOCKED, CLOCKED)] {
             put(&control, at, code);
         }
@@ -222,7 +246,7 @@ impl BareVm {
         let mut first = DATA;
         let (mut data, mut regions) = (Vec::new(), Vec::new());
         for (slot, &pages) in (1..).zip(data_pages) {
-            let memory = map(index(pages) * PAGE_SIZE)?;
+            let memory = Anonymous::new(index(pages) * PAGE_SIZE)?;
             let run = PageRun { first, pages };
             regions.push(Region { slot: SlotId(slot), pages: run, host: memory.as_mut_ptr() });
             data.push(memory);
@@ -350,7 +374,7 @@ impl BareVm {
 }
 
 /// Page tables that map the first `gib` GiB to themselves, for user and supervisor.
-fn map_to_themselves(control: &MmapRaw, gib: u64) {
+fn map_to_themselves(control: &Anonymous, gib: u64) {
     const PRESENT_WRITABLE_USER: u64 = 7;
     const LARGE: u64 = 1 << 7;
     put(control, PML4, &(PDPT | PRESENT_WRITABLE_USER).to_le_bytes());
