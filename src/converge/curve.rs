@@ -23,6 +23,8 @@ pub struct Curve {
     known: usize,
     /// The farthest point ever observed; the curve goes on from here along its last slope.
     end: (f64, f64),
+    /// In pages per second.
+    slope_at_end: f64,
     /// The last observation since the recycle.
     seen: (f64, f64),
     /// Where on the curve the vCPU is: there, unless it was held back.
@@ -37,6 +39,7 @@ impl Default for Curve {
             pages: [0.0; KNOTS],
             known: 0,
             end: (0.0, 0.0),
+            slope_at_end: 0.0,
             seen: (0.0, 0.0),
             last: (0.0, 0.0),
             before: None,
@@ -44,9 +47,17 @@ impl Default for Curve {
     }
 }
 
-fn knot(k: usize) -> f64 {
-    FIRST_KNOT_S * f64::exp2(k as f64 / 2.0)
-}
+/// Where the knots are, in seconds.
+const KNOT_S: [f64; KNOTS] = {
+    let mut knots = [FIRST_KNOT_S; KNOTS];
+    knots[1] *= std::f64::consts::SQRT_2;
+    let mut k = 2;
+    while k < KNOTS {
+        knots[k] = 2.0 * knots[k - 2];
+        k += 1;
+    }
+    knots
+};
 
 fn between((t0, n0): (f64, f64), (t1, n1): (f64, f64), t: f64) -> f64 {
     if t1 > t0 { n0 + (n1 - n0) * (t - t0) / (t1 - t0) } else { n1 }
@@ -57,7 +68,7 @@ impl Curve {
     pub fn recycled(&mut self) {
         // What lies beyond this round is moved by as much as its end moved: a guest that dirties twice as
         // fast in its first second is expected to do so in its second one, too.
-        let before = self.before.take().filter(|(k, _)| *k + 1 < self.known && self.seen.0 < knot(*k + 1));
+        let before = self.before.take().filter(|(k, _)| *k + 1 < self.known && self.seen.0 < KNOT_S[*k + 1]);
         if let Some((k, before)) = before
             && before > 0.0
         {
@@ -67,7 +78,7 @@ impl Curve {
             self.end.1 = moved(self.end.1);
             self.pages[k + 1..self.known].copy_from_slice(&tail);
         }
-        self.end.1 = self.end.1.max(self.pages[self.known.saturating_sub(1)]);
+        self.set_end(self.end);
         (self.seen, self.last) = ((0.0, 0.0), (0.0, 0.0));
     }
 
@@ -80,8 +91,7 @@ impl Curve {
         let point = (t, pages.min(MOST_PAGES).max(self.last.1));
         let known_knots = self.known;
         let mut changed = false;
-        for k in 0..KNOTS {
-            let at = knot(k);
+        for (k, &at) in KNOT_S.iter().enumerate() {
             if at <= self.seen.0 {
                 continue;
             }
@@ -102,9 +112,10 @@ impl Curve {
             self.straighten();
         }
         if t >= self.end.0 {
-            self.end = point;
+            self.set_end(point);
+        } else if changed {
+            self.set_end(self.end);
         }
-        self.end.1 = self.end.1.max(self.pages[self.known.saturating_sub(1)]);
         (self.seen, self.last) = (point, point);
     }
 
@@ -142,40 +153,32 @@ impl Curve {
         self.last
     }
 
-    fn slope_at_end(&self) -> f64 {
-        let (t, n) = self.end;
+    fn set_end(&mut self, (t, pages): (f64, f64)) {
+        let pages = pages.max(self.pages[self.known.saturating_sub(1)]);
+        self.end = (t, pages);
         // Over its last quarter: a working set that has shown its end did so there.
-        if t > 0.0 { ((n - self.inside(t * 0.75)) / (t * 0.25)).max(0.0) } else { 0.0 }
+        let before = self.inside(t * 0.75);
+        self.slope_at_end = if t > 0.0 { ((pages - before) / (t * 0.25)).max(0.0) } else { 0.0 };
     }
 
-    fn point(&self, k: usize) -> (f64, f64) {
-        if k < self.known { (knot(k), self.pages[k]) } else { self.end }
+    /// Where the curve comes from and goes to with the `k`th knot, the last of them being its end.
+    fn segment(&self, k: usize) -> ((f64, f64), (f64, f64)) {
+        let point = |k: usize| (KNOT_S[k], self.pages[k]);
+        let left = k.checked_sub(1).map_or((0.0, 0.0), point);
+        (left, if k < self.known { point(k) } else { self.end })
     }
 
     /// The curve at `t`, which is not beyond its end.
     fn inside(&self, t: f64) -> f64 {
-        let mut left = (0.0, 0.0);
-        // Knots are exponential: the one at or below `t` is found by logarithm.
-        let below = ((t / FIRST_KNOT_S).log2() * 2.0).floor();
-        let mut k = 0;
-        if below >= 0.0 {
-            k = usize::try_from(super::units::whole(below))
-                .unwrap_or(KNOTS)
-                .min(self.known.saturating_sub(1));
-            left = self.point(k);
-            k += 1;
-        }
-        if t <= left.0 {
-            return if left.0 > 0.0 { left.1 * t / left.0 } else { 0.0 };
-        }
-        between(left, self.point(k), t)
+        let (left, right) = self.segment(KNOT_S[..self.known].partition_point(|at| *at <= t));
+        between(left, right, t)
     }
 
     /// Different pages dirtied in the first `t` seconds of running. Beyond what was observed the curve goes on
     /// along its last slope: a working set that has not yet shown its end is assumed to have none.
     pub fn at(&self, t: f64) -> f64 {
         let t = super::units::sane(t);
-        if t >= self.end.0 { self.end.1 + self.slope_at_end() * (t - self.end.0) } else { self.inside(t) }
+        if t >= self.end.0 { self.end.1 + self.slope_at_end * (t - self.end.0) } else { self.inside(t) }
     }
 
     /// Running time after which `pages` different pages are dirty; infinite if that never happens.
@@ -186,17 +189,11 @@ impl Curve {
         if pages.is_nan() || pages <= 0.0 {
             return 0.0;
         }
-        let mut left = (0.0, 0.0);
-        for k in 0..=self.known {
-            let right = self.point(k);
-            if right.1 >= pages && right.1 > left.1 {
-                return left.0 + (right.0 - left.0) * (pages - left.1) / (right.1 - left.1);
-            }
-            if right.0 > left.0 {
-                left = right;
-            }
+        let (left, right) = self.segment(self.pages[..self.known].partition_point(|n| *n < pages));
+        if right.1 >= pages {
+            return left.0 + (right.0 - left.0) * (pages - left.1) / (right.1 - left.1);
         }
-        let slope = self.slope_at_end();
+        let slope = self.slope_at_end;
         if slope > 0.0 { self.end.0 + (pages - self.end.1) / slope } else { f64::INFINITY }
     }
 }
