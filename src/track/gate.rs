@@ -117,10 +117,8 @@ impl Gate {
         self.sleep(changes, opens_at_ns);
         let now = now_ns();
         self.throttled_ns.add(now - came_ns);
-        match self.has_opened(self.opens_at_ns.load(Ordering::Relaxed), now) {
-            true => BeforeRun::Run,
-            false => BeforeRun::Interrupted,
-        }
+        let opened = self.has_opened(self.opens_at_ns.load(Ordering::Relaxed), now);
+        if opened { BeforeRun::Run } else { BeforeRun::Interrupted }
     }
 
     fn has_opened(&self, opens_at_ns: u64, now_ns: u64) -> bool {
