@@ -138,7 +138,8 @@ pub enum Observed {
     /// A page counts once for the vCPU that dirtied it first. With [`observe`](DirtySource::observe), which only counts,
     /// it may count again before the next harvest: if KVM emulates guest instructions, if a ring was recycled early, or
     /// if the host took the page from the guest for a moment (huge pages, compaction, NUMA balancing). With
-    /// [`observe_into`](DirtySource::observe_into) it does not.
+    /// [`observe_into`](DirtySource::observe_into) it does not, unless two vCPUs named it and a ring of theirs was
+    /// recycled early.
     PerVcpu(Vec<u64>),
     /// Pages, whoever dirtied them.
     Total(u64),
