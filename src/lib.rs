@@ -33,4 +33,4 @@ pub mod wire;
 pub use layout::{GuestAddress, GuestMemory, PAGE_SIZE, PageIndex, PageRun, RAM_END_MAX, Region, SlotId};
 pub use page_set::{AtomicPageSet, PageSet};
 pub use track::{DirtySource, SeenDirty, TrackError};
-pub use vm::{Paused, Vm};
+pub use vm::{Paused, Quiesced, Settled, Vm};

@@ -227,7 +227,7 @@ fn test_backend<G: Guest>(mut guest: G) {
     guest.write(&every(1, 0), 6);
     let paused = Paused::declare_every_vcpu_is_outside_kvm_run();
     dirty.clear();
-    guest.source().harvest_final(&paused, &mut dirty).unwrap();
+    guest.source().harvest_final(&paused.declare_nothing_else_writes(), &mut dirty).unwrap();
     assert_eq!(members(&dirty), set_of(&every(1, 0)));
     guest.source().stop().unwrap();
     guest.source().stop().unwrap();

@@ -20,7 +20,7 @@ use ringferry::source::{Source, SourceError, SourceOptions, SourceReport};
 use ringferry::track::{Observed, TrackError};
 use ringferry::vm::VmError;
 use ringferry::wire::control::{HEAD_BYTES, Head, Hello, Message, PROTOCOL};
-use ringferry::{DirtySource, PageSet, Paused, Vm};
+use ringferry::{DirtySource, PageSet, Paused, Quiesced, Settled, Vm};
 
 const PAGES: u64 = 64;
 const SHORT: Duration = Duration::from_secs(2);
@@ -91,7 +91,7 @@ impl Vm for TestVm {
         Ok(())
     }
 
-    fn save_state(&mut self, _: &Paused) -> Result<Vec<u8>, VmError> {
+    fn save_state(&mut self, _: &Quiesced<'_>) -> Result<Vec<u8>, VmError> {
         self.attempt("save")?;
         Ok(b"state".to_vec())
     }
@@ -131,7 +131,7 @@ impl DirtySource for TestSource {
         Ok(())
     }
 
-    fn harvest_final(&mut self, _: &Paused, dirty: &mut PageSet) -> Result<(), TrackError> {
+    fn harvest_final(&mut self, _: &Settled<'_>, dirty: &mut PageSet) -> Result<(), TrackError> {
         dirty.insert_run(PageRun { first: PageIndex(PAGES - 1), pages: 1 });
         Ok(())
     }

@@ -64,7 +64,7 @@ impl Guest {
     fn harvest_final(&mut self) -> BTreeSet<PageIndex> {
         let paused = Paused::declare_every_vcpu_is_outside_kvm_run();
         let mut dirty = PageSet::new(self.vm.memory().end());
-        self.tracker.harvest_final(&paused, &mut dirty).unwrap();
+        self.tracker.harvest_final(&paused.declare_nothing_else_writes(), &mut dirty).unwrap();
         pages(&dirty)
     }
 }
@@ -375,7 +375,12 @@ fn an_emulated_guest_that_overruns_its_ring_neither_hangs_nor_loses_a_page() {
         }
     }
     let mut dirty = PageSet::new(end);
-    tracker.harvest_final(&Paused::declare_every_vcpu_is_outside_kvm_run(), &mut dirty).unwrap();
+    tracker
+        .harvest_final(
+            &Paused::declare_every_vcpu_is_outside_kvm_run().declare_nothing_else_writes(),
+            &mut dirty,
+        )
+        .unwrap();
     send(&dirty);
     for (i, word) in sent.iter().enumerate() {
         let page = PageIndex(DATA.0 + i as u64);

@@ -144,7 +144,7 @@ impl Rig {
     fn check_nothing_is_lost(&mut self) {
         let mut dirty = PageSet::new(self.vm.memory().end());
         let paused = Paused::declare_every_vcpu_is_outside_kvm_run();
-        self.tracker.harvest_final(&paused, &mut dirty).unwrap();
+        self.tracker.harvest_final(&paused.declare_nothing_else_writes(), &mut dirty).unwrap();
         Self::send(&self.vm, &mut self.sent, &dirty);
         for (i, sent) in self.sent.iter().enumerate() {
             let page = PageIndex(DATA.0 + i as u64);

@@ -29,7 +29,7 @@ use crate::progress::{Event, Phase, Progress, RoundReport};
 use crate::track::{DirtySource, Observed};
 use crate::transport::control::{ControlConnection, ControlError};
 use crate::transport::{ChannelSpec, MigrationToken, RoundSent, SendOptions, Sender, Totals};
-use crate::vm::{Paused, Vm};
+use crate::vm::{Paused, Quiesced, Vm};
 use crate::wire::control::{Hello, Message, PROTOCOL, Token};
 
 /// While the guest stands still there is only a wish to cancel to look for.
@@ -343,7 +343,7 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Source<'a, V, D> {
         self.report.pause_ms = millis(since.elapsed());
         let standstill = self.standstill.insert(Standstill { paused, since });
         let mut last = PageSet::new(self.memory.end());
-        self.tracker.harvest_final(&standstill.paused, &mut last)?;
+        self.tracker.harvest_final(&standstill.paused.declare_nothing_else_writes(), &mut last)?;
         self.taken.union(&last);
         dirty.union(&last);
         Ok(())
@@ -413,7 +413,7 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Source<'a, V, D> {
         let Some(Standstill { paused, .. }) = &self.standstill else { return Err(SourceError::Cancelled) };
         let state = self
             .vm
-            .save_state(paused)
+            .save_state(&Quiesced::declare_no_device_writes(paused))
             .map_err(|source| SourceError::Vm { action: "save the vCPU and device state", source })?;
         let (memory, parameters) = (self.memory, self.progress.parameters());
         let (number, pages_to_send) = (self.next_round(), remaining.len());

@@ -32,7 +32,7 @@ pub use self::vcpu::{KVM_EXIT_DIRTY_RING_FULL, VcpuHandle};
 use crate::kvm::KvmError;
 use crate::layout::{PageIndex, SlotId};
 use crate::page_set::PageSet;
-use crate::vm::{Paused, VmError};
+use crate::vm::{Settled, VmError};
 
 /// Why tracking failed.
 #[derive(Debug)]
@@ -207,28 +207,34 @@ pub trait DirtySource: Send {
     /// before, and nothing is lost: the next harvest hands it out.
     fn harvest(&mut self, dirty: &mut PageSet) -> Result<(), TrackError>;
 
-    /// [`harvest`](Self::harvest) when nothing runs any more: the last and complete view.
+    /// [`harvest`](Self::harvest) when nothing writes guest memory any more, neither a vCPU nor a device nor the saving of
+    /// state: the last and complete view. Rings come first, then the logs of other writers, and a bitmap beside the rings
+    /// (arm64, which logs there what no vCPU wrote) last.
     ///
-    /// The proof comes from [`Vm::pause`](crate::vm::Vm::pause), and is gone once the VM runs again:
+    /// That vCPUs stand still is not enough:
     ///
-    /// ```compile_fail,E0382
+    /// ```compile_fail,E0308
     /// # fn f(vm: &mut dyn ringferry::Vm, source: &mut dyn ringferry::DirtySource, dirty: &mut ringferry::PageSet) {
     /// let paused = vm.pause().unwrap();
-    /// vm.resume(paused).unwrap();
-    /// source.harvest_final(&paused, dirty).unwrap();
+    /// source.harvest_final(&paused, dirty).unwrap(); // saving state would write more
     /// # }
     /// ```
     ///
-    /// ```compile_fail,E0061
-    /// # fn f(source: &mut dyn ringferry::DirtySource, dirty: &mut ringferry::PageSet) {
-    /// source.harvest_final(dirty).unwrap(); // where is the proof that no vCPU runs?
+    /// And the proof is gone once the VM runs again:
+    ///
+    /// ```compile_fail,E0505
+    /// # fn f(vm: &mut dyn ringferry::Vm, source: &mut dyn ringferry::DirtySource, dirty: &mut ringferry::PageSet) {
+    /// let paused = vm.pause().unwrap();
+    /// let settled = paused.declare_nothing_else_writes();
+    /// vm.resume(paused).unwrap();
+    /// source.harvest_final(&settled, dirty).unwrap();
     /// # }
     /// ```
     ///
     /// # Errors
     ///
     /// As for `harvest`.
-    fn harvest_final(&mut self, paused: &Paused, dirty: &mut PageSet) -> Result<(), TrackError>;
+    fn harvest_final(&mut self, settled: &Settled<'_>, dirty: &mut PageSet) -> Result<(), TrackError>;
 
     /// Marks pages dirty again that were harvested and never arrived. They come with the next harvest, also after
     /// a stop and a new start.

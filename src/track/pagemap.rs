@@ -26,7 +26,7 @@ use super::{DirtySource, Observed, SeenDirty, TrackError};
 use crate::layout::{GuestMemory, PAGE_SIZE, PageIndex, PageRun, Region, SlotId};
 use crate::page_set::PageSet;
 use crate::pagemap::{CHECK_WPASYNC, Filter, Pagemap, WP_MATCHING, category};
-use crate::vm::Paused;
+use crate::vm::Settled;
 
 /// Tracks the RAM of a guest made of this process's threads.
 #[derive(Debug)]
@@ -243,7 +243,7 @@ impl DirtySource for PagemapTracker {
         Ok(())
     }
 
-    fn harvest_final(&mut self, _: &Paused, dirty: &mut PageSet) -> Result<(), TrackError> {
+    fn harvest_final(&mut self, _: &Settled<'_>, dirty: &mut PageSet) -> Result<(), TrackError> {
         // A scan sees every write that has happened, so the last one needs nothing more.
         self.harvest(dirty)
     }

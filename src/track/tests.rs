@@ -14,6 +14,7 @@ use super::*;
 use crate::kvm::RingSize;
 use crate::kvm::fake::{FakeKernel, Interruption, WriteDuringReset};
 use crate::layout::PageRun;
+use crate::vm::Paused;
 
 const RING: u32 = 256;
 const SLOT_PAGES: u64 = 300;
@@ -163,7 +164,7 @@ impl Model {
         (0..self.vcpus.len()).for_each(|vcpu| self.kernel.exit(vcpu));
         self.kernel.cancel_writes_during_reset();
         let mut dirty = PageSet::new(end());
-        self.tracker.harvest_final(&paused, &mut dirty).unwrap();
+        self.tracker.harvest_final(&paused.declare_nothing_else_writes(), &mut dirty).unwrap();
         self.send(&dirty);
     }
 
@@ -529,7 +530,12 @@ fn what_no_vcpu_wrote_comes_from_the_bitmap_beside_the_rings_with_the_final_harv
     tracker.harvest(&mut dirty).unwrap();
     assert_eq!(dirty.len(), 1, "while vCPUs run, the rings only");
     kernel.write_without_vcpu(SlotId(1), 71);
-    tracker.harvest_final(&Paused::declare_every_vcpu_is_outside_kvm_run(), &mut dirty).unwrap();
+    tracker
+        .harvest_final(
+            &Paused::declare_every_vcpu_is_outside_kvm_run().declare_nothing_else_writes(),
+            &mut dirty,
+        )
+        .unwrap();
     let first = slot_pages(1).first.0;
     let pages: Vec<u64> = dirty.runs().flat_map(|run| run.first.0..run.end().0).collect();
     assert_eq!(pages, [first + 5, first + 70, first + 71]);

@@ -19,7 +19,7 @@ use crate::kvm::ring::DirtyRing;
 use crate::kvm::{Kernel, KvmError, RingSize, VmFd, caps};
 use crate::layout::{GuestMemory, PageRun, SlotId};
 use crate::page_set::{AtomicPageSet, PageSet};
-use crate::vm::Paused;
+use crate::vm::Settled;
 
 /// Dirty tracking of one VM, on KVM's rings or on its bitmap. Cheap to clone: all clones are the same tracker, so
 /// that the VMM keeps one, and lends one to a migration as its [`DirtySource`].
@@ -479,7 +479,7 @@ impl DirtySource for DirtyTracker {
         self.harvest_when(false, dirty)
     }
 
-    fn harvest_final(&mut self, _: &Paused, dirty: &mut PageSet) -> Result<(), TrackError> {
+    fn harvest_final(&mut self, _: &Settled<'_>, dirty: &mut PageSet) -> Result<(), TrackError> {
         self.harvest_when(true, dirty)
     }
 

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use clap::ValueEnum;
 use ringferry::track::{DirtyTracker, VcpuFigures};
 use ringferry::vm::VmError;
-use ringferry::{DirtySource, GuestMemory, Paused, Vm};
+use ringferry::{DirtySource, GuestMemory, Paused, Quiesced, Vm};
 use ringferry_testvm::{Config, TestVm, ThreadVm, VcpuStatus};
 
 /// Which kind of guest.
@@ -134,8 +134,8 @@ impl Vm for Machine {
         self.vm().resume(paused)
     }
 
-    fn save_state(&mut self, paused: &Paused) -> Result<Vec<u8>, VmError> {
-        self.vm().save_state(paused)
+    fn save_state(&mut self, quiesced: &Quiesced<'_>) -> Result<Vec<u8>, VmError> {
+        self.vm().save_state(quiesced)
     }
 
     fn restore_state(&mut self, state: &[u8]) -> Result<Paused, VmError> {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 use ringferry::destination::{Destination, DestinationError, DestinationOptions, DestinationReport};
 use ringferry::vm::VmError;
-use ringferry::{Paused, Vm};
+use ringferry::{Paused, Quiesced, Vm};
 use ringferry_testvm::{Guest, check};
 use serde::{Deserialize, Serialize};
 
@@ -150,8 +150,8 @@ impl Vm for Landing {
         self.0.vm.resume(paused)
     }
 
-    fn save_state(&mut self, paused: &Paused) -> Result<Vec<u8>, VmError> {
-        self.0.vm.save_state(paused)
+    fn save_state(&mut self, quiesced: &Quiesced<'_>) -> Result<Vec<u8>, VmError> {
+        self.0.vm.save_state(quiesced)
     }
 
     fn restore_state(&mut self, state: &[u8]) -> Result<Paused, VmError> {

@@ -15,7 +15,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use ringferry::track::{PagemapTracker, TrackError};
 use ringferry::vm::VmError;
-use ringferry::{GuestMemory, Paused, Vm};
+use ringferry::{GuestMemory, Paused, Quiesced, Vm};
 
 use crate::config::{Boot, Config, Image};
 use crate::error::{TestVmError, VcpuError};
@@ -246,7 +246,7 @@ impl Vm for ThreadVm {
         Ok(())
     }
 
-    fn save_state(&mut self, _: &Paused) -> Result<Vec<u8>, VmError> {
+    fn save_state(&mut self, _: &Quiesced<'_>) -> Result<Vec<u8>, VmError> {
         if self.phase != Phase::Paused {
             return Err(wrong_phase("saving state", self.phase).into());
         }

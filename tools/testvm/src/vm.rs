@@ -17,7 +17,7 @@ use parking_lot::Mutex;
 use ringferry::kvm::RingSize;
 use ringferry::track::{DirtyTracker, TrackError};
 use ringferry::vm::VmError;
-use ringferry::{GuestAddress, GuestMemory, Paused, Vm};
+use ringferry::{GuestAddress, GuestMemory, Paused, Quiesced, Vm};
 
 use crate::config::{Boot, Config, Tracking};
 use crate::error::TestVmError;
@@ -329,7 +329,7 @@ impl Vm for TestVm {
     }
 
     /// See `state` for what is in it. What could not be read is in [`TestVm::skipped_msrs`] afterwards.
-    fn save_state(&mut self, _: &Paused) -> Result<Vec<u8>, VmError> {
+    fn save_state(&mut self, _: &Quiesced<'_>) -> Result<Vec<u8>, VmError> {
         Ok(self.save()?)
     }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 use common::{HOLD, assert_consistent, build, copy_ram, counting_config, counts, wait_for_progress};
 use proptest::prelude::*;
 use proptest::test_runner::{Config as Cases, TestRunner};
-use ringferry::{GuestAddress, Vm};
+use ringferry::{GuestAddress, Quiesced, Vm};
 use ringferry_testvm::{Backing, Boot, Config, StateError, TestVm, TestVmError};
 
 /// The counting guest's VM, waiting for state instead of booting.
@@ -23,7 +23,7 @@ fn a_guest_goes_on_where_it_was_paused() {
         wait_for_progress(&source, &vec![0; vcpus], 10_000);
         for _ in 0..3 {
             let paused = source.pause().unwrap();
-            let state = source.save_state(&paused).unwrap();
+            let state = source.save_state(&Quiesced::declare_no_device_writes(&paused)).unwrap();
             assert_eq!(source.skipped_msrs(), [], "every MSR can be read");
             let before = counts(&source);
 
@@ -54,7 +54,7 @@ fn vcpus_that_wait_to_be_started_are_started_after_the_move() {
     // Any moment will do: the first vCPU cannot get further than the wait.
     std::thread::sleep(Duration::from_millis(20));
     let paused = source.pause().unwrap();
-    let state = source.save_state(&paused).unwrap();
+    let state = source.save_state(&Quiesced::declare_no_device_writes(&paused)).unwrap();
     let mut target = build(destination(3)).unwrap();
     copy_ram(&source, &target);
     let paused = target.restore_state(&state).unwrap();
@@ -86,11 +86,11 @@ fn state_that_was_set_is_the_state_that_is_read_except_for_what_time_moves() {
     source.start().unwrap();
     wait_for_progress(&source, &[0; 3], 1000);
     let paused = source.pause().unwrap();
-    let sent = source.save_state(&paused).unwrap();
+    let sent = source.save_state(&Quiesced::declare_no_device_writes(&paused)).unwrap();
     let mut target = build(destination(3)).unwrap();
     copy_ram(&source, &target);
     let paused = target.restore_state(&sent).unwrap();
-    let found = target.save_state(&paused).unwrap();
+    let found = target.save_state(&Quiesced::declare_no_device_writes(&paused)).unwrap();
 
     let (sent, found) = (records(&sent), records(&found));
     assert_eq!(sent.len(), found.len());
@@ -112,7 +112,7 @@ fn state_for_another_vm_is_refused() {
     let Some(mut source) = build(counting_config(2)) else { return };
     source.start().unwrap();
     let paused = source.pause().unwrap();
-    let state = source.save_state(&paused).unwrap();
+    let state = source.save_state(&Quiesced::declare_no_device_writes(&paused)).unwrap();
     let refusal = |vm: &mut TestVm, state: &[u8]| {
         let error = vm.restore_state(state).unwrap_err();
         *error.downcast::<TestVmError>().unwrap()
@@ -132,7 +132,7 @@ fn hostile_state_fails_or_is_set_but_never_ends_the_vmm() {
     source.start().unwrap();
     wait_for_progress(&source, &[0], 100);
     let paused = source.pause().unwrap();
-    let state = source.save_state(&paused).unwrap();
+    let state = source.save_state(&Quiesced::declare_no_device_writes(&paused)).unwrap();
     let changes = proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..40);
     let mut runner = TestRunner::new(Cases { failure_persistence: None, ..Cases::with_cases(40) });
     let tried = runner.run(&changes, |changes| {
@@ -147,7 +147,7 @@ fn hostile_state_fails_or_is_set_but_never_ends_the_vmm() {
             target.resume(paused).expect("the vCPU's thread is there");
             target.wait_for_end(Duration::from_millis(2));
             if let Ok(paused) = target.pause() {
-                let _ = target.save_state(&paused);
+                let _ = target.save_state(&Quiesced::declare_no_device_writes(&paused));
             }
         }
         Ok(())

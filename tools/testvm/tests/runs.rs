@@ -8,7 +8,7 @@ use std::time::Duration;
 use common::{
     IDLE, assert_consistent, build, counting_config, counts, dying_image, echo_image, wait_for_progress,
 };
-use ringferry::{GuestAddress, Vm};
+use ringferry::{GuestAddress, Quiesced, Vm};
 use ringferry_testvm::{
     Backing, Boot, Config, HugePages, Image, TestVm, TestVmError, Tracking, VcpuError, VcpuStatus,
 };
@@ -114,7 +114,7 @@ fn a_guest_that_dies_is_reported_and_pauses_all_the_same() {
     let ended = vm.wait_for_end(Duration::from_secs(60));
     assert!(matches!(ended, Some((0, VcpuStatus::Failed(VcpuError::Shutdown { .. })))), "{ended:?}");
     let paused = vm.pause().unwrap();
-    let error = vm.save_state(&paused).unwrap_err().to_string();
+    let error = vm.save_state(&Quiesced::declare_no_device_writes(&paused)).unwrap_err().to_string();
     assert!(error.starts_with("vCPU 0 has stopped: shutdown"), "{error}");
 }
 

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use ringferry::{DirtySource, GuestMemory, PageRun, PageSet, Vm};
+use ringferry::{DirtySource, GuestMemory, PageRun, PageSet, Quiesced, Vm};
 use ringferry_testvm::check::check;
 use ringferry_testvm::{Boot, Config, Guest, Image, TestVmError, ThreadVm, guest_image};
 
@@ -81,9 +81,9 @@ fn a_copy_made_from_tracked_rounds_goes_on_where_the_original_stopped() {
     }
     let paused = source.pause().unwrap();
     guest.count_pause_apart().unwrap();
-    tracker.harvest_final(&paused, &mut pages).unwrap();
+    tracker.harvest_final(&paused.declare_nothing_else_writes(), &mut pages).unwrap();
     copy(source.memory(), destination.memory(), &pages);
-    let state = source.save_state(&paused).unwrap();
+    let state = source.save_state(&Quiesced::declare_no_device_writes(&paused)).unwrap();
     let slept = Duration::from_millis(300);
     std::thread::sleep(slept);
 
@@ -159,7 +159,7 @@ fn calls_in_the_wrong_order_are_refused_and_change_nothing() {
 fn state_that_is_not_a_thread_vms_is_refused_whatever_its_bytes() {
     let (mut vm, _guest) = started(2, "each=ws:1MiB");
     let paused = vm.pause().unwrap();
-    let good = vm.save_state(&paused).unwrap();
+    let good = vm.save_state(&Quiesced::declare_no_device_writes(&paused)).unwrap();
     let restored = |state: &[u8], vcpus| {
         let mut vm = ThreadVm::new(Config { boot: Boot::Destination, ..config(vcpus, "") }).unwrap();
         vm.restore_state(state).map(drop).map_err(|error| error.to_string())

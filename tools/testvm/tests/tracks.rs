@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use common::{
     assert_consistent, assert_same_ram, build, copy_ram, copy_run, counting_config, counts, wait_for_progress,
 };
-use ringferry::{DirtySource, GuestAddress, PageSet, Vm};
+use ringferry::{DirtySource, GuestAddress, PageSet, Quiesced, Vm};
 use ringferry_testvm::check::check;
 use ringferry_testvm::{Boot, Config, Guest, TestVm, Tracking, guest_image};
 
@@ -32,13 +32,15 @@ fn moves_whole(vcpus: usize, tracking: Tracking) -> Option<TestVm> {
     // The VMM's own write is tracked like the guest's.
     source.write_ram(GuestAddress(0x38_0000), b"written by the VMM").expect("inside RAM");
     let paused = source.pause().expect("the guest pauses");
-    tracker.harvest_final(&paused, &mut dirty).expect("a harvest of the paused guest");
+    tracker
+        .harvest_final(&paused.declare_nothing_else_writes(), &mut dirty)
+        .expect("a harvest of the paused guest");
     assert!(dirty.contains(GuestAddress(0x38_0000).page()));
     dirty.runs().for_each(|run| copy_run(&source, &target, run));
     tracker.stop().expect("tracking stops");
 
     assert_same_ram(&source, &target);
-    let state = source.save_state(&paused).expect("state is saved");
+    let state = source.save_state(&Quiesced::declare_no_device_writes(&paused)).expect("state is saved");
     let before = counts(&source);
     let paused = target.restore_state(&state).expect("state is restored");
     target.resume(paused).expect("the guest goes on");
@@ -93,14 +95,14 @@ fn the_test_guest_proves_that_no_write_was_lost_on_the_way() {
         dirty.clear();
     }
     let paused = source.pause().unwrap();
-    tracker.harvest_final(&paused, &mut dirty).unwrap();
+    tracker.harvest_final(&paused.declare_nothing_else_writes(), &mut dirty).unwrap();
     dirty.runs().for_each(|run| copy_run(&source, &target, run));
     tracker.stop().unwrap();
     check(source.memory()).unwrap();
     check(target.memory()).unwrap();
     assert_same_ram(&source, &target);
 
-    let state = source.save_state(&paused).unwrap();
+    let state = source.save_state(&Quiesced::declare_no_device_writes(&paused)).unwrap();
     let paused = target.restore_state(&state).unwrap();
     target.resume(paused).unwrap();
     let guest = Guest::new(target.memory(), None).unwrap();
