@@ -24,7 +24,7 @@ use crate::layout::{GuestMemory, HostRun, PAGE_SIZE, PageIndex, PageRun};
 use crate::vm::Paused;
 
 /// Pages that a thread takes on at a time: large enough to cost nothing, small enough to share out evenly.
-const CHUNK_PAGES: usize = 1024;
+pub(super) const CHUNK_PAGES: usize = 1024;
 
 /// The digest of a guest's RAM. Equal on both sides: every page has the same content.
 #[derive(Clone, Copy, PartialEq, Eq, Default)]
@@ -71,7 +71,8 @@ fn on_threads(memory: &GuestMemory, threads: NonZeroUsize) -> DigestedRam {
     })
 }
 
-fn in_chunks(run: PageRun) -> impl Iterator<Item = PageRun> {
+/// Cuts a run where [`CHUNK_PAGES`] of it are full.
+pub(super) fn in_chunks(run: PageRun) -> impl Iterator<Item = PageRun> {
     (run.first.0..run.end().0).step_by(CHUNK_PAGES).map(move |first| PageRun {
         first: PageIndex(first),
         pages: (CHUNK_PAGES as u64).min(run.end().0 - first),
@@ -86,22 +87,33 @@ impl DigestedRam {
     }
 
     fn add_run(&mut self, run: HostRun) {
-        let mut copy = [0; PAGE_SIZE];
-        for (page, offset) in (run.run.first.0..run.run.end().0).zip((0..).step_by(PAGE_SIZE)) {
-            let host = run.host.wrapping_add(offset);
+        for (_, hash) in page_hashes(&run) {
             self.read_pages += 1;
-            // SAFETY: the run comes from `host_runs`: it lies in a region, mapped readable by the contract of
-            // `GuestMemory::new`, and the page in the run.
-            unsafe {
-                if is_zero(host) {
-                    continue;
-                }
-                copy_page(host, &mut copy);
-            }
-            self.nonzero_pages += 1;
-            self.digest.0 = self.digest.0.wrapping_add(xxh3_128_with_seed(&copy, page));
+            self.nonzero_pages += u64::from(hash != 0);
+            self.digest.0 = self.digest.0.wrapping_add(hash);
         }
     }
+}
+
+/// The hashes of a run's pages, in order: 0 for a page of zeroes. The guest may write them meanwhile; then a hash is of
+/// some mixture of old and new bytes, and the page is dirty.
+pub(super) fn page_hashes(run: &HostRun) -> impl Iterator<Item = (PageIndex, u128)> + '_ {
+    let pages = (run.run.first.0..run.run.end().0).zip((0..).step_by(PAGE_SIZE));
+    let mut copy = [0; PAGE_SIZE];
+    pages.map(move |(page, offset)| {
+        let host = run.host.wrapping_add(offset);
+        // SAFETY: the run comes from `host_runs`: it lies in a region, mapped readable by the contract of
+        // `GuestMemory::new`, and the page in the run.
+        let hash = unsafe {
+            if is_zero(host) {
+                0
+            } else {
+                copy_page(host, &mut copy);
+                xxh3_128_with_seed(&copy, page)
+            }
+        };
+        (PageIndex(page), hash)
+    })
 }
 
 impl fmt::Display for RamDigest {

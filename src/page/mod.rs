@@ -3,9 +3,11 @@
 //! This is the only module that reads guest memory with the CPU; `transport` lets the kernel read it.
 
 mod digest;
+mod ledger;
 mod populated;
 mod read;
 
 pub use self::digest::{DigestedRam, RamDigest, ram_digest};
+pub use self::ledger::{Audit, RamLedger};
 pub use self::populated::{Populated, populated};
 pub use self::read::{copy_page, is_zero, zero_pages};

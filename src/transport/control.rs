@@ -1,18 +1,50 @@
-//! The control connection: whole messages over TCP, each wait bounded and cancellable.
+//! The control connection: whole messages, each wait bounded and cancellable, and a peer that is known to be alive.
 //!
-//! Owns the stream; what the messages mean is in [`wire::control`](crate::wire::control).
+//! A thread keeps the connection. It answers the peer's pings and sends its own, so that both sides notice within
+//! seconds that the other one is gone, whatever the thread that owns the connection is doing. What the messages mean is
+//! in [`wire::control`](crate::wire::control).
 
-use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::wire::control::{ControlFormatError, HEAD_BYTES, Head, Message};
+use parking_lot::{Condvar, Mutex};
 
-/// How long one read waits before it looks at the cancellation flag again: bounds the answer to Ctrl-C.
-const CANCEL_POLL: Duration = Duration::from_millis(20);
-/// A body is read in pieces of this size, so that a peer that announces much and sends little costs little.
-const BODY_CHUNK_BYTES: usize = 64 << 10;
+use super::connection::Connection;
+use crate::wire::control::{HEAD_BYTES, Head, Message};
+use crate::wire::error::ControlFormatError;
+
+/// How often a wait looks whether it was cancelled: well within the 100 ms in which a cancellation takes effect.
+const CANCEL_POLL: Duration = Duration::from_millis(10);
+/// Each side asks the other so often whether it is alive.
+const HEARTBEAT: Duration = Duration::from_millis(500);
+/// Messages that wait to be taken. No phase has more than three; a peer that sends more breaks the protocol.
+const INBOX_MAX: usize = 16;
+/// The end of a connection waits so long for the peer to have read the last message.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// How long a wait may last, and what ends it early.
+#[derive(Clone, Copy, Debug)]
+pub struct Wait<'a> {
+    /// When it is over.
+    pub deadline: Instant,
+    /// Raised by the thread that cancels.
+    pub cancel: &'a AtomicBool,
+}
+
+impl Wait<'_> {
+    /// Whether the wait was cancelled. Relaxed: the flag carries no data, and is looked at again within milliseconds.
+    pub fn is_cancelled(&self) -> bool {
+        self.cancel.load(Ordering::Relaxed)
+    }
+
+    fn next_poll(&self) -> Instant {
+        self.deadline.min(Instant::now() + CANCEL_POLL)
+    }
+}
 
 /// Why the control connection did not deliver.
 #[derive(Debug, thiserror::Error)]
@@ -42,18 +74,28 @@ pub enum ControlError {
         /// What the kernel said.
         source: io::Error,
     },
-    /// The peer kept silent for too long.
-    #[error("no {expected} from the peer within {} s", waited.as_secs_f32())]
+    /// The peer did not answer in time.
+    #[error("no {expected} from the peer in time")]
     Timeout {
         /// What was waited for.
         expected: &'static str,
-        /// How long.
-        waited: Duration,
     },
+    /// The peer gives no sign of life.
+    #[error("the peer has been silent for {} s: its host or process is gone or frozen, or the network is cut", silent.as_secs_f32())]
+    Silent {
+        /// For how long.
+        silent: Duration,
+    },
+    /// The peer sends messages that nobody asked for, faster than they are taken.
+    #[error("the peer floods the control connection")]
+    Flooded,
     /// The bytes are not a message.
     #[error(transparent)]
     Format(#[from] ControlFormatError),
-    /// The user asked to stop.
+    /// A thread of the connection could not be started.
+    #[error("no thread for the control connection: {0}")]
+    Thread(io::Error),
+    /// Somebody asked to stop.
     #[error("cancelled while waiting for {expected}")]
     Cancelled {
         /// What was waited for.
@@ -61,126 +103,391 @@ pub enum ControlError {
     },
 }
 
+/// Why nothing more will come.
+#[derive(Clone, Debug)]
+enum End {
+    Broken(io::ErrorKind, String),
+    Silent(Duration),
+    Flooded,
+    Format(ControlFormatError),
+}
+
+impl End {
+    fn error(&self, expected: &'static str) -> ControlError {
+        match self {
+            Self::Broken(kind, text) => {
+                ControlError::Receive { expected, source: io::Error::new(*kind, text.clone()) }
+            }
+            Self::Silent(silent) => ControlError::Silent { silent: *silent },
+            Self::Flooded => ControlError::Flooded,
+            Self::Format(error) => ControlError::Format(error.clone()),
+        }
+    }
+}
+
+impl From<io::Error> for End {
+    fn from(error: io::Error) -> Self {
+        Self::Broken(error.kind(), error.to_string())
+    }
+}
+
+/// Reads one message after the other, in whatever pieces they come.
+#[derive(Debug, Default)]
+struct Reader {
+    head: Option<Head>,
+    bytes: Vec<u8>,
+}
+
+/// What a read brought.
+enum Read {
+    Message(Message),
+    /// Something came, though no whole message that this version knows.
+    Something,
+    Nothing,
+}
+
+impl Reader {
+    fn read(&mut self, connection: &dyn Connection, deadline: Instant) -> Result<Read, End> {
+        let wanted = self.head.map_or(HEAD_BYTES, |head| head.body_bytes()) - self.bytes.len();
+        if wanted > 0 {
+            // What a peer announces is not allocated before it comes.
+            let mut piece = [0; 4096];
+            let room = wanted.min(piece.len());
+            let read = match connection.read(&mut piece[..room], deadline) {
+                Ok(0) => {
+                    return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the peer closed it").into());
+                }
+                Ok(read) => read,
+                Err(error) if error.kind() == io::ErrorKind::TimedOut => return Ok(Read::Nothing),
+                Err(error) => return Err(error.into()),
+            };
+            self.bytes.extend_from_slice(&piece[..read]);
+            if read < wanted {
+                return Ok(Read::Something);
+            }
+        }
+        match self.head.take() {
+            None => {
+                let head = <[u8; HEAD_BYTES]>::try_from(self.bytes.as_slice()).unwrap_or([0; HEAD_BYTES]);
+                self.head = Some(Head::parse(head).map_err(End::Format)?);
+                self.bytes.clear();
+                Ok(Read::Something)
+            }
+            Some(head) => {
+                let message = Message::decode(&head, &self.bytes).map_err(End::Format)?;
+                self.bytes.clear();
+                Ok(message.map_or(Read::Something, Read::Message))
+            }
+        }
+    }
+}
+
+/// Reads the first message of a peer that nothing is known of yet, on the caller's thread.
+///
+/// # Errors
+///
+/// [`ControlError`]; a peer that drips bytes is given up at the deadline like one that is silent.
+pub fn first_message(
+    connection: &dyn Connection,
+    expected: &'static str,
+    wait: Wait<'_>,
+) -> Result<Message, ControlError> {
+    let mut reader = Reader::default();
+    while Instant::now() < wait.deadline {
+        if wait.is_cancelled() {
+            return Err(ControlError::Cancelled { expected });
+        }
+        if let Read::Message(message) =
+            reader.read(connection, wait.next_poll()).map_err(|end| end.error(expected))?
+        {
+            return Ok(message);
+        }
+    }
+    Err(ControlError::Timeout { expected })
+}
+
+/// Sends one message to such a peer.
+///
+/// # Errors
+///
+/// [`ControlError::Send`] if it did not go whole before the deadline.
+pub fn send_bytes(
+    connection: &dyn Connection,
+    message: &'static str,
+    bytes: &[u8],
+    wait: Wait<'_>,
+) -> Result<(), ControlError> {
+    let failed = |source| ControlError::Send { message, source };
+    let mut rest = bytes;
+    while !rest.is_empty() {
+        match connection.write(rest, wait.next_poll()) {
+            Ok(written) => rest = &rest[written..],
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+                if wait.is_cancelled() {
+                    return Err(ControlError::Cancelled { expected: message });
+                }
+                if Instant::now() >= wait.deadline {
+                    return Err(failed(error));
+                }
+            }
+            Err(error) => return Err(failed(error)),
+        }
+    }
+    Ok(())
+}
+
 /// One side of the control connection.
 #[derive(Debug)]
 pub struct ControlConnection {
-    stream: TcpStream,
+    shared: Arc<Shared>,
+    keeper: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    connection: Arc<dyn Connection>,
+    peer_timeout: Duration,
+    /// Held while a message is written, so that messages never mix.
+    writing: Mutex<()>,
+    closing: AtomicBool,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug)]
+struct State {
+    inbox: VecDeque<Message>,
+    end: Option<End>,
+    last_heard: Instant,
+    ping: u64,
+    /// When the ping was sent that is not answered yet.
+    asked: Option<Instant>,
+    /// When the newest ping was sent that is answered.
+    answered: Option<Instant>,
+    state_taken: u64,
 }
 
 impl ControlConnection {
-    /// Connects to a destination.
+    /// Keeps a connection whose peer is known by its first message. A peer that gives no sign of life for `peer_timeout`
+    /// is gone.
     ///
     /// # Errors
     ///
-    /// [`ControlError::Connect`] if the name does not resolve or no address of it answers within `timeout` each.
-    pub fn connect(address: &str, timeout: Duration) -> Result<Self, ControlError> {
-        let failed = |source| ControlError::Connect { address: address.to_owned(), source };
-        let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-        for candidate in address.to_socket_addrs().map_err(failed)? {
-            match TcpStream::connect_timeout(&candidate, timeout) {
-                Ok(stream) => return Self::from_stream(stream).map_err(failed),
-                Err(error) => last = error,
+    /// [`ControlError::Thread`].
+    pub fn keep(connection: Arc<dyn Connection>, peer_timeout: Duration) -> Result<Self, ControlError> {
+        let state = State {
+            inbox: VecDeque::new(),
+            end: None,
+            last_heard: Instant::now(),
+            ping: 0,
+            asked: None,
+            answered: None,
+            state_taken: 0,
+        };
+        let shared = Arc::new(Shared {
+            connection,
+            peer_timeout,
+            writing: Mutex::new(()),
+            closing: AtomicBool::new(false),
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+        });
+        let of_keeper = Arc::clone(&shared);
+        let keeper = std::thread::Builder::new()
+            .name("ringferry-control".to_owned())
+            .spawn(move || of_keeper.keep())
+            .map_err(ControlError::Thread)?;
+        Ok(Self { shared, keeper: Some(keeper) })
+    }
+
+    /// Sends a message.
+    ///
+    /// # Errors
+    ///
+    /// [`ControlError::Send`] if it did not go whole: the peer can then not have read it, and the connection is over.
+    pub fn send(&self, message: &Message, wait: Wait<'_>) -> Result<(), ControlError> {
+        self.shared.send(message, wait)
+    }
+
+    /// Waits for the next message that is not a sign of life. One that is there already is delivered whatever `wait`
+    /// says.
+    ///
+    /// # Errors
+    ///
+    /// [`ControlError`] says whether the peer is gone, silent or not speaking our protocol, or that the wait was
+    /// cancelled.
+    pub fn receive(&self, expected: &'static str, wait: Wait<'_>) -> Result<Message, ControlError> {
+        let mut state = self.shared.state.lock();
+        loop {
+            if let Some(message) = state.inbox.pop_front() {
+                return Ok(message);
             }
-        }
-        Err(failed(last))
-    }
-
-    /// Takes over an accepted connection.
-    ///
-    /// # Errors
-    ///
-    /// Of the kernel, when the socket options cannot be set.
-    pub fn from_stream(stream: TcpStream) -> io::Result<Self> {
-        stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(CANCEL_POLL))?;
-        Ok(Self { stream })
-    }
-
-    /// The peer's address.
-    ///
-    /// # Errors
-    ///
-    /// Of the kernel, when the connection is gone.
-    pub fn peer_addr(&self) -> io::Result<SocketAddr> {
-        self.stream.peer_addr()
-    }
-
-    /// Sends a message, waiting at most `timeout` for the kernel to take it.
-    ///
-    /// # Errors
-    ///
-    /// [`ControlError::Send`] if the connection is broken, [`ControlError::Format`] if it is over its limit.
-    pub fn send(&mut self, message: &Message, timeout: Duration) -> Result<(), ControlError> {
-        let bytes = message.encode()?;
-        tracing::debug!(message = message.name(), bytes = bytes.len(), "send");
-        self.stream
-            .set_write_timeout(Some(timeout.max(CANCEL_POLL)))
-            .and_then(|()| self.stream.write_all(&bytes))
-            .map_err(|source| ControlError::Send { message: message.name(), source })
-    }
-
-    /// Waits for the next message.
-    ///
-    /// # Errors
-    ///
-    /// [`ControlError`] says whether the peer is gone, silent or not speaking our protocol, or whether `cancel`
-    /// was raised.
-    pub fn receive(
-        &mut self,
-        expected: &'static str,
-        timeout: Duration,
-        cancel: &AtomicBool,
-    ) -> Result<Message, ControlError> {
-        let wait = Wait { expected, since: Instant::now(), timeout, cancel };
-        let mut head = [0; HEAD_BYTES];
-        self.read_exact(&mut head, &wait)?;
-        let head = Head::parse(head)?;
-        let mut body = Vec::new();
-        while body.len() < head.body_bytes() {
-            let read = body.len();
-            body.resize(head.body_bytes().min(read + BODY_CHUNK_BYTES), 0);
-            self.read_exact(&mut body[read..], &wait)?;
-        }
-        let message = Message::decode(&head, &body)?;
-        tracing::debug!(message = message.name(), bytes = body.len(), "received");
-        Ok(message)
-    }
-
-    /// Waits until the peer has said something, or is gone, for 20 ms at most: true if so.
-    pub fn is_readable(&self) -> bool {
-        let silent = [io::ErrorKind::WouldBlock, io::ErrorKind::TimedOut, io::ErrorKind::Interrupted];
-        !matches!(self.stream.peek(&mut [0]), Err(error) if silent.contains(&error.kind()))
-    }
-
-    fn read_exact(&mut self, mut buffer: &mut [u8], wait: &Wait<'_>) -> Result<(), ControlError> {
-        let Wait { expected, since, timeout, cancel } = *wait;
-        while !buffer.is_empty() {
-            match self.stream.read(buffer) {
-                Ok(0) => {
-                    let source = io::Error::new(io::ErrorKind::UnexpectedEof, "the peer closed it");
-                    return Err(ControlError::Receive { expected, source });
-                }
-                Ok(read) => buffer = &mut buffer[read..],
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
-                }
-                Err(source) => return Err(ControlError::Receive { expected, source }),
+            if let Some(end) = &state.end {
+                return Err(end.error(expected));
             }
-            // Relaxed: the flag carries no data, and is looked at again within `CANCEL_POLL`.
-            if cancel.load(Ordering::Relaxed) {
+            if wait.is_cancelled() {
                 return Err(ControlError::Cancelled { expected });
             }
-            if !buffer.is_empty() && since.elapsed() >= timeout {
-                return Err(ControlError::Timeout { expected, waited: timeout });
+            if Instant::now() >= wait.deadline {
+                return Err(ControlError::Timeout { expected });
             }
+            self.shared.changed.wait_until(&mut state, wait.next_poll());
         }
-        Ok(())
+    }
+
+    /// The next message, if one is there.
+    ///
+    /// # Errors
+    ///
+    /// [`ControlError`] if the connection is over.
+    pub fn poll(&self, expected: &'static str) -> Result<Option<Message>, ControlError> {
+        let mut state = self.shared.state.lock();
+        match (state.inbox.pop_front(), &state.end) {
+            (None, Some(end)) => Err(end.error(expected)),
+            (message, _) => Ok(message),
+        }
+    }
+
+    /// The peer gave a sign of life elsewhere: it took or sent pages. On a slow link those delay the answers to pings.
+    pub fn heard(&self) {
+        self.shared.state.lock().last_heard = Instant::now();
+    }
+
+    /// Asks the peer for a sign of life, unless it was asked and has not answered yet.
+    ///
+    /// # Errors
+    ///
+    /// As for [`send`](Self::send).
+    pub fn ping(&self, wait: Wait<'_>) -> Result<(), ControlError> {
+        self.shared.ping(wait)
+    }
+
+    /// Whether the peer has answered a ping that was sent after `since`.
+    pub fn answered_since(&self, since: Instant) -> bool {
+        self.shared.state.lock().answered.is_some_and(|answered| answered >= since)
+    }
+
+    /// Bytes of the state stream that the destination has taken, by its last word.
+    pub fn state_taken(&self) -> u64 {
+        self.shared.state.lock().state_taken
+    }
+
+    /// Says that nothing more follows, and waits a moment for the peer to close: what was sent last is read then.
+    pub fn finish(self) {
+        self.shared.connection.close_write();
+        let deadline = Instant::now() + LINGER;
+        let mut state = self.shared.state.lock();
+        while state.end.is_none() && !self.shared.changed.wait_until(&mut state, deadline).timed_out() {
+            state.inbox.clear();
+        }
     }
 }
 
-struct Wait<'a> {
-    expected: &'static str,
-    since: Instant,
-    timeout: Duration,
-    cancel: &'a AtomicBool,
+impl Drop for ControlConnection {
+    fn drop(&mut self) {
+        // Relaxed: the shutdown wakes the keeper, and it sees the flag or the end of the stream.
+        self.shared.closing.store(true, Ordering::Relaxed);
+        self.shared.connection.shutdown();
+        if let Some(keeper) = self.keeper.take() {
+            // A keeper that panicked has said so.
+            let _ = keeper.join();
+        }
+    }
 }
+
+impl Shared {
+    /// The keeper's thread.
+    fn keep(&self) {
+        let mut reader = Reader::default();
+        let mut next_ping = Instant::now() + HEARTBEAT;
+        while !self.closing.load(Ordering::Relaxed) {
+            let ended = match reader.read(&*self.connection, next_ping) {
+                Ok(Read::Message(message)) => self.take(message),
+                Ok(Read::Something) => {
+                    self.state.lock().last_heard = Instant::now();
+                    Ok(())
+                }
+                Ok(Read::Nothing) => Ok(()),
+                Err(end) => Err(end),
+            };
+            let ended = ended.and_then(|()| {
+                if Instant::now() < next_ping {
+                    return Ok(());
+                }
+                next_ping = Instant::now() + HEARTBEAT;
+                self.look_after_the_peer()
+            });
+            if let Err(end) = ended {
+                tracing::debug!(?end, peer = self.connection.peer(), "control connection");
+                self.state.lock().end = Some(end);
+                self.changed.notify_all();
+                return;
+            }
+        }
+    }
+
+    fn look_after_the_peer(&self) -> Result<(), End> {
+        let silent = self.state.lock().last_heard.elapsed();
+        if silent > self.peer_timeout {
+            return Err(End::Silent(silent));
+        }
+        self.ping(self.own_wait()).map_err(|error| io::Error::other(error.to_string()).into())
+    }
+
+    /// For what the keeper sends by itself.
+    fn own_wait(&self) -> Wait<'_> {
+        Wait { deadline: Instant::now() + self.peer_timeout, cancel: &self.closing }
+    }
+
+    fn take(&self, message: Message) -> Result<(), End> {
+        tracing::trace!(message = message.name(), "received");
+        let mut state = self.state.lock();
+        state.last_heard = Instant::now();
+        match message {
+            Message::Ping(number) => {
+                drop(state);
+                let answered = self.send(&Message::Pong(number), self.own_wait());
+                return answered.map_err(|error| io::Error::other(error.to_string()).into());
+            }
+            Message::Pong(number) => {
+                if number == state.ping {
+                    state.answered = state.asked.take().or(state.answered);
+                }
+            }
+            Message::StateTaken(bytes) => state.state_taken = state.state_taken.max(bytes),
+            _ if state.inbox.len() >= INBOX_MAX => return Err(End::Flooded),
+            message => state.inbox.push_back(message),
+        }
+        drop(state);
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    fn ping(&self, wait: Wait<'_>) -> Result<(), ControlError> {
+        let number = {
+            let mut state = self.state.lock();
+            if state.asked.is_some() {
+                return Ok(());
+            }
+            state.asked = Some(Instant::now());
+            state.ping += 1;
+            state.ping
+        };
+        self.send(&Message::Ping(number), wait)
+    }
+
+    fn send(&self, message: &Message, wait: Wait<'_>) -> Result<(), ControlError> {
+        let bytes = message.encode()?;
+        tracing::trace!(message = message.name(), bytes = bytes.len(), "send");
+        let _one_at_a_time = self.writing.lock();
+        let sent = send_bytes(&*self.connection, message.name(), &bytes, wait);
+        if sent.is_err() {
+            // A message that went in part would be taken for the beginning of the next one.
+            self.connection.shutdown();
+        }
+        sent
+    }
+}
+
+#[cfg(test)]
+mod tests;

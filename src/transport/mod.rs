@@ -12,6 +12,7 @@
 
 mod bandwidth;
 mod channel;
+pub mod connection;
 pub mod control;
 mod counters;
 mod deal;
