@@ -40,7 +40,8 @@ pub(super) struct Connected {
 pub(super) fn connect(shared: &Shared, index: usize, timeout: Duration) -> Result<Connected, TransportError> {
     let spec = &shared.counters.channels[index].spec;
     let failed = |source| TransportError::Connect { channel: spec.clone(), source };
-    let stream = socket::connect(spec, timeout, shared.options.stall_timeout).map_err(failed)?;
+    let stream = spec.dial(timeout, &|| shared.is_cancelled()).map_err(failed)?;
+    socket::prepare(&stream, shared.options.stall_timeout).map_err(failed)?;
     let deadline = Instant::now() + timeout;
     let number = shared.connection_number();
     let channel = u16::try_from(index).unwrap_or(u16::MAX);

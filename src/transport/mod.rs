@@ -12,10 +12,13 @@
 
 mod bandwidth;
 mod channel;
+mod channel_spec;
 pub mod connection;
 pub mod control;
 mod counters;
 mod deal;
+pub(crate) mod dial;
+mod endpoint;
 mod error;
 mod frame;
 mod pacing;
@@ -23,7 +26,6 @@ mod policy;
 mod receive;
 mod send;
 mod socket;
-mod spec;
 mod uring;
 
 #[cfg(test)]
@@ -32,13 +34,14 @@ mod tests;
 use std::fmt;
 
 pub use bandwidth::Bandwidth;
+pub use channel_spec::{ChannelSpec, ChannelSpecError};
 pub use counters::{ChannelLoss, ChannelSnapshot, SendCounters, Sending, Totals};
+pub use endpoint::{Endpoint, EndpointError};
 pub use error::TransportError;
 pub use pacing::MaxBandwidth;
 pub use policy::ZeroCopy;
 pub use receive::{DataListener, Received, Receiver};
 pub use send::{RoundSent, SendHandle, SendOptions, Sender};
-pub use spec::{ChannelSpec, SpecError};
 pub use uring::UringSupport;
 
 /// What every data connection of a migration shows at its door: 128 random bits that the source chose and

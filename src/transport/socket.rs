@@ -6,14 +6,12 @@
 )]
 
 use std::io::{self, Read};
-use std::net::{SocketAddr, TcpStream};
+use std::net::TcpStream;
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
-use socket2::{Domain, Protocol, SockAddr, Socket, TcpKeepalive, Type};
+use socket2::TcpKeepalive;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
-
-use crate::transport::ChannelSpec;
 
 /// Keepalive probes on a connection that idles between rounds: 5 s, then one a second, dead after five.
 const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
@@ -21,23 +19,8 @@ const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
     .with_interval(Duration::from_secs(1))
     .with_retries(5);
 
-/// Connects a channel. `stall` is how long the kernel keeps bytes that nobody acknowledges before it declares
-/// the connection dead (`TCP_USER_TIMEOUT`).
-pub(super) fn connect(spec: &ChannelSpec, timeout: Duration, stall: Duration) -> io::Result<TcpStream> {
-    let socket = Socket::new(Domain::for_address(spec.remote), Type::STREAM, Some(Protocol::TCP))?;
-    if let Some(device) = &spec.device {
-        socket.bind_device(Some(device.as_bytes()))?;
-    }
-    if let Some(local) = spec.local {
-        socket.bind(&SockAddr::from(SocketAddr::new(local, 0)))?;
-    }
-    socket.connect_timeout(&SockAddr::from(spec.remote), timeout)?;
-    let stream = TcpStream::from(socket);
-    prepare(&stream, stall)?;
-    Ok(stream)
-}
-
-/// What both ends of a data connection want of it. `stall` also bounds a `write` to it.
+/// What both ends of a data connection want of it. `stall` is how long the kernel keeps bytes that nobody
+/// acknowledges before it declares the connection dead (`TCP_USER_TIMEOUT`); it also bounds a `write`.
 pub(super) fn prepare(stream: &TcpStream, stall: Duration) -> io::Result<()> {
     stream.set_nodelay(true)?;
     stream.set_write_timeout(Some(stall))?;

@@ -261,7 +261,7 @@ fn a_channel_cut_in_mid_flight_costs_its_share_and_its_late_bytes_never_land() {
     assert_eq!(sent.totals.pages_sent, 4000);
     assert_eq!(sent.losses.len(), 1, "{sent:?}");
     let loss = &sent.losses[0];
-    assert_eq!((loss.channel.remote, loss.round), (slow.address, 1));
+    assert_eq!((&loss.channel, loss.round), (&ChannelSpec::to(slow.address), 1));
     assert!(loss.pages_returned > 0 && loss.pages_returned == sent.totals.pages_returned, "{loss:?}");
     for generation in 2..6 {
         source.fill(generation);

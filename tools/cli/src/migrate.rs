@@ -7,7 +7,7 @@ use anyhow::Result;
 use ringferry::progress::{Progress, Update};
 use ringferry::source::{Source, SourceOptions, SourceReport};
 use ringferry::track::VcpuFigures;
-use ringferry::transport::{ChannelSpec, SpecError};
+use ringferry::transport::{ChannelSpec, ChannelSpecError};
 use serde::{Deserialize, Serialize};
 
 use crate::display::follow;
@@ -37,7 +37,7 @@ pub struct MigrateArgs {
 }
 
 /// Kept as text, because it may be sent to another process.
-fn parse_channel(text: &str) -> Result<String, SpecError> {
+fn parse_channel(text: &str) -> Result<String, ChannelSpecError> {
     text.parse::<ChannelSpec>().map(|_| text.to_owned())
 }
 
@@ -68,7 +68,11 @@ impl MigrateArgs {
         let options = SourceOptions {
             destination: destination.to_owned(),
             channels: self.channels,
-            channel_specs: self.channel.iter().map(|text| text.parse()).collect::<Result<_, SpecError>>()?,
+            channel_specs: self
+                .channel
+                .iter()
+                .map(|text| text.parse())
+                .collect::<Result<_, ChannelSpecError>>()?,
             verify: !self.no_verify,
             vcpus: u32::try_from(host.vm.vcpus())?,
             ..SourceOptions::default()

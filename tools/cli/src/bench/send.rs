@@ -315,6 +315,10 @@ fn measure(
 ) -> anyhow::Result<BenchSend> {
     let memory = BenchMemory::filled(args.bytes.bytes, run_pages)?;
     let (mut raws, mut cases) = (Vec::new(), Vec::new());
+    let address = |channel: &ChannelSpec| {
+        channel.remote.address().with_context(|| format!("{channel}: an address is needed here, not a name"))
+    };
+    let addresses = args.channel.iter().map(address).collect::<anyhow::Result<Vec<_>>>()?;
     for _ in 0..args.repeat {
         let case = Case {
             raw: true,
@@ -322,7 +326,7 @@ fn measure(
             bytes: args.bytes.bytes,
             run_pages,
             populated: args.populated,
-            addresses: args.channel.iter().map(|channel| channel.remote).collect(),
+            addresses: addresses.clone(),
         };
         raws.push(raw::send(remote, &case, &args.channel, &memory)?);
         cases.push(send(args, remote, &Case { raw: false, ..case }, mode, &memory)?);
