@@ -1,9 +1,13 @@
-//! Why a migration did not complete, and what that means for the VM.
+//! Why a migration did not complete. The VM runs on at the source after each of these.
+
+use std::time::Duration;
 
 use crate::track::TrackError;
 use crate::transport::TransportError;
 use crate::transport::control::ControlError;
-use crate::vm::{Paused, VmError};
+use crate::vm::VmError;
+use crate::wire::reason::Reason;
+use crate::wire::state::StateFormatError;
 
 /// Why a migration did not complete.
 #[derive(Debug, thiserror::Error)]
@@ -13,11 +17,27 @@ pub enum SourceError {
     #[error(transparent)]
     Control(#[from] ControlError),
     /// The destination will not take this VM.
-    #[error("the destination refused the VM: {0}")]
-    Refused(String),
+    #[error("the destination refused the VM: {text}")]
+    Refused {
+        /// Why, for programs.
+        reason: Reason,
+        /// Why, in the destination's words.
+        text: String,
+    },
     /// The destination gave up.
-    #[error("the destination ended the migration: {0}")]
-    Aborted(String),
+    #[error("the destination ended the migration: {text}")]
+    Aborted {
+        /// Why, for programs.
+        reason: Reason,
+        /// Why, in the destination's words.
+        text: String,
+    },
+    /// The two releases have too little in common.
+    #[error("{what} is needed and the destination lacks it: use releases that both have it")]
+    Incompatible {
+        /// The version or the feature.
+        what: String,
+    },
     /// The peer said something that its phase does not allow.
     #[error("expected {expected} from the destination, got {got}")]
     Unexpected {
@@ -40,6 +60,12 @@ pub enum SourceError {
         /// Its own error.
         source: VmError,
     },
+    /// The state of the VM is larger than the stream can carry.
+    #[error(transparent)]
+    State(#[from] StateFormatError),
+    /// RAM could not be digested.
+    #[error("RAM cannot be verified: {0}")]
+    Verification(std::io::Error),
     /// The two RAM digests differ.
     #[error("RAM at the destination differs (digest {ours:032x} here, {theirs:032x} there): not handed over")]
     DigestMismatch {
@@ -48,22 +74,38 @@ pub enum SourceError {
         /// Digest there.
         theirs: u128,
     },
+    /// The guest stood still for as long as it may.
+    #[error(
+        "the guest stood still for {} s, which is all that it may, while waiting for {waiting_for}: it runs on here",
+        budget.as_secs_f32()
+    )]
+    StandstillOver {
+        /// How long that is.
+        budget: Duration,
+        /// What did not come.
+        waiting_for: &'static str,
+    },
     /// A limit that the user set says that it has taken long enough.
     #[error("given up: the timeout of the migration has passed; the VM runs on here")]
     GaveUp,
     /// The user asked to stop.
     #[error("cancelled; the VM runs on here")]
     Cancelled,
-    /// The VM was handed over, and the destination never said that it runs. It may run there: the VM stays
-    /// paused here with its RAM kept, until an operator has looked and either drops it or resumes it.
-    #[error(
-        "the VM was handed over but the destination did not confirm that it runs ({cause}); it stays paused here: \
-         find out whether it runs there, then end one of the two"
-    )]
-    Unconfirmed {
-        /// Hand this to [`Vm::resume`](crate::vm::Vm::resume) only if the destination certainly does not run the VM.
-        paused: Paused,
-        /// Why no confirmation came.
-        cause: Box<SourceError>,
-    },
+}
+
+impl SourceError {
+    /// For programs, on the wire and in reports.
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::Refused { reason, .. } | Self::Aborted { reason, .. } => *reason,
+            Self::Incompatible { .. } => Reason::Feature,
+            Self::Unexpected { .. } | Self::Control(_) | Self::State(_) => Reason::Protocol,
+            Self::Transport(_) => Reason::Transport,
+            Self::Track(_) | Self::Vm { .. } => Reason::Vmm,
+            Self::Verification(_) | Self::DigestMismatch { .. } => Reason::Verification,
+            Self::StandstillOver { .. } => Reason::TimedOut,
+            Self::GaveUp => Reason::GaveUp,
+            Self::Cancelled => Reason::Cancelled,
+        }
+    }
 }

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::progress::{Prediction, RoundReport};
-use crate::transport::{ChannelSnapshot, SendCounters};
+use crate::transport::{ChannelSnapshot, SendCounters, Totals};
 
 /// The figures of a completed migration. Times in milliseconds, by the source's monotonic clock.
 #[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
@@ -27,22 +27,26 @@ pub struct SourceReport {
     pub prediction_after_round_1: Option<Prediction>,
     /// The downtime expected just before the guest was stopped.
     pub predicted_downtime_ms: Option<f64>,
-    /// Every round; the last was sent while the guest stood still.
+    /// The downtime limit that was in force when the guest was stopped.
+    pub downtime_limit_ms: f64,
+    /// Whether the downtime was within it.
+    pub downtime_limit_kept: bool,
+    /// Of the downtime: until devices stood still and state was saved.
+    pub save_state_ms: f64,
+    /// Bytes of device and machine state.
+    pub state_bytes: u64,
+    /// Every round; the last ones were sent while the guest stood still.
     pub rounds: Vec<RoundReport>,
-    /// Pages whose contents were sent, over all rounds.
-    pub pages_sent: u64,
-    /// Pages sent as "zero", over all rounds.
-    pub zero_pages: u64,
-    /// Bytes on the data connections.
-    pub bytes_sent: u64,
-    /// Sends that the kernel reported as zero-copied.
-    pub zero_copy_sends: u64,
-    /// Sends that were copied, by our choice or by the kernel's.
-    pub copied_sends: u64,
+    /// What was sent, over all rounds.
+    #[serde(flatten)]
+    pub totals: Totals,
     /// What each data connection did.
     pub channel_reports: Vec<ChannelReport>,
-    /// Whether the RAM digests of both sides are equal; `None` if they were not compared.
+    /// Whether the RAM digests of both sides are equal, and an audit after the handing over found every page as it was
+    /// digested; `None` if they were not compared.
     pub ram_digest_match: Option<bool>,
+    /// Pages whose last change tracking missed, by that audit: lost writes.
+    pub untracked_pages: u64,
 }
 
 /// One channel's part in a migration.
@@ -50,14 +54,9 @@ pub struct SourceReport {
 pub struct ChannelReport {
     /// The channel, as a user writes it.
     pub channel: String,
-    /// Pages whose contents it sent.
-    pub pages_sent: u64,
-    /// Bytes of frames, headers counted.
-    pub bytes_sent: u64,
-    /// Sends that the kernel reported as zero-copied.
-    pub zero_copy_sends: u64,
-    /// Sends that were copied, by our choice or by the kernel's.
-    pub copied_sends: u64,
+    /// What it sent.
+    #[serde(flatten)]
+    pub totals: Totals,
     /// Bytes of guest RAM registered with the kernel.
     pub registered_bytes: u64,
     /// Why a better way of sending was given up.
@@ -68,8 +67,6 @@ pub struct ChannelReport {
     pub uncertainty_bytes_per_s: f64,
     /// The times that its connection died.
     pub losses: Vec<LossReport>,
-    /// The times that it was connected again.
-    pub reconnects: u64,
 }
 
 /// A data connection that died.
@@ -90,10 +87,7 @@ pub(super) fn channel_reports(counters: &SendCounters) -> Vec<ChannelReport> {
     let losses = counters.losses();
     let report = |channel: ChannelSnapshot| ChannelReport {
         channel: channel.channel.to_string(),
-        pages_sent: channel.totals.pages_sent,
-        bytes_sent: channel.totals.bytes_sent,
-        zero_copy_sends: channel.totals.zero_copy_sends,
-        copied_sends: channel.totals.copied_sends,
+        totals: channel.totals,
         registered_bytes: channel.sending.registered_bytes,
         fallback: channel.sending.fallback,
         bytes_per_s: channel.bandwidth.bytes_per_s,
@@ -108,7 +102,6 @@ pub(super) fn channel_reports(counters: &SendCounters) -> Vec<ChannelReport> {
                 reason: loss.reason.clone(),
             })
             .collect(),
-        reconnects: channel.totals.reconnects,
     };
     counters.channels().into_iter().map(report).collect()
 }

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 use crate::converge::{
     Action, Change, Controller, Gate, LastCheck, Observation, Pages, Prediction, Settings, VcpuSample, Why,
 };
-use crate::layout::{GuestMemory, PAGE_SIZE};
+use super::migration::Migration;
+use crate::layout::PAGE_SIZE;
 use crate::progress::{self, Event, Progress};
 use crate::track::{self, DirtySource, Observed, SeenDirty, TrackError, VcpuHandle};
 use crate::transport::{SendHandle, Totals};
@@ -23,8 +24,8 @@ pub(super) struct Steering {
     samples: Vec<VcpuSample>,
     seen: SeenDirty,
     /// The last two.
-    looks_took: [Duration; 2],
-    last_look: (Duration, Vec<u64>),
+    samples_took: [Duration; 2],
+    last_shown: (Duration, Vec<u64>),
     totals_before_round: Totals,
 }
 
@@ -49,15 +50,10 @@ impl SteeredVcpu {
 const RENEW_BEFORE: Duration = Duration::from_millis(4);
 
 impl Steering {
-    /// Takes the wheel of a migration of `memory` that began at `started`. `overhead` is what the switchover takes
-    /// besides sending pages.
-    pub fn new(
-        memory: &GuestMemory,
-        progress: &Progress,
-        started: Instant,
-        overhead: Duration,
-        vcpus: Vec<VcpuHandle>,
-    ) -> Self {
+    /// Takes the wheel of a migration that has just begun.
+    pub fn new<V: Vm + ?Sized, D: DirtySource + ?Sized>(migration: &Migration<'_, V, D>) -> Self {
+        let Migration { memory, progress, started, .. } = migration;
+        let vcpus = migration.tracker.vcpus();
         let mut terms_version = 0;
         let parameters = progress.parameters();
         let terms = parameters.changed_since(&mut terms_version).unwrap_or_else(|| parameters.terms());
@@ -65,7 +61,7 @@ impl Steering {
             policy: terms.policy,
             limits: terms.limits,
             switchover_bandwidth: terms.switchover_bandwidth,
-            switchover_overhead: overhead,
+            switchover_overhead: SWITCHOVER_OVERHEAD,
             ..Settings::new(Pages(memory.pages()))
         };
         let steered = |handle: VcpuHandle| SteeredVcpu {
@@ -77,13 +73,13 @@ impl Steering {
         Self {
             controller: Controller::new(settings),
             progress: progress.clone(),
-            started,
+            started: *started,
             terms_version,
             samples: Vec::with_capacity(vcpus.len()),
             seen: SeenDirty::new(memory.end()),
-            looks_took: [Duration::ZERO; 2],
+            samples_took: [Duration::ZERO; 2],
             vcpus: vcpus.into_iter().map(steered).collect(),
-            last_look: (Duration::ZERO, Vec::new()),
+            last_shown: (Duration::ZERO, Vec::new()),
             totals_before_round: Totals::default(),
         }
     }
@@ -91,7 +87,7 @@ impl Steering {
     /// Everything dirty has been harvested: counting starts anew.
     pub fn round_started(&mut self, round: u32, pages: u64, totals: Totals) {
         self.totals_before_round = totals;
-        self.last_look = (self.started.elapsed(), Vec::new());
+        self.last_shown = (self.started.elapsed(), Vec::new());
         let event = Event::RoundStarted { round, pages_to_send: pages };
         self.progress.publish(event, |status| {
             status.round = round;
@@ -102,9 +98,9 @@ impl Steering {
         self.tell();
     }
 
-    /// A look in the middle of a round: observes, strikes off what is dirty again, and slows down who has to be slowed
-    /// down.
-    pub fn look(
+    /// A sample in the middle of a round: observes, strikes off what is dirty again, and slows down the vCPUs that have
+    /// to be slowed down.
+    pub fn sample(
         &mut self,
         tracker: &mut (impl DirtySource + ?Sized),
         vm: &(impl Vm + ?Sized),
@@ -128,7 +124,7 @@ impl Steering {
         };
         let action = self.act(&observed, sender.totals(), None);
         self.apply_gates(vm);
-        self.looks_took = [self.looks_took[1], began.elapsed()];
+        self.samples_took = [self.samples_took[1], began.elapsed()];
         Ok(action)
     }
 
@@ -144,16 +140,41 @@ impl Steering {
         check
     }
 
-    /// When to look again: when the controller wants, but looking is not to be all that this thread does. One look that
-    /// took long is one that had to wait for a CPU.
-    pub fn next_look(&self) -> Duration {
-        let [before, last] = self.looks_took;
+    /// When to sample again: when the controller wants, but sampling is not to be all that this thread does. One sample
+    /// that took long is one that had to wait for a CPU.
+    pub fn next_sample(&self) -> Duration {
+        let [before, last] = self.samples_took;
         self.controller.next_look().max(before.min(last) * 2)
     }
 
-    /// What was expected at the last look.
+    /// What was expected at the last sample.
     pub fn prediction(&self) -> Option<progress::Prediction> {
         self.controller.prediction().as_ref().map(shown)
+    }
+
+    /// The downtime limit that is in force.
+    pub fn downtime_limit(&self) -> Duration {
+        self.controller.settings().limits.downtime_at(self.started.elapsed())
+    }
+
+    /// How long the guest is going to stand still if `left` pages are left, as far as the link is known.
+    pub fn expected_downtime(&self, left: u64) -> Duration {
+        let settings = self.controller.settings();
+        let bandwidth = settings.switchover_bandwidth.or(self.controller.bandwidth()).unwrap_or(0.0);
+        let sending = (left * PAGE_SIZE as u64) as f64 / bandwidth.max(1.0);
+        let known = bandwidth > 0.0;
+        let sending = Duration::try_from_secs_f64(sending).ok().filter(|_| known).unwrap_or_default();
+        settings.switchover_overhead + sending
+    }
+
+    /// What the switchover takes besides sending pages, now that more is known of it.
+    pub fn set_overhead(&mut self, besides: Duration) {
+        let overhead = SWITCHOVER_OVERHEAD + besides;
+        let known = self.controller.settings().switchover_overhead;
+        // Each change makes the controller plan anew: not for what makes no difference.
+        if overhead.abs_diff(known) > Duration::from_millis(1) {
+            self.controller.change(self.started.elapsed(), |settings| settings.switchover_overhead = overhead);
+        }
     }
 
     /// Lets every vCPU run.
@@ -227,12 +248,12 @@ impl Steering {
     }
 
     fn show(&mut self, now: Duration, per_vcpu: &[u64], pages_done: u64, totals: Totals) {
-        let window = now.saturating_sub(self.last_look.0);
+        let window = now.saturating_sub(self.last_shown.0);
         // Rates over less than this are noise to a reader.
         if window < Duration::from_millis(50) {
             return;
         }
-        let before = &self.last_look.1;
+        let before = &self.last_shown.1;
         let rate = |(vcpu, pages): (usize, &u64)| {
             pages.saturating_sub(before.get(vcpu).copied().unwrap_or(0)) as f64 / window.as_secs_f64()
         };
@@ -245,7 +266,7 @@ impl Steering {
             status.dirtied_pages = per_vcpu.to_vec();
             status.dirty_pages_per_s = rates;
         });
-        self.last_look = (now, per_vcpu.to_vec());
+        self.last_shown = (now, per_vcpu.to_vec());
     }
 
     fn tell(&mut self) {
@@ -282,19 +303,9 @@ impl Steering {
     }
 }
 
-/// The switchover takes this long besides pages and verification: stopping vCPUs (0.4 ms mean, 7 ms worst here),
+/// The switchover takes this long besides pages, verification and device state in pieces: stopping vCPUs (0.4 ms mean, 7 ms worst here),
 /// saving, restoring and handing over.
-pub(super) const SWITCHOVER_OVERHEAD: Duration = Duration::from_millis(20);
-
-/// Bytes per second of the comparison of RAM, of which only the destination's half lies in the downtime: a third of
-/// what `cargo bench --bench page` shows here for two idle CPUs, because both sides may share them.
-const VERIFY_BYTES_PER_S: f64 = 5e9;
-
-/// What the switchover takes besides sending pages.
-pub(super) fn switchover_overhead(verified_pages: u64) -> Duration {
-    let verify_s = (verified_pages * PAGE_SIZE as u64) as f64 / VERIFY_BYTES_PER_S;
-    SWITCHOVER_OVERHEAD + Duration::from_secs_f64(verify_s)
-}
+const SWITCHOVER_OVERHEAD: Duration = Duration::from_millis(20);
 
 fn shown(prediction: &Prediction) -> progress::Prediction {
     let millis = |duration: Duration| duration.as_secs_f64() * 1e3;

@@ -1,0 +1,135 @@
+//! What all phases of a migration share: the VM, its tracker, what was harvested, and the report.
+
+use std::time::{Duration, Instant};
+
+use super::error::SourceError;
+use super::link::Link;
+use super::report::SourceReport;
+use super::verification::Verification;
+use super::{SourceOptions, as_u32, commit, millis};
+use crate::layout::GuestMemory;
+use crate::page_set::PageSet;
+use crate::progress::{Event, Phase, Progress, RoundReport};
+use crate::track::DirtySource;
+use crate::transport::control::ControlError;
+use crate::transport::{RoundSent, TransportError};
+use crate::vm::{Paused, Vm};
+
+/// How long the destination is told about a failure at most: the guest runs here already.
+const TELL_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// One migration.
+#[derive(Debug)]
+pub(super) struct Migration<'a, V: ?Sized, D: ?Sized> {
+    pub vm: &'a mut V,
+    pub tracker: &'a mut D,
+    pub memory: &'a GuestMemory,
+    pub options: SourceOptions,
+    pub progress: Progress,
+    pub report: SourceReport,
+    pub started: Instant,
+    /// Pages harvested since tracking began: what a failure gives back.
+    pub taken: PageSet,
+    /// If RAM is to be compared.
+    pub verification: Option<Verification>,
+}
+
+impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Migration<'a, V, D> {
+    pub fn new(
+        vm: &'a mut V,
+        tracker: &'a mut D,
+        memory: &'a GuestMemory,
+        options: SourceOptions,
+        progress: Progress,
+    ) -> Self {
+        Self {
+            taken: PageSet::new(memory.end()),
+            report: SourceReport::default(),
+            started: Instant::now(),
+            verification: None,
+            vm,
+            tracker,
+            memory,
+            options,
+            progress,
+        }
+    }
+
+    /// The number of the next round, from 1.
+    pub fn next_round(&self) -> u32 {
+        as_u32(self.report.rounds.len() + 1)
+    }
+
+    /// A harvest while the guest runs, or while only its vCPUs stand still.
+    pub fn harvest(&mut self) -> Result<PageSet, SourceError> {
+        let mut harvested = PageSet::new(self.memory.end());
+        self.tracker.harvest(&mut harvested)?;
+        self.taken.union(&harvested);
+        Ok(harvested)
+    }
+
+    /// Puts a round that has ended into the report, and tells the watchers.
+    pub fn round_sent(&mut self, sent: &RoundSent, pages_to_send: u64, round: RoundReport) {
+        self.report.totals = self.report.totals.plus(sent.totals);
+        let round = RoundReport {
+            round: sent.round,
+            pages_to_send,
+            totals: sent.totals,
+            duration_ms: millis(sent.duration),
+            ..round
+        };
+        let bytes_sent = self.report.totals.bytes_sent;
+        self.report.rounds.push(round.clone());
+        self.progress.publish(Event::RoundEnded(round), |status| {
+            status.round_pages_done = status.round_pages;
+            status.bytes_sent = bytes_sent;
+        });
+    }
+
+    /// The first act of a failure while the guest stands still; the error to go on with.
+    pub fn resume_first(&mut self, paused: Paused, error: SourceError) -> SourceError {
+        match self.vm.resume(paused) {
+            Ok(()) => error,
+            Err(source) => SourceError::Vm { action: "resume after a failed switchover", source },
+        }
+    }
+
+    /// The guest runs: what was harvested is dirty again, and the destination is told.
+    pub fn give_up(&mut self, link: &Link, error: SourceError) -> SourceError {
+        self.tracker.give_back(&self.taken);
+        self.stop_tracking();
+        let error = link.cause(self.cancelled_or(error));
+        if !matches!(error, SourceError::Aborted { .. }) {
+            link.tell_of_the_end(&error, TELL_TIMEOUT);
+        }
+        error
+    }
+
+    /// Whatever failed after the user had asked for the end failed because of that.
+    pub fn cancelled_or(&self, error: SourceError) -> SourceError {
+        match error {
+            SourceError::Vm { .. } => error,
+            SourceError::Control(ControlError::Cancelled { .. })
+            | SourceError::Transport(TransportError::Cancelled) => SourceError::Cancelled,
+            _ if self.progress.parameters().is_cancelled() => SourceError::Cancelled,
+            error => error,
+        }
+    }
+
+    pub fn stop_tracking(&mut self) {
+        if let Err(error) = self.tracker.stop() {
+            tracing::warn!(%error, "tracking could not be stopped");
+        }
+    }
+
+    /// Tells the watchers how it ended.
+    pub fn publish_end(&self, result: &Result<commit::HandedOver, SourceError>) {
+        let (phase, error) = match result {
+            Ok(commit::HandedOver::Confirmed) => (Phase::Completed, None),
+            Ok(commit::HandedOver::Unconfirmed(_, cause)) => (Phase::Unconfirmed, Some(cause.to_string())),
+            Err(error) => (Phase::Failed, Some(error.to_string())),
+        };
+        let completed = phase == Phase::Completed;
+        self.progress.publish(Event::Ended { completed, error }, |status| status.phase = phase);
+    }
+}

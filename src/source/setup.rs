@@ -1,0 +1,94 @@
+//! The first phase: both sides agree on a version, features and the VM's shape, and the data connections are made. The
+//! guest runs, and nothing has to be undone yet.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::error::SourceError;
+use super::link::{Link, refusal};
+use super::migration::Migration;
+use super::as_u32;
+use crate::layout::{PAGE_SIZE, PageRun};
+use crate::track::DirtySource;
+use crate::transport::control::{ControlConnection, ControlError, Wait};
+use crate::transport::{ChannelSpec, MigrationToken, SendOptions, Sender, dial};
+use crate::vm::Vm;
+use crate::wire::control::Message;
+use crate::wire::features::{self, Feature};
+use crate::wire::hello::{Accept, Block, Hello, Token};
+
+/// Connects to the destination and offers it the VM.
+pub(super) fn run<V: Vm + ?Sized, D: DirtySource + ?Sized>(
+    migration: &mut Migration<'_, V, D>,
+) -> Result<Link, SourceError> {
+    let options = &migration.options;
+    let parameters = migration.progress.parameters();
+    let cancel = parameters.cancel_flag();
+    let wait = Wait { deadline: Instant::now() + options.answer_timeout, cancel };
+    let unreachable = |source| ControlError::Connect { address: options.destination.clone(), source };
+    let stream = dial::dial(&options.destination, options.answer_timeout, cancel).map_err(unreachable)?;
+    let peer = stream.peer_addr().map_err(unreachable)?;
+    socket::prepare(&stream, options.peer_timeout).map_err(unreachable)?;
+    let control = ControlConnection::keep(Arc::new(stream), options.peer_timeout)?;
+
+    let token = random_token().map_err(unreachable)?;
+    let channels = match options.channel_specs.len() {
+        0 => options.channels,
+        given => as_u32(given),
+    };
+    let features = Feature::ours(if options.verify { &[features::VERIFY] } else { &[] });
+    let ram: Vec<PageRun> = migration.memory.regions().iter().map(|region| region.pages).collect();
+    control.send(
+        &Message::Hello(Hello {
+            token,
+            page_bytes: as_u32(PAGE_SIZE),
+            vcpus: options.vcpus,
+            channels,
+            ram,
+            blocks: blocks(),
+            vm_id: options.vm_id.clone(),
+            description: options.description.clone(),
+            features: features.clone(),
+            ..Hello::default()
+        }),
+        wait,
+    )?;
+    let accept = match control.receive("Accept", wait)? {
+        Message::Accept(accept) => accept,
+        other => return Err(refusal(other, "Accept")),
+    };
+    agree(&features, &accept)?;
+
+    let mut remote = peer;
+    remote.set_port(accept.data_port);
+    let specs = if options.channel_specs.is_empty() {
+        vec![ChannelSpec::to(remote); channels as usize]
+    } else {
+        options.channel_specs.clone()
+    };
+    let send = SendOptions { max_bandwidth: parameters.max_bandwidth().clone(), ..options.send.clone() };
+    let sender = Sender::connect(&specs, MigrationToken(token), migration.memory.clone(), send, cancel)?;
+    let link = Link::new(control, sender, options.peer_timeout);
+    migration.report.channels = channels;
+    migration.report.memory_bytes = migration.memory.pages() * PAGE_SIZE as u64;
+    migration.tracker.backend().clone_into(&mut migration.report.backend);
+    Ok(link)
+}
+
+fn agree(ours: &[Feature], accept: &Accept) -> Result<(), SourceError> {
+    if features::common_version(accept.version, accept.version).is_none() {
+        return Err(SourceError::Incompatible { what: format!("protocol version {}", accept.version) });
+    }
+    let agreed = |feature: &&Feature| accept.features.contains(&feature.name);
+    match ours.iter().find(|feature| feature.required && !agreed(feature)) {
+        Some(missing) => Err(SourceError::Incompatible { what: format!("the feature `{}`", missing.name) }),
+        None => Ok(()),
+    }
+}
+
+/// A migration's name on its connections.
+fn random_token() -> std::io::Result<Token> {
+    let mut token = Token::default();
+    getrandom::fill(&mut token).map_err(std::io::Error::from)?;
+    Ok(token)
+}
