@@ -31,6 +31,10 @@ pub struct Config {
     pub boot: Boot,
     /// How guest writes are tracked.
     pub tracking: Tracking,
+    /// Whether CPUID shows kvmclock. The built-in guest then has KVM write the time into a page of its own
+    /// ([`KVMCLOCK_ADDRESS`](crate::KVMCLOCK_ADDRESS)), so that restoring its state writes guest RAM. A destination
+    /// takes CPUID from the state.
+    pub kvmclock: bool,
     /// Whether each vCPU's thread is kept on a CPU of its own, as far as there are enough.
     pub pin_vcpus: bool,
     /// Where the guest's serial port goes, besides [`TestVm::console`](crate::TestVm::console).
@@ -38,7 +42,7 @@ pub struct Config {
 }
 
 impl Default for Config {
-    /// One vCPU, 64 MiB of anonymous memory in one region, nothing to boot, no tracking.
+    /// One vCPU, 64 MiB of anonymous memory in one region, nothing to boot, no tracking, no kvmclock.
     fn default() -> Self {
         Self {
             vcpus: 1,
@@ -48,6 +52,7 @@ impl Default for Config {
             huge_pages: HugePages::None,
             boot: Boot::Destination,
             tracking: Tracking::None,
+            kvmclock: false,
             pin_vcpus: false,
             console: None,
         }

@@ -148,6 +148,11 @@ pub enum TestVmError {
     Stats(String),
 }
 
+/// What KVM answered to `call`.
+pub(crate) fn kvm_error(call: &'static str, error: kvm_ioctls::Error, hint: &'static str) -> TestVmError {
+    TestVmError::Kvm { call, error: io::Error::from_raw_os_error(error.errno()), hint }
+}
+
 /// Why a vCPU does not run any more.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]

@@ -48,4 +48,4 @@ pub use state::{STATE_VERSION, SkippedMsr, StateError};
 pub use thread_vm::ThreadVm;
 pub use vcpu::VcpuCounters;
 pub use vm::TestVm;
-pub use workload::mailbox::{EXIT_PORT, IDLE_PORT, MAX_VCPUS};
+pub use workload::mailbox::{EXIT_PORT, IDLE_PORT, KVMCLOCK_ADDRESS, MAX_VCPUS};

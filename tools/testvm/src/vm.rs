@@ -2,7 +2,6 @@
 #![expect(unsafe_code, reason = "KVM takes guest RAM by host address")]
 
 use std::collections::BTreeMap;
-use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -20,7 +19,7 @@ use ringferry::vm::VmError;
 use ringferry::{GuestAddress, GuestMemory, Paused, Quiesced, Vm};
 
 use crate::config::{Boot, Config, Tracking};
-use crate::error::TestVmError;
+use crate::error::{TestVmError, kvm_error};
 use crate::gate::{Gate, VcpuStatus, Wanted};
 use crate::memory::Ram;
 use crate::state::{self, Shape, SkippedMsr};
@@ -86,7 +85,7 @@ impl TestVm {
     /// # Errors
     ///
     /// [`TestVmError`]: what is missing on this host, or wrong with the configuration or the image.
-    pub fn new(config: Config) -> Result<Self, TestVmError> {
+    pub fn new(mut config: Config) -> Result<Self, TestVmError> {
         config.check()?;
         let kvm = open_kvm()?;
         let vm = kvm.create_vm().map_err(|e| {
@@ -106,12 +105,12 @@ impl TestVm {
         }
         create_chips(&vm)?;
 
-        let serial = Arc::new(Mutex::new(Serial::new(config.console)));
+        let serial = Arc::new(Mutex::new(Serial::new(config.console.take())));
         let gate = Arc::new(Gate::new(config.vcpus));
         let mut vcpus = Vec::with_capacity(config.vcpus);
         let mut tsc_khz = 0;
         for index in 0..config.vcpus {
-            let fd = create_vcpu(&kvm, &vm, index, config.vcpus)?;
+            let fd = create_vcpu(&kvm, &vm, index, &config)?;
             tsc_khz = fd.get_tsc_khz().unwrap_or(0);
             if let (0, Some(entry)) = (index, boots) {
                 boot::enter(&fd, entry)?;
@@ -364,10 +363,6 @@ impl AsFd for TestVm {
     }
 }
 
-pub(crate) fn kvm_error(call: &'static str, error: kvm_ioctls::Error, hint: &'static str) -> TestVmError {
-    TestVmError::Kvm { call, error: io::Error::from_raw_os_error(error.errno()), hint }
-}
-
 fn open_kvm() -> Result<Kvm, TestVmError> {
     Kvm::new().map_err(|error| match error.errno() {
         // ENXIO and ENODEV: there is a device node, and no module behind it.
@@ -434,10 +429,10 @@ fn create_chips(vm: &VmFd) -> Result<(), TestVmError> {
     vm.create_pit2(pit).map_err(|e| kvm_error("KVM_CREATE_PIT2", e, hint))
 }
 
-fn create_vcpu(kvm: &Kvm, vm: &VmFd, index: usize, vcpus: usize) -> Result<VcpuFd, TestVmError> {
+fn create_vcpu(kvm: &Kvm, vm: &VmFd, index: usize, config: &Config) -> Result<VcpuFd, TestVmError> {
     let fd = vm.create_vcpu(index as u64);
     let fd = fd.map_err(|e| kvm_error("KVM_CREATE_VCPU", e, "the host may be short of memory"))?;
-    let cpuid = cpuid::for_vcpu(kvm, index, vcpus, fd.get_tsc_khz().unwrap_or(0))?;
+    let cpuid = cpuid::for_vcpu(kvm, index, config, fd.get_tsc_khz().unwrap_or(0))?;
     let hint = "this CPU cannot be shown to the guest";
     fd.set_cpuid2(&cpuid).map_err(|e| kvm_error("KVM_SET_CPUID2", e, hint))?;
     Ok(fd)

@@ -11,7 +11,8 @@
 //!    paging and the kernel has no SREGS2, so RAM comes before state.
 //! 3. REGS. 4. XCRS: which components XSAVE has. 5. XSAVE. 6. DEBUGREGS.
 //! 7. LAPIC: after its base and mode are known from SREGS.
-//! 8. MSRs: the TSC deadline is armed only in a LAPIC that is set up for it.
+//! 8. MSRs: the TSC deadline is armed only in a LAPIC that is set up for it. Setting `MSR_KVM_WALL_CLOCK_NEW` writes guest
+//!    RAM, if the guest has registered a page for it.
 //! 9. VCPU_EVENTS: SREGS also touches pending interrupts; this has the last word.
 //! 10. MP_STATE: last, for SREGS may wake a vCPU that looks freshly reset.
 //!
@@ -34,8 +35,7 @@ use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::{Length, StateError};
-use crate::error::TestVmError;
-use crate::vm::kvm_error;
+use crate::error::{TestVmError, kvm_error};
 
 /// One part of the state: a kind of record, and how KVM gives and takes it.
 #[derive(Debug)]
