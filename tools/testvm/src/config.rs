@@ -4,6 +4,7 @@ use std::fmt;
 use std::io::Write;
 use std::path::PathBuf;
 
+use crate::device::DeviceConfig;
 use crate::error::TestVmError;
 use crate::workload::mailbox::MAX_VCPUS;
 
@@ -35,6 +36,8 @@ pub struct Config {
     /// ([`KVMCLOCK_ADDRESS`](crate::KVMCLOCK_ADDRESS)), so that restoring its state writes guest RAM. A destination
     /// takes CPUID from the state.
     pub kvmclock: bool,
+    /// The device that writes guest RAM and has state, if there is to be one.
+    pub device: Option<DeviceConfig>,
     /// Whether each vCPU's thread is kept on a CPU of its own, as far as there are enough.
     pub pin_vcpus: bool,
     /// Where the guest's serial port goes, besides [`TestVm::console`](crate::TestVm::console).
@@ -42,7 +45,7 @@ pub struct Config {
 }
 
 impl Default for Config {
-    /// One vCPU, 64 MiB of anonymous memory in one region, nothing to boot, no tracking, no kvmclock.
+    /// One vCPU, 64 MiB of anonymous memory in one region, nothing to boot, no tracking, no kvmclock, no device.
     fn default() -> Self {
         Self {
             vcpus: 1,
@@ -53,6 +56,7 @@ impl Default for Config {
             boot: Boot::Destination,
             tracking: Tracking::None,
             kvmclock: false,
+            device: None,
             pin_vcpus: false,
             console: None,
         }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use ringferry::layout::LayoutError;
 use ringferry::track::TrackError;
 
+use crate::device::DeviceError;
 use crate::guest::GuestError;
 use crate::multiboot::ImageError;
 use crate::state::StateError;
@@ -140,6 +141,9 @@ pub enum TestVmError {
     /// Saved state could not be read or set.
     #[error(transparent)]
     State(#[from] StateError),
+    /// The device cannot be had, or cannot go on.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// Dirty tracking could not be set up.
     #[error("setting up dirty tracking: {0}")]
     Tracking(#[from] TrackError),

@@ -2,6 +2,7 @@
 #![expect(unsafe_code, reason = "KVM takes guest RAM by host address")]
 
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -15,10 +16,11 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use parking_lot::Mutex;
 use ringferry::kvm::RingSize;
 use ringferry::track::{DirtyTracker, TrackError};
-use ringferry::vm::VmError;
-use ringferry::{GuestAddress, GuestMemory, Paused, Quiesced, Vm};
+use ringferry::vm::{Moment, VmError};
+use ringferry::{GuestAddress, GuestMemory, PageSet, Paused, Quiesced, Vm};
 
 use crate::config::{Boot, Config, Tracking};
+use crate::device::{Device, StreamCheck};
 use crate::error::{TestVmError, kvm_error};
 use crate::gate::{Gate, VcpuStatus, Wanted};
 use crate::memory::Ram;
@@ -61,6 +63,17 @@ impl Phase {
     }
 }
 
+/// How often a migration has asked a VM for what a VMM need not have.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct VmCalls {
+    /// [`Vm::quiesce`].
+    pub quiesced: u64,
+    /// [`Vm::prepare`].
+    pub prepared: u64,
+    /// [`Vm::release`].
+    pub released: u64,
+}
+
 /// A VM on this host's KVM: vCPUs with a thread each, RAM, the interrupt controllers and the timer of a PC.
 #[derive(Debug)]
 pub struct TestVm {
@@ -76,6 +89,10 @@ pub struct TestVm {
     skipped_msrs: Vec<SkippedMsr>,
     tsc_khz: u32,
     boots: bool,
+    device: Option<Device>,
+    /// What came for the device of this VM before its registers.
+    stream: StreamCheck,
+    calls: VmCalls,
     phase: Phase,
 }
 
@@ -105,6 +122,8 @@ impl TestVm {
         }
         create_chips(&vm)?;
 
+        let device =
+            config.device.map(|device| Device::new(device, ram.memory(), tracker.clone())).transpose()?;
         let serial = Arc::new(Mutex::new(Serial::new(config.console.take())));
         let gate = Arc::new(Gate::new(config.vcpus));
         let mut vcpus = Vec::with_capacity(config.vcpus);
@@ -130,6 +149,9 @@ impl TestVm {
             skipped_msrs: Vec::new(),
             tsc_khz,
             boots: boots.is_some(),
+            device,
+            stream: StreamCheck::default(),
+            calls: VmCalls::default(),
             phase: Phase::Built,
         };
         for vcpu in &built.vcpus {
@@ -162,6 +184,9 @@ impl TestVm {
     fn run(&mut self) {
         self.phase = Phase::Running;
         self.gate.want(Wanted::Run);
+        if let Some(device) = &mut self.device {
+            device.run();
+        }
     }
 
     /// Guest RAM as this process maps it; a clone keeps it mapped.
@@ -244,6 +269,16 @@ impl TestVm {
         &self.skipped_msrs
     }
 
+    /// How many writes the device has made; none without one.
+    pub fn device_writes(&self) -> Option<u64> {
+        self.device.as_ref().map(Device::written)
+    }
+
+    /// What a migration has asked of the VM.
+    pub fn calls(&self) -> VmCalls {
+        self.calls
+    }
+
     fn save(&mut self) -> Result<Vec<u8>, TestVmError> {
         if self.phase == Phase::Running {
             return Err(TestVmError::WrongPhase { tried: "saving state", found: self.phase.name() });
@@ -266,8 +301,14 @@ impl TestVm {
             vcpus.push(state::save_vcpu(&vcpu.fd.lock(), vcpu.index, &self.shape, &mut skipped)?);
         }
         let vm = state::save_vm(&self.vm, &self.shape)?;
+        let at_work =
+            TestVmError::WrongPhase { tried: "saving state", found: "paused, but its device works on" };
+        let device = match &self.device {
+            Some(device) => Some(device.save().ok_or(at_work)?),
+            None => None,
+        };
         self.note_skipped("read", skipped);
-        Ok(state::write(self.tsc_khz, &vcpus, &vm))
+        Ok(state::write(self.tsc_khz, &vcpus, &vm, device.as_ref()))
     }
 
     fn restore(&mut self, bytes: &[u8]) -> Result<(), TestVmError> {
@@ -282,6 +323,16 @@ impl TestVm {
             state::restore_vcpu(&fd, vcpu.index, &self.shape, parts, &mut skipped)?;
         }
         state::restore_vm(&self.vm, &self.shape, &saved.vm)?;
+        self.device = match saved.device {
+            Some(registers) => {
+                let (memory, tracker) = (self.ram.memory(), self.tracker.clone());
+                Some(Device::restored(*registers, &self.stream, memory, tracker)?)
+            }
+            None => {
+                self.stream.is_empty()?;
+                None
+            }
+        };
         self.tsc_khz = saved.tsc_khz;
         self.note_skipped("set", skipped);
         self.phase = Phase::Paused;
@@ -336,6 +387,48 @@ impl Vm for TestVm {
     fn restore_state(&mut self, state: &[u8]) -> Result<Paused, VmError> {
         self.restore(state)?;
         Ok(Paused::declare_every_vcpu_is_outside_kvm_run())
+    }
+
+    fn quiesce<'p>(&mut self, paused: &'p Paused) -> Result<Quiesced<'p>, VmError> {
+        if let Some(device) = &self.device {
+            device.quiesce();
+        }
+        self.calls.quiesced += 1;
+        Ok(Quiesced::declare_no_device_writes(paused))
+    }
+
+    fn save_device_state(&mut self, moment: Moment<'_>, out: &mut dyn Write) -> Result<(), VmError> {
+        if let Some(device) = &mut self.device {
+            device.stream(matches!(moment, Moment::Stopped(_)), out)?;
+        }
+        Ok(())
+    }
+
+    /// For a VM that was built and has not run yet.
+    fn load_device_state(&mut self, piece: &[u8]) -> Result<(), VmError> {
+        if self.phase != Phase::Built {
+            let found = self.phase.name();
+            return Err(TestVmError::WrongPhase { tried: "loading device state", found }.into());
+        }
+        Ok(self.stream.take(piece)?)
+    }
+
+    /// None; but this is how the VM learns that a migration begins.
+    fn discarded_pages(&mut self, _: &mut PageSet) {
+        if let Some(device) = &mut self.device {
+            device.begin_stream();
+        }
+    }
+
+    fn prepare(&mut self) -> Result<(), VmError> {
+        self.calls.prepared += 1;
+        Ok(())
+    }
+
+    /// What came for the device is forgotten: another migration may follow.
+    fn release(&mut self) {
+        self.calls.released += 1;
+        self.stream = StreamCheck::default();
     }
 
     fn kick(&self, index: usize) {
