@@ -7,7 +7,6 @@
 
 mod error;
 mod report;
-mod slice;
 mod steering;
 
 use std::sync::atomic::AtomicBool;
@@ -18,10 +17,10 @@ use std::time::{Duration, Instant};
 pub use error::SourceError;
 pub use report::{ChannelReport, LossReport, SourceReport};
 
-use self::slice::ShortSlice;
 use self::steering::{Steering, switchover_overhead};
 use crate::converge::{Action, LastCheck, Why};
 use crate::layout::{GuestMemory, PAGE_SIZE, PageRun};
+use crate::os::sched::ShortSlice;
 use crate::page::populated;
 use crate::page::ram_digest;
 use crate::page_set::PageSet;

@@ -16,7 +16,7 @@ const TIMER_SLACK_NS: libc::c_ulong = 1_000;
 
 /// While it lives, the thread that made it has the shortest slice, and timers that come in time.
 #[derive(Debug)]
-pub(super) struct ShortSlice {
+pub(crate) struct ShortSlice {
     before_ns: Option<u64>,
     /// It is this thread's: not to be dropped by another.
     _of_this_thread: PhantomData<*const ()>,
@@ -24,7 +24,7 @@ pub(super) struct ShortSlice {
 
 impl ShortSlice {
     /// Asks for it. A refusal (seccomp, a policy other than the usual one) changes nothing.
-    pub(super) fn for_this_thread() -> Self {
+    pub(crate) fn for_this_thread() -> Self {
         set_timer_slack(TIMER_SLACK_NS);
         Self { before_ns: set(SHORTEST_NS), _of_this_thread: PhantomData }
     }
