@@ -10,8 +10,8 @@
 
 pub mod kvm;
 pub mod layout;
+mod os;
 pub mod page_set;
-mod pagemap;
 pub mod track;
 pub mod vm;
 

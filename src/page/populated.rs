@@ -13,17 +13,17 @@
 //! 2. `mincore`, which looks into the page cache of shared memory. It does not see what was swapped out, so it is
 //!    asked only where there is no swap; nor what lies on a disk or in hugetlbfs, so only for shared memory.
 //! 3. Otherwise every page counts as populated, and [`Populated::assumed_pages`] says how many that were.
-#![expect(unsafe_code, reason = "lseek with SEEK_DATA and mincore are in no safe library that we link")]
 
 use std::fs::{self, File};
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 
 use crate::layout::{GuestMemory, PAGE_SIZE, Region};
+use crate::os::file::{memfd, next_data, next_hole};
+use crate::os::memory::mincore;
+use crate::os::pagemap::{Filter, Pagemap, category};
 use crate::page_set::PageSet;
-use crate::pagemap::{Filter, Pagemap, category};
 
 /// What [`populated`] found.
 #[derive(Clone, Debug)]
@@ -145,14 +145,8 @@ fn pages_by_seek(
     let offset_of = |host: usize| mapping.offset + (host - mapping.host.start) as u64;
     let (mut at, end) = (offset_of(part.start), offset_of(part.end));
     while at < end {
-        let data = match seek(file, at, libc::SEEK_DATA) {
-            Ok(data) if data < end => data,
-            Ok(_) => break,
-            // No data from here to the end of the file.
-            Err(error) if error.raw_os_error() == Some(libc::ENXIO) => break,
-            Err(error) => return Err(error),
-        };
-        let hole = seek(file, data, libc::SEEK_HOLE)?.min(end);
+        let Some(data) = next_data(file, at)?.filter(|data| *data < end) else { break };
+        let hole = next_hole(file, data)?.min(end);
         // Data of a file on a disk may begin or end inside a page.
         let host_of = |offset: u64| part.start + usize::try_from(offset - offset_of(part.start)).unwrap_or(0);
         let page = PAGE_SIZE as u64;
@@ -165,25 +159,11 @@ fn pages_by_seek(
     Ok(())
 }
 
-fn seek(file: &File, offset: u64, whence: libc::c_int) -> io::Result<u64> {
-    let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
-    // SAFETY: a call without pointers, on an open file that nobody else reads by position.
-    let found = unsafe { libc::lseek(file.as_raw_fd(), offset, whence) };
-    u64::try_from(found).map_err(|_| io::Error::last_os_error())
-}
-
 fn pages_by_mincore(part: Range<usize>, add: &mut impl FnMut(Range<usize>)) -> io::Result<()> {
     let mut resident = [0_u8; 16 << 10];
     for start in part.clone().step_by(resident.len() * PAGE_SIZE) {
         let length = (part.end - start).min(resident.len() * PAGE_SIZE);
-        // SAFETY:
-        // * `resident` has a byte for each page of the part, which is at most that many pages long.
-        // * The range is only looked at; if it is not mapped, the call fails with ENOMEM.
-        let result =
-            unsafe { libc::mincore(std::ptr::without_provenance_mut(start), length, resident.as_mut_ptr()) };
-        if result != 0 {
-            return Err(io::Error::last_os_error());
-        }
+        mincore(start..start + length, &mut resident)?;
         for (page, flags) in (start..start + length).step_by(PAGE_SIZE).zip(resident) {
             if flags & 1 != 0 {
                 add(page..page + PAGE_SIZE);
@@ -196,13 +176,7 @@ fn pages_by_mincore(part: Range<usize>, add: &mut impl FnMut(Range<usize>)) -> i
 /// Whether a mapping's file lives where the kernel keeps memfds and shared anonymous memory. Files in hugetlbfs
 /// carry the same names and do not.
 fn is_shared_memory(mapping: &Mapping) -> io::Result<bool> {
-    // SAFETY: the name is a NUL-terminated string.
-    let fd = unsafe { libc::memfd_create(c"ringferry".as_ptr(), libc::MFD_CLOEXEC) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the kernel has just opened `fd` for us, and nobody else knows it.
-    let probe = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    let probe = memfd(c"ringferry")?;
     let device = probe.metadata()?.dev();
     Ok(mapping.device == (libc::major(device), libc::minor(device)))
 }
@@ -235,6 +209,7 @@ fn parse_mapping(line: &str) -> Option<Mapping> {
 }
 
 #[cfg(test)]
+#[expect(unsafe_code, reason = "a test's guest RAM is a mapping of its own")]
 mod tests {
     use std::collections::BTreeSet;
 
@@ -317,10 +292,7 @@ mod tests {
 
     #[test]
     fn pages_that_only_another_mapping_of_a_memfd_wrote_are_populated() {
-        // SAFETY: the name is a NUL-terminated string.
-        let fd = unsafe { libc::memfd_create(c"populated".as_ptr(), libc::MFD_CLOEXEC) };
-        // SAFETY: the kernel has just opened it for us.
-        let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+        let file = memfd(c"populated").unwrap();
         file.set_len(((PAGES + 7) * PAGE_SIZE) as u64).unwrap();
         let ours = MmapRaw::from(
             // SAFETY: a file of our own that nobody truncates; it is written through raw pointers only.

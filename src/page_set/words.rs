@@ -1,7 +1,12 @@
 //! The memory of a set: zeroed words, in huge pages where it pays.
-#![expect(unsafe_code, reason = "advice on memory is given by address")]
+#![expect(
+    unsafe_code,
+    reason = "the first word is looked up once, not at each access; a prefetch takes an address"
+)]
 
 use std::ops::{Deref, DerefMut};
+
+use crate::os::memory::advise_huge_pages;
 
 /// The unit in which the kernel can use huge pages.
 const HUGE_PAGE: usize = 2 << 20;
@@ -30,11 +35,7 @@ pub(super) fn zeroed(words: usize) -> Words {
     let first = (at.next_multiple_of(HUGE_PAGE) - at) / size_of::<u64>();
     memory.truncate(first + words);
     let words = Words { memory, first };
-    // SAFETY:
-    // * The range is the words, whole pages of our own allocation but for the end of the last, which the kernel
-    //   takes for a page of the same mapping.
-    // * The advice changes no content and no right; where the kernel does not follow it, nothing is lost.
-    unsafe { libc::madvise(words.as_ptr().cast_mut().cast(), bytes, libc::MADV_HUGEPAGE) };
+    advise_huge_pages(&words);
     words
 }
 

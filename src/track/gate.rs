@@ -2,19 +2,15 @@
 //!
 //! A gate does not know why or for how long a vCPU should wait: `converge` computes that. It promises that an
 //! open gate costs one relaxed load, that a closed one opens by itself, and that every wait is counted.
-#![expect(unsafe_code, reason = "futexes have no interface in std that a signal can interrupt")]
 
-use std::ptr;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::figures::Counter;
+use crate::os::futex::{self, monotonic_ns};
 
 /// A time that nobody waits for.
 const LONG_PAST: u64 = 1;
-
-/// `FUTEX_WAIT_BITSET` with this mask is woken by any `FUTEX_WAKE`.
-const ANY: libc::c_int = -1;
 
 /// What the vCPU thread should do next.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -47,7 +43,7 @@ impl Gate {
     /// A vCPU that is inside must be kicked to notice.
     pub fn close_for(&self, wait: Duration) {
         let wait_ns = u64::try_from(wait.min(Self::CLOSED_MAX).as_nanos()).unwrap_or(u64::MAX);
-        self.set(now_ns() + wait_ns);
+        self.set(monotonic_ns() + wait_ns);
     }
 
     /// Lets the vCPU into the guest at once.
@@ -81,16 +77,7 @@ impl Gate {
         // Release, pairs with the acquire in `wait`: who sees the new count sees the new time. Who does not see it
         // before waiting has its wait refused by the kernel, which compares the count under its own lock.
         self.changes.fetch_add(1, Ordering::Release);
-        // SAFETY:
-        // * The futex word is an aligned, live `AtomicU32`, and the kernel only uses its address.
-        unsafe {
-            libc::syscall(
-                libc::SYS_futex,
-                self.changes.as_ptr(),
-                libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG,
-                libc::c_int::MAX,
-            );
-        }
+        futex::wake_all(&self.changes);
     }
 
     /// Waits until the gate is open, a signal comes, or the gate is closed anew.
@@ -110,12 +97,13 @@ impl Gate {
         self.counted_passes.fetch_add(1, Ordering::Relaxed);
         let changes = self.changes.load(Ordering::Acquire);
         let opens_at_ns = self.opens_at_ns.load(Ordering::Relaxed);
-        let came_ns = now_ns();
+        let came_ns = monotonic_ns();
         if self.has_opened(opens_at_ns, came_ns) {
             return BeforeRun::Run;
         }
-        self.sleep(changes, opens_at_ns);
-        let now = now_ns();
+        // Until the time, a change or a signal comes.
+        futex::wait(&self.changes, changes, opens_at_ns);
+        let now = monotonic_ns();
         self.throttled_ns.add(now - came_ns);
         let opened = self.has_opened(self.opens_at_ns.load(Ordering::Relaxed), now);
         if opened { BeforeRun::Run } else { BeforeRun::Interrupted }
@@ -129,36 +117,6 @@ impl Gate {
         }
         open
     }
-
-    /// Sleeps until the time, a change or a signal comes.
-    fn sleep(&self, changes: u32, until_ns: u64) {
-        let until = libc::timespec {
-            tv_sec: libc::time_t::try_from(until_ns / 1_000_000_000).unwrap_or(libc::time_t::MAX),
-            tv_nsec: libc::c_long::try_from(until_ns % 1_000_000_000).unwrap_or(0),
-        };
-        // SAFETY:
-        // * The futex word is an aligned, live `AtomicU32`; the kernel only reads it.
-        // * `until` is a valid absolute time on CLOCK_MONOTONIC, which FUTEX_WAIT_BITSET takes without a flag.
-        unsafe {
-            libc::syscall(
-                libc::SYS_futex,
-                self.changes.as_ptr(),
-                libc::FUTEX_WAIT_BITSET | libc::FUTEX_PRIVATE_FLAG,
-                changes,
-                &raw const until,
-                ptr::null::<u32>(),
-                ANY,
-            );
-        }
-    }
-}
-
-fn now_ns() -> u64 {
-    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: `now` is writable; this clock exists on every Linux, so the call cannot fail.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
-    // Since boot and below a second: neither is negative.
-    u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
 }
 
 #[cfg(test)]

@@ -11,21 +11,20 @@
 //! that `madvise` threw away; who does that marks them, see [`external`](super::external). It knows no vCPUs, so what
 //! it observes is a total, and not of this very moment. A scan walks the page tables: it costs what is populated, not
 //! what is dirty (`cargo bench --bench pagemap`).
-#![expect(unsafe_code, reason = "userfaultfd is used by bare ioctls on address ranges")]
 
 use std::fmt;
-use std::fs::File;
+use std::hint::black_box;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use memmap2::{MmapMut, MmapRaw};
+use memmap2::MmapMut;
 
 use super::{DirtySource, Observed, SeenDirty, TrackError};
-use crate::layout::{GuestMemory, PAGE_SIZE, PageIndex, PageRun, Region, SlotId};
+use crate::layout::{GuestMemory, PAGE_SIZE, PageRun, SlotId};
+use crate::os::pagemap::{CHECK_WPASYNC, Filter, Pagemap, WP_MATCHING, category};
+use crate::os::userfault::{Refused, Userfault};
 use crate::page_set::PageSet;
-use crate::pagemap::{CHECK_WPASYNC, Filter, Pagemap, WP_MATCHING, category};
 use crate::vm::Settled;
 
 /// Tracks the RAM of a guest made of this process's threads.
@@ -107,6 +106,15 @@ impl std::error::Error for PagemapError {
     }
 }
 
+impl From<Refused> for PagemapError {
+    fn from(refused: Refused) -> Self {
+        match refused {
+            Refused::Descriptor(error) => Self::NoUserfaultfd(error),
+            Refused::AsyncWriteProtection(error) => Self::NoAsyncWriteProtection(error),
+        }
+    }
+}
+
 /// The written pages. One that does not exist is not written: it will be when it is populated, for then nothing
 /// protects it. Nor is the page of zeroes, to which a page is mapped that was only read.
 const WRITTEN: Filter = Filter {
@@ -115,6 +123,9 @@ const WRITTEN: Filter = Filter {
     mask: category::WRITTEN | category::PFNZERO,
     anyof: category::PRESENT | category::SWAPPED,
 };
+
+/// The same, and they are protected in the same step.
+const PROTECT: Filter = Filter { flags: WP_MATCHING | CHECK_WPASYNC, ..WRITTEN };
 
 impl PagemapTracker {
     /// A tracker of all of `memory`, off.
@@ -137,19 +148,23 @@ impl PagemapTracker {
     ///
     /// [`PagemapError`], as [`TrackError::Pagemap`]: what they lack.
     pub fn probe() -> Result<(), TrackError> {
-        let map = MmapMut::map_anon(PAGE_SIZE).map(MmapRaw::from).map_err(PagemapError::NoPagemap)?;
-        let page = PageRun { first: PageIndex(0), pages: 1 };
-        let region = Region { slot: SlotId(0), pages: page, host: map.as_mut_ptr() };
-        // SAFETY: the mapping outlives the tracker below, and nobody holds a reference into it.
-        let memory = unsafe { GuestMemory::new(vec![region]) }
-            .map_err(|error| PagemapError::NotProtectable(SlotId(0), io::Error::other(error)))?;
-        let mut dirty = PageSet::new(memory.end());
-        let mut tracker = Self::new(memory)?;
-        tracker.start()?;
-        // SAFETY: the first byte of our own mapping.
-        unsafe { map.as_mut_ptr().write_volatile(1) };
-        tracker.harvest(&mut dirty)?;
-        if dirty.len() != 1 {
+        let mut map = MmapMut::map_anon(PAGE_SIZE).map_err(PagemapError::NoPagemap)?;
+        let host = map.as_ptr().addr()..map.as_ptr().addr() + PAGE_SIZE;
+        let pagemap = Pagemap::open().map_err(PagemapError::NoPagemap)?;
+        let userfault = Userfault::open().map_err(PagemapError::from)?;
+        userfault
+            .write_protect(host.clone())
+            .map_err(|error| PagemapError::NotProtectable(SlotId(0), error))?;
+        let written_bytes = || {
+            let mut bytes = 0;
+            let scanned = pagemap.scan(host.clone(), PROTECT, |part| bytes += part.len());
+            scanned.map_err(PagemapError::Scan).map(|()| bytes)
+        };
+        written_bytes()?;
+        // Only the kernel looks at the page: without the boxes, the compiler need not write it.
+        black_box(&mut map)[0] = 1;
+        black_box(&map);
+        if written_bytes()? != PAGE_SIZE {
             return Err(PagemapError::Scan(io::Error::other("a write went unseen")).into());
         }
         Ok(())
@@ -157,10 +172,9 @@ impl PagemapTracker {
 
     /// Protects what is written and puts it into `found`.
     fn scan(&mut self) -> Result<(), PagemapError> {
-        let filter = Filter { flags: WP_MATCHING | CHECK_WPASYNC, ..WRITTEN };
         let found = &mut self.found;
         for region in self.memory.regions() {
-            let scanned = self.pagemap.scan(region.host_range(), filter, |part| {
+            let scanned = self.pagemap.scan(region.host_range(), PROTECT, |part| {
                 found.insert_run(region.pages_at(part));
             });
             if let Err(error) = scanned {
@@ -201,7 +215,7 @@ impl DirtySource for PagemapTracker {
         if self.userfault.is_some() {
             return Err(TrackError::AlreadyTracking);
         }
-        let userfault = Userfault::open()?;
+        let userfault = Userfault::open().map_err(PagemapError::from)?;
         for region in self.memory.regions() {
             userfault
                 .write_protect(region.host_range())
@@ -256,94 +270,6 @@ impl DirtySource for PagemapTracker {
         self.userfault = None;
         self.looked = None;
         self.found.clear();
-        Ok(())
-    }
-}
-
-/// A userfaultfd that does nothing but asynchronous write protection: no event ever comes, nobody reads it.
-#[derive(Debug)]
-struct Userfault {
-    file: File,
-}
-
-/// `struct uffdio_api` of include/uapi/linux/userfaultfd.h.
-#[repr(C)]
-struct Api {
-    api: u64,
-    features: u64,
-    ioctls: u64,
-}
-
-/// `struct uffdio_register` of the same.
-#[repr(C)]
-struct Register {
-    start: u64,
-    len: u64,
-    mode: u64,
-    ioctls: u64,
-}
-
-const _: () = assert!(size_of::<Api>() == 24 && size_of::<Register>() == 32);
-
-/// `_IOWR(0xAA, 0x3F, struct uffdio_api)`.
-const UFFDIO_API: libc::Ioctl = 0xc018_aa3f_u32 as libc::Ioctl;
-/// `_IOWR(0xAA, 0x00, struct uffdio_register)`.
-const UFFDIO_REGISTER: libc::Ioctl = 0xc020_aa00_u32 as libc::Ioctl;
-/// `_IO(0xAA, 0x00)`, on /dev/userfaultfd (Linux 6.1).
-const USERFAULTFD_IOC_NEW: libc::Ioctl = 0xaa00;
-const UFFD_API: u64 = 0xaa;
-/// Faults of kernel code are not delivered, which is what needs privilege (Linux 5.11). Asynchronous protection
-/// delivers none, so nothing is given up.
-const UFFD_USER_MODE_ONLY: libc::c_int = 1;
-const REGISTER_MODE_WP: u64 = 1 << 1;
-const FEATURE_PAGEFAULT_FLAG_WP: u64 = 1 << 0;
-const FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
-const FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
-const FEATURE_WP_ASYNC: u64 = 1 << 15;
-
-impl Userfault {
-    fn open() -> Result<Self, PagemapError> {
-        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | UFFD_USER_MODE_ONLY;
-        // SAFETY: a system call without pointers.
-        let result = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
-        let fd = match libc::c_int::try_from(result) {
-            Ok(fd @ 0..) => fd,
-            _ => {
-                let refused = io::Error::last_os_error();
-                Self::from_device(flags).ok_or(PagemapError::NoUserfaultfd(refused))?
-            }
-        };
-        // SAFETY: the kernel has just opened `fd` for us, and nobody else knows it.
-        let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
-        let features = FEATURE_PAGEFAULT_FLAG_WP
-            | FEATURE_WP_HUGETLBFS_SHMEM
-            | FEATURE_WP_UNPOPULATED
-            | FEATURE_WP_ASYNC;
-        let mut api = Api { api: UFFD_API, features, ioctls: 0 };
-        // SAFETY: the kernel's struct, by the size assertion and the field order above, alive during the call.
-        if unsafe { libc::ioctl(file.as_raw_fd(), UFFDIO_API, &raw mut api) } != 0 {
-            return Err(PagemapError::NoAsyncWriteProtection(io::Error::last_os_error()));
-        }
-        Ok(Self { file })
-    }
-
-    fn from_device(flags: libc::c_int) -> Option<libc::c_int> {
-        let device = File::options().read(true).write(true).open("/dev/userfaultfd").ok()?;
-        // SAFETY: a call without pointers; it takes the flags by value.
-        let fd = unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW, flags) };
-        (fd >= 0).then_some(fd)
-    }
-
-    /// Puts a range under write protection; pages are protected by the first scan.
-    fn write_protect(&self, host: Range<usize>) -> io::Result<()> {
-        let (start, len) = (host.start as u64, host.len() as u64);
-        let mut register = Register { start, len, mode: REGISTER_MODE_WP, ioctls: 0 };
-        // SAFETY:
-        // * The kernel's struct, by the size assertion and the field order above, alive during the call.
-        // * Protection changes no byte of the range, and no access to it blocks: `WP_ASYNC` is on.
-        if unsafe { libc::ioctl(self.file.as_raw_fd(), UFFDIO_REGISTER, &raw mut register) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
         Ok(())
     }
 }

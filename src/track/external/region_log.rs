@@ -4,15 +4,14 @@
 //! tracking off must be visible to whoever switched it on and reads the page next, which a plain flag does not
 //! give: the writing processor may still hold the write in its store buffer when it looks at the flag. Instead of
 //! a fence in each write, [`RegionSource::start`] makes every thread of the process pass one, by membarrier(2).
-#![expect(unsafe_code, reason = "membarrier is a bare system call")]
 
 use std::fmt;
-use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering, compiler_fence};
 
 use super::ExternalSource;
 use crate::layout::{PAGE_SIZE, PageIndex, PageRun};
+use crate::os::membarrier::every_thread_passes_a_fence;
 use crate::page_set::{AtomicPageSet, PageSet};
 use crate::vm::VmError;
 
@@ -110,22 +109,6 @@ impl ExternalSource for RegionSource {
         // Relaxed: a write that still sees it on marks a page that nobody will ask for.
         self.log.shared.tracking.store(false, Ordering::Relaxed);
     }
-}
-
-/// Commands of include/uapi/linux/membarrier.h.
-const MEMBARRIER_CMD_PRIVATE_EXPEDITED: libc::c_int = 1 << 3;
-const MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED: libc::c_int = 1 << 4;
-
-/// When this returns, each running thread of the process has passed a full memory fence, and each other thread
-/// will or has: what it wrote before is visible here, or its next look at a flag sees what was stored here.
-fn every_thread_passes_a_fence() -> io::Result<()> {
-    for command in [MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED, MEMBARRIER_CMD_PRIVATE_EXPEDITED] {
-        // SAFETY: a system call without pointers; registering twice is allowed.
-        if unsafe { libc::syscall(libc::SYS_membarrier, command, 0, 0) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
-    }
-    Ok(())
 }
 
 impl Default for RegionLog {

@@ -9,13 +9,14 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use memmap2::MmapRaw;
 
 use super::ExternalSource;
 use crate::layout::{PAGE_SIZE, PageIndex, RAM_END_MAX};
+use crate::os::file::memfd_of_fixed_size;
 use crate::page_set::PageSet;
 use crate::vm::VmError;
 
@@ -117,21 +118,8 @@ impl Region {
         }
         // Whole host pages: mapped as such, and every word of 64 bits is inside.
         let bytes = end.0.div_ceil(8).max(1).next_multiple_of(PAGE_SIZE as u64);
-        let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
-        // SAFETY: the name is a NUL-terminated string.
-        let fd = unsafe { libc::memfd_create(c"vhost-user log".as_ptr(), flags) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: the kernel has just opened `fd` for us, and nobody else knows it.
-        let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
-        file.set_len(bytes)?;
         // A backend that shrank the file would make our next look at it a SIGBUS.
-        let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
-        // SAFETY: a call without pointers.
-        if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
+        let file = memfd_of_fixed_size(c"vhost-user log", bytes)?;
         let map = MmapRaw::map_raw(&file)?;
         Ok(Self { file, map, end })
     }

@@ -6,10 +6,15 @@
 
 use core::arch::global_asm;
 
-use crate::workload::mailbox::MAX_VCPUS;
+use crate::workload::mailbox::{KVMCLOCK_ADDRESS, KVMCLOCK_BYTES, MAX_VCPUS};
 
 /// Where VMware put the frequency of the time stamp counter, and our test VMM and QEMU (vmware-cpuid-freq) too.
 const TIMING_LEAF: u32 = 0x4000_0010;
+
+/// `KVM_FEATURE_CLOCKSOURCE2`, in EAX of leaf 0x4000_0001: kvmclock, by the two MSRs below. From <asm/kvm_para.h>.
+const KVM_FEATURE_CLOCKSOURCE2: u32 = 1 << 3;
+const MSR_KVM_WALL_CLOCK_NEW: u32 = 0x4b56_4d00;
+const MSR_KVM_SYSTEM_TIME_NEW: u32 = 0x4b56_4d01;
 
 /// Bytes of each processor's stack.
 const STACK_BYTES: usize = 16 << 10;
@@ -138,7 +143,27 @@ common:
     movl ${timing_leaf}, %eax
     cpuid
     movl %eax, %r11d
-7:  leal 1(%rdi), %eax
+7:  # kvmclock, if KVM is there and shows it.
+    movl $0x40000000, %eax
+    cpuid
+    cmpl $0x4b4d564b, %ebx          # "KVMK"
+    jne 8f
+    movl $0x40000001, %eax
+    cpuid
+    testl ${clocksource2}, %eax
+    jz 8f
+    leal 1(%rdi), %eax
+    imull ${kvmclock_bytes}, %eax, %eax
+    addl $({kvmclock} + 1), %eax    # bit 0: on
+    xorl %edx, %edx
+    movl ${system_time_msr}, %ecx
+    wrmsr
+    testl %edi, %edi
+    jnz 8f
+    movl ${kvmclock}, %eax
+    movl ${wall_clock_msr}, %ecx
+    wrmsr
+8:  leal 1(%rdi), %eax
     imull ${stack_bytes}, %eax, %eax
     leaq stacks(%rax), %rsp
     movq %rsp, %rcx
@@ -171,6 +196,11 @@ stacks:
     "#,
     trampoline_at = const 0x8000,
     timing_leaf = const TIMING_LEAF,
+    clocksource2 = const KVM_FEATURE_CLOCKSOURCE2,
+    wall_clock_msr = const MSR_KVM_WALL_CLOCK_NEW,
+    system_time_msr = const MSR_KVM_SYSTEM_TIME_NEW,
+    kvmclock = const KVMCLOCK_ADDRESS,
+    kvmclock_bytes = const KVMCLOCK_BYTES,
     max_vcpus = const MAX_VCPUS,
     stack_bytes = const STACK_BYTES,
     options(att_syntax)

@@ -2,7 +2,7 @@
 
 use crate::cpu::Bare;
 use crate::workload::Machine;
-use crate::workload::mailbox::{MAILBOX_END, PAGE_BYTES, RESERVED_END};
+use crate::workload::mailbox::{DIRECTORIES_ADDRESS, PAGE_BYTES, RESERVED_END};
 use crate::workload::ranges::Extents;
 
 unsafe extern "C" {
@@ -15,13 +15,13 @@ const TABLE: u64 = 7;
 /// The same, of 2 MiB.
 const LARGE: u64 = 0x87;
 const GIB: u64 = 1 << 30;
-/// How many directories fit between mailbox and workload: RAM from 440 GiB on is not mapped.
-pub const DIRECTORIES: u64 = (RESERVED_END - MAILBOX_END) / PAGE_BYTES;
+/// How many directories fit before the workload's RAM: what lies beyond so many GiB is not mapped.
+pub const DIRECTORIES: u64 = (RESERVED_END - DIRECTORIES_ADDRESS) / PAGE_BYTES;
 
 /// Maps every GiB in which `pool` has a page; boot has mapped the first.
 pub fn map(pool: &Extents) {
     let mut machine = Bare;
-    let mut free = MAILBOX_END;
+    let mut free = DIRECTORIES_ADDRESS;
     let mut mapped_until = 1;
     for extent in pool.as_slice() {
         let start = extent.first * PAGE_BYTES;

@@ -8,10 +8,9 @@ use kvm_ioctls::VcpuFd;
 use ringferry::{GuestAddress, GuestMemory, PAGE_SIZE};
 
 use crate::config::Image;
-use crate::error::TestVmError;
+use crate::error::{TestVmError, kvm_error};
 use crate::memory::Ram;
 use crate::multiboot::{self, ENTRY_MAGIC, ImageError, LoadPlan, MapEntry};
-use crate::vm::kvm_error;
 
 /// Where the boot information goes: where QEMU puts it.
 const INFORMATION: u32 = 0x9000;

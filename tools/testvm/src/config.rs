@@ -4,6 +4,7 @@ use std::fmt;
 use std::io::Write;
 use std::path::PathBuf;
 
+use crate::device::DeviceConfig;
 use crate::error::TestVmError;
 use crate::workload::mailbox::MAX_VCPUS;
 
@@ -31,6 +32,12 @@ pub struct Config {
     pub boot: Boot,
     /// How guest writes are tracked.
     pub tracking: Tracking,
+    /// Whether CPUID shows kvmclock. The built-in guest then has KVM write the time into a page of its own
+    /// ([`KVMCLOCK_ADDRESS`](crate::KVMCLOCK_ADDRESS)), so that restoring its state writes guest RAM. A destination
+    /// takes CPUID from the state.
+    pub kvmclock: bool,
+    /// The device that writes guest RAM and has state, if there is to be one.
+    pub device: Option<DeviceConfig>,
     /// Whether each vCPU's thread is kept on a CPU of its own, as far as there are enough.
     pub pin_vcpus: bool,
     /// Where the guest's serial port goes, besides [`TestVm::console`](crate::TestVm::console).
@@ -38,7 +45,7 @@ pub struct Config {
 }
 
 impl Default for Config {
-    /// One vCPU, 64 MiB of anonymous memory in one region, nothing to boot, no tracking.
+    /// One vCPU, 64 MiB of anonymous memory in one region, nothing to boot, no tracking, no kvmclock, no device.
     fn default() -> Self {
         Self {
             vcpus: 1,
@@ -48,6 +55,8 @@ impl Default for Config {
             huge_pages: HugePages::None,
             boot: Boot::Destination,
             tracking: Tracking::None,
+            kvmclock: false,
+            device: None,
             pin_vcpus: false,
             console: None,
         }

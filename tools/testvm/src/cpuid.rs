@@ -3,23 +3,35 @@
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::Kvm;
 
-use crate::error::TestVmError;
-use crate::vm::kvm_error;
+use crate::config::Config;
+use crate::error::{TestVmError, kvm_error};
 
 /// `KVM_CPUID_FLAG_SIGNIFCANT_INDEX`.
 const INDEXED: u32 = 1;
 
-/// The CPUID of vCPU `index` of `vcpus`: one package of single-threaded cores, APIC id = index.
-pub(crate) fn for_vcpu(kvm: &Kvm, index: usize, vcpus: usize, tsc_khz: u32) -> Result<CpuId, TestVmError> {
+/// The CPUID of vCPU `index` of those that `config` asks for: one package of single-threaded cores, APIC id = index.
+pub(crate) fn for_vcpu(kvm: &Kvm, index: usize, config: &Config, tsc_khz: u32) -> Result<CpuId, TestVmError> {
     let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES);
     let supported =
         supported.map_err(|e| kvm_error("KVM_GET_SUPPORTED_CPUID", e, "this kernel is too old"))?;
     let mut entries = supported.as_slice().to_vec();
-    identify(&mut entries, index, vcpus, tsc_khz);
+    identify(&mut entries, index, config.vcpus, tsc_khz);
+    if !config.kvmclock {
+        hide_kvmclock(&mut entries);
+    }
     CpuId::from_entries(&entries).map_err(|_| TestVmError::Config {
         what: format!("{} CPUID entries", entries.len()),
         limit: format!("KVM takes {KVM_MAX_CPUID_ENTRIES}"),
     })
+}
+
+/// Takes KVM's clock out of what it offers to guests; they use the TSC then.
+fn hide_kvmclock(entries: &mut [kvm_cpuid_entry2]) {
+    // KVM_FEATURE_CLOCKSOURCE, _CLOCKSOURCE2 and _CLOCKSOURCE_STABLE_BIT of <asm/kvm_para.h>.
+    const CLOCKS: u32 = 1 << 0 | 1 << 3 | 1 << 24;
+    for entry in entries.iter_mut().filter(|entry| entry.function == 0x4000_0001) {
+        entry.eax &= !CLOCKS;
+    }
 }
 
 fn identify(entries: &mut Vec<kvm_cpuid_entry2>, index: usize, vcpus: usize, tsc_khz: u32) {

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use ringferry::layout::LayoutError;
 use ringferry::track::TrackError;
 
+use crate::device::DeviceError;
 use crate::guest::GuestError;
 use crate::multiboot::ImageError;
 use crate::state::StateError;
@@ -140,12 +141,20 @@ pub enum TestVmError {
     /// Saved state could not be read or set.
     #[error(transparent)]
     State(#[from] StateError),
+    /// The device cannot be had, or cannot go on.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// Dirty tracking could not be set up.
     #[error("setting up dirty tracking: {0}")]
     Tracking(#[from] TrackError),
     /// The kernel's statistics were not in the documented form.
     #[error("reading KVM statistics: {0}")]
     Stats(String),
+}
+
+/// What KVM answered to `call`.
+pub(crate) fn kvm_error(call: &'static str, error: kvm_ioctls::Error, hint: &'static str) -> TestVmError {
+    TestVmError::Kvm { call, error: io::Error::from_raw_os_error(error.errno()), hint }
 }
 
 /// Why a vCPU does not run any more.

@@ -1,7 +1,7 @@
 //! A minimal real VMM and its guest: what tests, benches and the command line of Ringferry migrate.
 //!
 //! [`TestVm`] is built from a [`Config`]: `memory` maps RAM, `boot` loads a `multiboot` image into it, `cpuid`
-//! says what its CPUs are. Each vCPU has a thread (`vcpu`) that runs until somebody wants something else (`gate`)
+//! says what its CPUs are, [`device`] writes RAM beside them. Each vCPU has a thread (`vcpu`) that runs until somebody wants something else (`gate`)
 //! and kicks it (`kick`).
 //!
 //! [`bare`] has a guest that dirties exactly the pages it is told to.
@@ -15,6 +15,7 @@ mod boot;
 pub mod check;
 mod config;
 mod cpuid;
+pub mod device;
 mod error;
 mod exit;
 mod gate;
@@ -47,5 +48,5 @@ pub use skip::skip;
 pub use state::{STATE_VERSION, SkippedMsr, StateError};
 pub use thread_vm::ThreadVm;
 pub use vcpu::VcpuCounters;
-pub use vm::TestVm;
-pub use workload::mailbox::{EXIT_PORT, IDLE_PORT, MAX_VCPUS};
+pub use vm::{TestVm, VmCalls};
+pub use workload::mailbox::{EXIT_PORT, IDLE_PORT, KVMCLOCK_ADDRESS, MAX_VCPUS};

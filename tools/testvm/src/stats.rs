@@ -10,8 +10,7 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
 
-use crate::error::TestVmError;
-use crate::vm::kvm_error;
+use crate::error::{TestVmError, kvm_error};
 
 /// `_IO(KVMIO, 0xce)`.
 const KVM_GET_STATS_FD: libc::c_ulong = 0xaece;

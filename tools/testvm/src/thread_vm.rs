@@ -75,6 +75,10 @@ impl ThreadVm {
     pub fn new(config: Config) -> Result<Self, TestVmError> {
         config.check()?;
         let vcpus = config.vcpus;
+        if config.device.is_some() {
+            let limit = "only a VM of KVM has one".to_owned();
+            return Err(TestVmError::Config { what: "a device".to_owned(), limit });
+        }
         let workload = match &config.boot {
             Boot::Destination => None,
             Boot::Image { image: Image::File(file), .. } => {

@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "KVM takes guest RAM by host address")]
 
 use std::collections::BTreeMap;
-use std::io;
+use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -16,11 +16,12 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use parking_lot::Mutex;
 use ringferry::kvm::RingSize;
 use ringferry::track::{DirtyTracker, TrackError};
-use ringferry::vm::VmError;
-use ringferry::{GuestAddress, GuestMemory, Paused, Quiesced, Vm};
+use ringferry::vm::{Moment, VmError};
+use ringferry::{GuestAddress, GuestMemory, PageSet, Paused, Quiesced, Vm};
 
 use crate::config::{Boot, Config, Tracking};
-use crate::error::TestVmError;
+use crate::device::{Device, StreamCheck};
+use crate::error::{TestVmError, kvm_error};
 use crate::gate::{Gate, VcpuStatus, Wanted};
 use crate::memory::Ram;
 use crate::state::{self, Shape, SkippedMsr};
@@ -62,6 +63,17 @@ impl Phase {
     }
 }
 
+/// How often a migration has asked a VM for what a VMM need not have.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct VmCalls {
+    /// [`Vm::quiesce`].
+    pub quiesced: u64,
+    /// [`Vm::prepare`].
+    pub prepared: u64,
+    /// [`Vm::release`].
+    pub released: u64,
+}
+
 /// A VM on this host's KVM: vCPUs with a thread each, RAM, the interrupt controllers and the timer of a PC.
 #[derive(Debug)]
 pub struct TestVm {
@@ -77,6 +89,10 @@ pub struct TestVm {
     skipped_msrs: Vec<SkippedMsr>,
     tsc_khz: u32,
     boots: bool,
+    device: Option<Device>,
+    /// What came for the device of this VM before its registers.
+    stream: StreamCheck,
+    calls: VmCalls,
     phase: Phase,
 }
 
@@ -86,7 +102,7 @@ impl TestVm {
     /// # Errors
     ///
     /// [`TestVmError`]: what is missing on this host, or wrong with the configuration or the image.
-    pub fn new(config: Config) -> Result<Self, TestVmError> {
+    pub fn new(mut config: Config) -> Result<Self, TestVmError> {
         config.check()?;
         let kvm = open_kvm()?;
         let vm = kvm.create_vm().map_err(|e| {
@@ -106,12 +122,14 @@ impl TestVm {
         }
         create_chips(&vm)?;
 
-        let serial = Arc::new(Mutex::new(Serial::new(config.console)));
+        let device =
+            config.device.map(|device| Device::new(device, ram.memory(), tracker.clone())).transpose()?;
+        let serial = Arc::new(Mutex::new(Serial::new(config.console.take())));
         let gate = Arc::new(Gate::new(config.vcpus));
         let mut vcpus = Vec::with_capacity(config.vcpus);
         let mut tsc_khz = 0;
         for index in 0..config.vcpus {
-            let fd = create_vcpu(&kvm, &vm, index, config.vcpus)?;
+            let fd = create_vcpu(&kvm, &vm, index, &config)?;
             tsc_khz = fd.get_tsc_khz().unwrap_or(0);
             if let (0, Some(entry)) = (index, boots) {
                 boot::enter(&fd, entry)?;
@@ -131,6 +149,9 @@ impl TestVm {
             skipped_msrs: Vec::new(),
             tsc_khz,
             boots: boots.is_some(),
+            device,
+            stream: StreamCheck::default(),
+            calls: VmCalls::default(),
             phase: Phase::Built,
         };
         for vcpu in &built.vcpus {
@@ -163,6 +184,9 @@ impl TestVm {
     fn run(&mut self) {
         self.phase = Phase::Running;
         self.gate.want(Wanted::Run);
+        if let Some(device) = &mut self.device {
+            device.run();
+        }
     }
 
     /// Guest RAM as this process maps it; a clone keeps it mapped.
@@ -245,6 +269,16 @@ impl TestVm {
         &self.skipped_msrs
     }
 
+    /// How many writes the device has made; none without one.
+    pub fn device_writes(&self) -> Option<u64> {
+        self.device.as_ref().map(Device::written)
+    }
+
+    /// What a migration has asked of the VM.
+    pub fn calls(&self) -> VmCalls {
+        self.calls
+    }
+
     fn save(&mut self) -> Result<Vec<u8>, TestVmError> {
         if self.phase == Phase::Running {
             return Err(TestVmError::WrongPhase { tried: "saving state", found: self.phase.name() });
@@ -267,8 +301,14 @@ impl TestVm {
             vcpus.push(state::save_vcpu(&vcpu.fd.lock(), vcpu.index, &self.shape, &mut skipped)?);
         }
         let vm = state::save_vm(&self.vm, &self.shape)?;
+        let at_work =
+            TestVmError::WrongPhase { tried: "saving state", found: "paused, but its device works on" };
+        let device = match &self.device {
+            Some(device) => Some(device.save().ok_or(at_work)?),
+            None => None,
+        };
         self.note_skipped("read", skipped);
-        Ok(state::write(self.tsc_khz, &vcpus, &vm))
+        Ok(state::write(self.tsc_khz, &vcpus, &vm, device.as_ref()))
     }
 
     fn restore(&mut self, bytes: &[u8]) -> Result<(), TestVmError> {
@@ -283,6 +323,16 @@ impl TestVm {
             state::restore_vcpu(&fd, vcpu.index, &self.shape, parts, &mut skipped)?;
         }
         state::restore_vm(&self.vm, &self.shape, &saved.vm)?;
+        self.device = match saved.device {
+            Some(registers) => {
+                let (memory, tracker) = (self.ram.memory(), self.tracker.clone());
+                Some(Device::restored(*registers, &self.stream, memory, tracker)?)
+            }
+            None => {
+                self.stream.is_empty()?;
+                None
+            }
+        };
         self.tsc_khz = saved.tsc_khz;
         self.note_skipped("set", skipped);
         self.phase = Phase::Paused;
@@ -339,6 +389,48 @@ impl Vm for TestVm {
         Ok(Paused::declare_every_vcpu_is_outside_kvm_run())
     }
 
+    fn quiesce<'p>(&mut self, paused: &'p Paused) -> Result<Quiesced<'p>, VmError> {
+        if let Some(device) = &self.device {
+            device.quiesce();
+        }
+        self.calls.quiesced += 1;
+        Ok(Quiesced::declare_no_device_writes(paused))
+    }
+
+    fn save_device_state(&mut self, moment: Moment<'_>, out: &mut dyn Write) -> Result<(), VmError> {
+        if let Some(device) = &mut self.device {
+            device.stream(matches!(moment, Moment::Stopped(_)), out)?;
+        }
+        Ok(())
+    }
+
+    /// For a VM that was built and has not run yet.
+    fn load_device_state(&mut self, piece: &[u8]) -> Result<(), VmError> {
+        if self.phase != Phase::Built {
+            let found = self.phase.name();
+            return Err(TestVmError::WrongPhase { tried: "loading device state", found }.into());
+        }
+        Ok(self.stream.take(piece)?)
+    }
+
+    /// None; but this is how the VM learns that a migration begins.
+    fn discarded_pages(&mut self, _: &mut PageSet) {
+        if let Some(device) = &mut self.device {
+            device.begin_stream();
+        }
+    }
+
+    fn prepare(&mut self) -> Result<(), VmError> {
+        self.calls.prepared += 1;
+        Ok(())
+    }
+
+    /// What came for the device is forgotten: another migration may follow.
+    fn release(&mut self) {
+        self.calls.released += 1;
+        self.stream = StreamCheck::default();
+    }
+
     fn kick(&self, index: usize) {
         if let Some(vcpu) = self.vcpus.get(index) {
             vcpu.kick();
@@ -362,10 +454,6 @@ impl AsFd for TestVm {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.vm_fd()
     }
-}
-
-pub(crate) fn kvm_error(call: &'static str, error: kvm_ioctls::Error, hint: &'static str) -> TestVmError {
-    TestVmError::Kvm { call, error: io::Error::from_raw_os_error(error.errno()), hint }
 }
 
 fn open_kvm() -> Result<Kvm, TestVmError> {
@@ -434,10 +522,10 @@ fn create_chips(vm: &VmFd) -> Result<(), TestVmError> {
     vm.create_pit2(pit).map_err(|e| kvm_error("KVM_CREATE_PIT2", e, hint))
 }
 
-fn create_vcpu(kvm: &Kvm, vm: &VmFd, index: usize, vcpus: usize) -> Result<VcpuFd, TestVmError> {
+fn create_vcpu(kvm: &Kvm, vm: &VmFd, index: usize, config: &Config) -> Result<VcpuFd, TestVmError> {
     let fd = vm.create_vcpu(index as u64);
     let fd = fd.map_err(|e| kvm_error("KVM_CREATE_VCPU", e, "the host may be short of memory"))?;
-    let cpuid = cpuid::for_vcpu(kvm, index, vcpus, fd.get_tsc_khz().unwrap_or(0))?;
+    let cpuid = cpuid::for_vcpu(kvm, index, config, fd.get_tsc_khz().unwrap_or(0))?;
     let hint = "this CPU cannot be shown to the guest";
     fd.set_cpuid2(&cpuid).map_err(|e| kvm_error("KVM_SET_CPUID2", e, hint))?;
     Ok(fd)

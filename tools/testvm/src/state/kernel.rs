@@ -11,7 +11,8 @@
 //!    paging and the kernel has no SREGS2, so RAM comes before state.
 //! 3. REGS. 4. XCRS: which components XSAVE has. 5. XSAVE. 6. DEBUGREGS.
 //! 7. LAPIC: after its base and mode are known from SREGS.
-//! 8. MSRs: the TSC deadline is armed only in a LAPIC that is set up for it.
+//! 8. MSRs: the TSC deadline is armed only in a LAPIC that is set up for it. Setting `MSR_KVM_WALL_CLOCK_NEW` writes guest
+//!    RAM, if the guest has registered a page for it.
 //! 9. VCPU_EVENTS: SREGS also touches pending interrupts; this has the last word.
 //! 10. MP_STATE: last, for SREGS may wake a vCPU that looks freshly reset.
 //!
@@ -33,16 +34,13 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::{Length, StateError};
-use crate::error::TestVmError;
-use crate::vm::kvm_error;
+use super::{Length, Record, StateError};
+use crate::error::{TestVmError, kvm_error};
 
 /// One part of the state: a kind of record, and how KVM gives and takes it.
 #[derive(Debug)]
 pub(crate) struct Part {
-    pub name: &'static str,
-    pub kind: u16,
-    pub length: Length,
+    pub record: Record,
     how: How,
 }
 
@@ -74,14 +72,20 @@ const READ: c_ulong = 2;
 const fn structure<T>(name: &'static str, kind: u16, get: c_ulong, set: c_ulong) -> Part {
     let bytes = size_of::<T>();
     let (get, set) = (ioctl_number(READ, get, bytes), ioctl_number(WRITE, set, bytes));
-    Part { name, kind, length: Length::Exact(bytes), how: How::Structure { get, set, selector: 0 } }
+    Part {
+        record: Record { name, kind, length: Length::Exact(bytes) },
+        how: How::Structure { get, set, selector: 0 },
+    }
 }
 
 const fn chip(name: &'static str, kind: u16, selector: u32) -> Part {
     let bytes = size_of::<kvm_irqchip>();
     // <linux/kvm.h> has the direction of the second the wrong way round, and that is the ABI.
     let (get, set) = (ioctl_number(READ | WRITE, 0x62, bytes), ioctl_number(READ, 0x63, bytes));
-    Part { name, kind, length: Length::Exact(bytes), how: How::Structure { get, set, selector } }
+    Part {
+        record: Record { name, kind, length: Length::Exact(bytes) },
+        how: How::Structure { get, set, selector },
+    }
 }
 
 /// Larger than any XSAVE area: AMX, the largest component there is, makes it 11 KiB.
@@ -93,21 +97,28 @@ const KVM_SET_XSAVE: c_ulong = ioctl_number(WRITE, 0xa5, size_of::<kvm_xsave>())
 /// The parts of a vCPU in the order in which they are set.
 pub(crate) const VCPU_PARTS: [Part; 10] = [
     Part {
-        name: "CPUID",
-        kind: 1,
-        length: Length::UpTo(size_of::<CpuidEntry>(), size_of::<CpuidEntry>() * KVM_MAX_CPUID_ENTRIES),
+        record: Record {
+            name: "CPUID",
+            kind: 1,
+            length: Length::UpTo(size_of::<CpuidEntry>(), size_of::<CpuidEntry>() * KVM_MAX_CPUID_ENTRIES),
+        },
         how: How::Cpuid,
     },
     structure::<kvm_sregs2>("SREGS2", 2, 0xcc, 0xcd),
     structure::<kvm_regs>("REGS", 3, 0x81, 0x82),
     structure::<kvm_xcrs>("XCRS", 4, 0xa6, 0xa7),
-    Part { name: "XSAVE", kind: 5, length: Length::UpTo(4, MAX_XSAVE_BYTES), how: How::Xsave },
+    Part {
+        record: Record { name: "XSAVE", kind: 5, length: Length::UpTo(4, MAX_XSAVE_BYTES) },
+        how: How::Xsave,
+    },
     structure::<kvm_debugregs>("DEBUGREGS", 6, 0xa1, 0xa2),
     structure::<kvm_lapic_state>("LAPIC", 7, 0x8e, 0x8f),
     Part {
-        name: "MSRS",
-        kind: 8,
-        length: Length::UpTo(size_of::<MsrEntry>(), size_of::<MsrEntry>() * MAX_MSRS),
+        record: Record {
+            name: "MSRS",
+            kind: 8,
+            length: Length::UpTo(size_of::<MsrEntry>(), size_of::<MsrEntry>() * MAX_MSRS),
+        },
         how: How::Msrs,
     },
     structure::<kvm_vcpu_events>("VCPU_EVENTS", 9, 0x9f, 0xa0),
@@ -256,7 +267,7 @@ fn get(
     shape: &Shape,
     of: &dyn Fn() -> String,
 ) -> Result<Vec<u8>, StateError> {
-    let (number, mut bytes) = match (&part.how, part.length) {
+    let (number, mut bytes) = match (&part.how, part.record.length) {
         (How::Structure { get, selector, .. }, Length::Exact(length)) => {
             let mut bytes = vec![0; length];
             // Structures without a selector have only results, which overwrite the zero.
@@ -271,7 +282,7 @@ fn get(
     // * it keeps no pointer.
     let returned = unsafe { libc::ioctl(fd.as_raw_fd(), number, bytes.as_mut_ptr()) };
     if returned < 0 {
-        return Err(failed(part.name, format!("{}, saving", of()), io::Error::last_os_error()));
+        return Err(failed(part.record.name, format!("{}, saving", of()), io::Error::last_os_error()));
     }
     Ok(bytes)
 }
@@ -294,7 +305,7 @@ fn set(
         }
         _ if bytes.len() > shape.xsave_bytes => {
             let expected = format!("this host's CPU has {}: it lacks vector extensions", shape.xsave_bytes);
-            return Err(StateError::Length { part: part.name, found: bytes.len(), expected });
+            return Err(StateError::Length { part: part.record.name, found: bytes.len(), expected });
         }
         _ => {
             // The kernel reads as much as this host's area has.
@@ -308,7 +319,7 @@ fn set(
     // * it keeps no pointer.
     let returned = unsafe { libc::ioctl(fd.as_raw_fd(), number, bytes.as_ptr()) };
     if returned < 0 {
-        return Err(failed(part.name, format!("{}, restoring", of()), io::Error::last_os_error()));
+        return Err(failed(part.record.name, format!("{}, restoring", of()), io::Error::last_os_error()));
     }
     Ok(())
 }

@@ -1,8 +1,8 @@
 //! The state of a VM besides RAM, as bytes: the format, and reading it without believing it.
 //!
 //! A header, then one record per part, always in the same order: for each vCPU the parts of [`VCPU_PARTS`], then
-//! those of the VM, [`VM_PARTS`]. The bytes come from a peer: lengths are checked before they are used, and
-//! nothing is allocated by what they say. What is inside a part, only the kernel knows, and it checks it when the part
+//! those of the VM, [`VM_PARTS`], and the registers of its `device`. The bytes come from a peer: lengths are checked before they are used, and
+//! nothing is allocated by what they say. What is inside a part of the kernel's, only the kernel knows, and it checks it when the part
 //! is set. `kernel` moves the parts between KVM and this format.
 
 mod kernel;
@@ -13,13 +13,14 @@ use zerocopy::byteorder::little_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 pub use self::kernel::SkippedMsr;
-use self::kernel::{Part, VCPU_PARTS, VM_PARTS};
 pub(crate) use self::kernel::{Shape, match_tsc, restore_vcpu, restore_vm, save_vcpu, save_vm};
+use self::kernel::{VCPU_PARTS, VM_PARTS};
+use crate::device::Registers;
 use crate::workload::mailbox::MAX_VCPUS;
 
 const MAGIC: [u8; 8] = *b"RFTESTVM";
 /// Raised with every change of the format.
-pub const STATE_VERSION: u32 = 1;
+pub const STATE_VERSION: u32 = 2;
 /// The record of the VM itself, not of a vCPU.
 const OF_VM: u16 = u16::MAX;
 
@@ -139,6 +140,20 @@ impl Length {
     }
 }
 
+/// A part of the state as the format knows it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Record {
+    pub name: &'static str,
+    pub kind: u16,
+    pub length: Length,
+}
+
+/// The registers of the VM's device, if it has one; they follow the parts that the kernel keeps.
+const DEVICE: Record = {
+    let bytes = size_of::<Registers>();
+    Record { name: "device registers", kind: 16, length: Length::UpTo(bytes, bytes) }
+};
+
 /// State that has the right form: the parts as slices of the bytes that were read.
 #[derive(Debug)]
 pub(crate) struct Saved<'a> {
@@ -147,10 +162,17 @@ pub(crate) struct Saved<'a> {
     pub vcpus: Vec<Vec<&'a [u8]>>,
     /// In the order of [`VM_PARTS`].
     pub vm: Vec<&'a [u8]>,
+    /// The registers of the device; none if the VM has none.
+    pub device: Option<&'a Registers>,
 }
 
-/// State as bytes: the parts of each vCPU in the order of [`VCPU_PARTS`], then of the VM.
-pub(crate) fn write(tsc_khz: u32, vcpus: &[Vec<Vec<u8>>], vm: &[Vec<u8>]) -> Vec<u8> {
+/// State as bytes: the parts of each vCPU in the order of [`VCPU_PARTS`], then of the VM, then the device's registers.
+pub(crate) fn write(
+    tsc_khz: u32,
+    vcpus: &[Vec<Vec<u8>>],
+    vm: &[Vec<u8>],
+    device: Option<&Registers>,
+) -> Vec<u8> {
     let header = Header {
         magic: MAGIC,
         version: STATE_VERSION.into(),
@@ -160,7 +182,7 @@ pub(crate) fn write(tsc_khz: u32, vcpus: &[Vec<Vec<u8>>], vm: &[Vec<u8>]) -> Vec
         reserved: 0.into(),
     };
     let mut state = header.as_bytes().to_vec();
-    let mut record = |part: &Part, vcpu: u16, bytes: &[u8]| {
+    let mut record = |part: &Record, vcpu: u16, bytes: &[u8]| {
         let header = RecordHeader {
             kind: part.kind.into(),
             vcpu: vcpu.into(),
@@ -171,9 +193,10 @@ pub(crate) fn write(tsc_khz: u32, vcpus: &[Vec<Vec<u8>>], vm: &[Vec<u8>]) -> Vec
         state.extend_from_slice(bytes);
     };
     for (index, parts) in (0..OF_VM).zip(vcpus) {
-        VCPU_PARTS.iter().zip(parts).for_each(|(part, bytes)| record(part, index, bytes));
+        VCPU_PARTS.iter().zip(parts).for_each(|(part, bytes)| record(&part.record, index, bytes));
     }
-    VM_PARTS.iter().zip(vm).for_each(|(part, bytes)| record(part, OF_VM, bytes));
+    VM_PARTS.iter().zip(vm).for_each(|(part, bytes)| record(&part.record, OF_VM, bytes));
+    record(&DEVICE, OF_VM, device.map_or(&[], |registers| registers.as_bytes()));
     state
 }
 
@@ -190,19 +213,26 @@ pub(crate) fn read(bytes: &[u8], vcpus: usize) -> Result<Saved<'_>, StateError> 
     if usize::try_from(header.vcpus.get()) != Ok(vcpus) {
         return Err(StateError::Vcpus { found: header.vcpus.get(), expected: vcpus });
     }
-    let mut saved = Saved { tsc_khz: header.tsc_khz.get(), vcpus: Vec::with_capacity(vcpus), vm: Vec::new() };
+    let mut saved = Saved {
+        tsc_khz: header.tsc_khz.get(),
+        vcpus: Vec::with_capacity(vcpus),
+        vm: Vec::new(),
+        device: None,
+    };
     for vcpu in (0..OF_VM).take(vcpus) {
-        let parts = VCPU_PARTS.iter().map(|part| record(&mut rest, part, vcpu));
+        let parts = VCPU_PARTS.iter().map(|part| record(&mut rest, &part.record, vcpu));
         saved.vcpus.push(parts.collect::<Result<_, _>>()?);
     }
-    saved.vm = VM_PARTS.iter().map(|part| record(&mut rest, part, OF_VM)).collect::<Result<_, _>>()?;
+    saved.vm =
+        VM_PARTS.iter().map(|part| record(&mut rest, &part.record, OF_VM)).collect::<Result<_, _>>()?;
+    saved.device = Registers::ref_from_bytes(record(&mut rest, &DEVICE, OF_VM)?).ok();
     if !rest.is_empty() {
         return Err(StateError::Trailing(rest.len()));
     }
     Ok(saved)
 }
 
-fn record<'a>(rest: &mut &'a [u8], part: &Part, vcpu: u16) -> Result<&'a [u8], StateError> {
+fn record<'a>(rest: &mut &'a [u8], part: &Record, vcpu: u16) -> Result<&'a [u8], StateError> {
     let name = part.name;
     let missing = |needed: usize, found: usize| StateError::Truncated {
         within: name,
@@ -229,18 +259,19 @@ fn record<'a>(rest: &mut &'a [u8], part: &Part, vcpu: u16) -> Result<&'a [u8], S
 
 #[cfg(test)]
 mod tests {
+    use super::kernel::Part;
     use super::*;
     use proptest::prelude::*;
 
     /// Well-formed state whose parts are all of one byte.
     fn state(vcpus: usize, fill: u8) -> Vec<u8> {
-        let filled = |part: &Part| match part.length {
+        let filled = |part: &Part| match part.record.length {
             Length::Exact(exact) => vec![fill; exact],
             Length::UpTo(unit, most) => vec![fill; (unit * 3).min(most)],
         };
         let vcpu: Vec<_> = VCPU_PARTS.iter().map(filled).collect();
         let vm: Vec<_> = VM_PARTS.iter().map(filled).collect();
-        write(2_000_000, &vec![vcpu; vcpus], &vm)
+        write(2_000_000, &vec![vcpu; vcpus], &vm, None)
     }
 
     #[test]
@@ -253,7 +284,8 @@ mod tests {
 
     #[test]
     fn no_two_kinds_of_record_share_a_number() {
-        let mut kinds: Vec<u16> = VCPU_PARTS.iter().chain(&VM_PARTS).map(|part| part.kind).collect();
+        let mut kinds: Vec<u16> = VCPU_PARTS.iter().chain(&VM_PARTS).map(|part| part.record.kind).collect();
+        kinds.push(DEVICE.kind);
         let all = kinds.len();
         kinds.sort_unstable();
         kinds.dedup();
@@ -269,7 +301,7 @@ mod tests {
         assert!(matches!(read(&[&bytes[..], b"x"].concat(), 2), Err(StateError::Trailing(1))));
         let mut newer = bytes.clone();
         newer[8] += 1;
-        assert!(matches!(read(&newer, 2), Err(StateError::Version { found: 2 })));
+        assert!(matches!(read(&newer, 2), Err(StateError::Version { found: 3 })));
         let mut swapped = bytes.clone();
         swapped[26] ^= 1;
         assert!(matches!(read(&swapped, 2), Err(StateError::Unexpected { vcpu: 1, .. })));

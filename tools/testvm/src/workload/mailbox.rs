@@ -17,8 +17,15 @@ pub const MAX_ERROR_BYTES: usize = 512;
 
 /// Guest physical address of the header page. The image lies below, from 1 MiB on.
 pub const MAILBOX_ADDRESS: u64 = 0x20_0000;
-/// Where the mailbox ends, and the guest's page directories begin.
+/// Where the mailbox ends.
 pub const MAILBOX_END: u64 = stats_address(MAX_VCPUS - 1) + PAGE_BYTES;
+/// Guest physical address of the page into which KVM writes the time, if the guest finds kvmclock: the wall clock first,
+/// then for each vCPU its system time, every [`KVMCLOCK_BYTES`].
+pub const KVMCLOCK_ADDRESS: u64 = MAILBOX_END;
+/// Bytes from one part of that page to the next: the ABI wants 4-byte alignment, and no part in two pages.
+pub const KVMCLOCK_BYTES: u64 = 64;
+/// Guest physical address of the guest's page directories.
+pub const DIRECTORIES_ADDRESS: u64 = KVMCLOCK_ADDRESS + PAGE_BYTES;
 /// The workload uses RAM from here on; below it are image, mailbox and page directories.
 pub const RESERVED_END: u64 = 0x40_0000;
 
@@ -156,7 +163,8 @@ pub struct Stats {
 const _: () =
     assert!(size_of::<Header>() <= 4096 && size_of::<Control>() <= 4096 && size_of::<Stats>() <= 4096);
 const _: () = assert!(offset_of!(Stats, writes) == 0 && offset_of!(Stats, intent_page) == 16);
-const _: () = assert!(MAILBOX_END < RESERVED_END);
+const _: () =
+    assert!(KVMCLOCK_BYTES * (1 + MAX_VCPUS as u64) <= PAGE_BYTES && DIRECTORIES_ADDRESS < RESERVED_END);
 
 /// How far the guest is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
