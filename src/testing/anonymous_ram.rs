@@ -119,11 +119,12 @@ impl AnonymousRam {
     /// Whether the other has the same pages, and the same bytes in them.
     pub fn is_equal(&self, other: &Self) -> bool {
         let (mine, theirs) = (self.pages(), other.pages());
+        let is_equal = |page| {
+            let mut pairs = self.words(page).iter().zip(other.words(page));
+            pairs.all(|(one, other)| one.load(Ordering::Relaxed) == other.load(Ordering::Relaxed))
+        };
         mine.runs().eq(theirs.runs())
-            && mine.runs().flat_map(|run| run.first.0..run.end().0).map(PageIndex).all(|page| {
-                let words = |ram: &Self, index: usize| ram.words(page)[index].load(Ordering::Relaxed);
-                (0..PAGE_WORDS).all(|index| words(self, index) == words(other, index))
-            })
+            && mine.runs().flat_map(|run| run.first.0..run.end().0).map(PageIndex).all(is_equal)
     }
 }
 
