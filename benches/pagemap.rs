@@ -3,34 +3,25 @@
 //! `cargo bench -p ringferry --bench pagemap`. A harvest walks the page tables, so it costs what is populated, half a
 //! GiB here; an observation costs as much as a harvest of nothing.
 #![expect(missing_docs, reason = "criterion's macros make a public function without a document")]
-#![expect(unsafe_code, reason = "guest memory is a mapping given by address")]
 
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use memmap2::{Advice, MmapOptions, MmapRaw};
+use ringferry::testing::AnonymousRam;
 use ringferry::track::PagemapTracker;
-use ringferry::{DirtySource, GuestMemory, PAGE_SIZE, PageIndex, PageRun, PageSet, Region, SlotId};
+use ringferry::{DirtySource, PAGE_SIZE, PageIndex, PageSet};
 
 const PAGES: usize = (512 << 20) / PAGE_SIZE;
 
 fn pagemap(c: &mut Criterion) {
-    let map: MmapRaw = MmapOptions::new().len(PAGES * PAGE_SIZE).map_anon().expect("anonymous memory").into();
-    map.advise(Advice::NoHugePage).expect("madvise");
-    let pages = PageRun { first: PageIndex(0), pages: PAGES as u64 };
-    let region = Region { slot: SlotId(0), pages, host: map.as_mut_ptr() };
-    // SAFETY: the mapping lives until the end of this function, and is used through raw pointers only.
-    let memory = unsafe { GuestMemory::new(vec![region]) }.expect("one region");
+    let ram = AnonymousRam::new(PAGES as u64).expect("anonymous memory");
     let write = |step: usize| {
-        for page in (0..PAGES).step_by(step) {
-            // SAFETY: inside the mapping, aligned.
-            unsafe { map.as_mut_ptr().add(page * PAGE_SIZE).cast::<u64>().write_volatile(1) };
-        }
+        (0..PAGES as u64).step_by(step).for_each(|page| ram.write(PageIndex(page), 1));
     };
     write(1);
-    let mut tracker = PagemapTracker::new(memory.clone()).expect("userfaultfd");
+    let mut tracker = PagemapTracker::new(ram.memory().clone()).expect("userfaultfd");
     tracker.start().expect("memory that can be protected");
-    let mut dirty = PageSet::new(memory.end());
+    let mut dirty = PageSet::new(ram.memory().end());
 
     let mut group = c.benchmark_group("pagemap, 512 MiB");
     group.sample_size(10);

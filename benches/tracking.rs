@@ -1,6 +1,6 @@
 //! What taking entries out of a ring and looking at it cost, on a kernel in memory.
 //!
-//! `cargo bench -p ringferry --features fake-kernel --bench tracking`
+//! `cargo bench -p ringferry --bench tracking`
 #![expect(clippy::unwrap_used, reason = "a bench that cannot be set up ends")]
 #![expect(missing_docs, reason = "criterion's macros make a public function without a document")]
 
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use ringferry::kvm::RingSize;
-use ringferry::kvm::fake::FakeKernel;
+use ringferry::testing::FakeKernel;
 use ringferry::track::DirtyTracker;
 use ringferry::{DirtySource, PageIndex, PageRun, PageSet, SeenDirty, SlotId};
 

@@ -12,6 +12,8 @@ pub mod kvm;
 pub mod layout;
 mod os;
 pub mod page_set;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod track;
 pub mod vm;
 

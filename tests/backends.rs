@@ -1,5 +1,5 @@
 //! One conformance test that every tracking backend passes, on a guest that writes the pages it is told to.
-#![expect(unsafe_code, reason = "the guest of threads is a mapping given by address")]
+#![expect(unsafe_code, reason = "what a guest wrote is read where it is mapped")]
 #![expect(clippy::unwrap_used, reason = "a test that cannot set up its guest fails")]
 
 mod bare;
@@ -7,13 +7,12 @@ mod bare;
 use std::collections::BTreeSet;
 
 use bare::{BareVcpu, BareVm, DATA, Privilege, Work, kvm};
-use memmap2::{MmapOptions, MmapRaw};
 use ringferry::kvm::RingSize;
+use ringferry::testing::{AnonymousRam, Backing};
 use ringferry::track::external::RegionLog;
 use ringferry::track::{DirtyTracker, Observed, PagemapTracker, VcpuHandle};
 use ringferry::{
-    DirtySource, GuestMemory, PAGE_SIZE, PageIndex, PageRun, PageSet, Paused, Region, SeenDirty, SlotId,
-    TrackError,
+    DirtySource, GuestMemory, PAGE_SIZE, PageIndex, PageRun, PageSet, Paused, SeenDirty, SlotId, TrackError,
 };
 
 /// Two regions that touch each other, neither a multiple of 64 pages.
@@ -74,35 +73,26 @@ impl<const RING: bool> Guest for KvmGuest<RING> {
 }
 
 struct ThreadGuest {
-    memory: GuestMemory,
+    ram: AnonymousRam,
     tracker: PagemapTracker,
-    _maps: Vec<MmapRaw>,
 }
 
 impl ThreadGuest {
     fn new() -> Self {
-        let (mut first, mut regions, mut maps) = (DATA, Vec::new(), Vec::new());
+        let (mut first, mut slots) = (DATA, Vec::new());
         for (slot, pages) in (0..).zip(REGION_PAGES) {
-            let bytes = usize::try_from(pages).unwrap() * PAGE_SIZE;
-            let map: MmapRaw = MmapOptions::new().len(bytes).map_anon().unwrap().into();
-            regions.push(Region {
-                slot: SlotId(slot),
-                pages: PageRun { first, pages },
-                host: map.as_mut_ptr(),
-            });
-            maps.push(map);
+            slots.push((SlotId(slot), PageRun { first, pages }));
             first = PageIndex(first.0 + pages);
         }
-        // SAFETY: the mappings live as long as this guest, and are only accessed through pointers.
-        let memory = unsafe { GuestMemory::new(regions) }.unwrap();
-        let tracker = PagemapTracker::new(memory.clone()).unwrap();
-        Self { memory, tracker, _maps: maps }
+        let ram = AnonymousRam::with_slots(&slots, Backing::SmallPages).unwrap();
+        let tracker = PagemapTracker::new(ram.memory().clone()).unwrap();
+        Self { ram, tracker }
     }
 }
 
 impl Guest for ThreadGuest {
     fn memory(&self) -> &GuestMemory {
-        &self.memory
+        self.ram.memory()
     }
 
     fn source(&mut self) -> &mut dyn DirtySource {
@@ -110,14 +100,9 @@ impl Guest for ThreadGuest {
     }
 
     fn write(&mut self, pages: &[PageIndex], value: u64) {
-        let memory = &self.memory;
+        let ram = &self.ram;
         std::thread::scope(|scope| {
-            scope.spawn(|| {
-                for page in pages {
-                    // SAFETY: a page of a live mapping, aligned.
-                    unsafe { word(memory, *page).write_volatile(value) };
-                }
-            });
+            scope.spawn(|| pages.iter().for_each(|page| ram.write(*page, value)));
         });
     }
 

@@ -3,17 +3,14 @@
 //! Needs root, `ip` and `tc`. Everything happens in namespaces that the test makes and removes.
 #![cfg(feature = "migrate")]
 #![expect(clippy::unwrap_used, reason = "a test that fails says where")]
-#![expect(unsafe_code, reason = "guest RAM of the test is anonymous memory behind raw pointers")]
 
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use memmap2::{MmapMut, MmapRaw};
+use ringferry::testing::AnonymousRam;
 use ringferry::transport::{DataListener, MigrationToken, Receiver, SendOptions, Sender};
-use ringferry::{GuestMemory, PAGE_SIZE, PageIndex, PageRun, PageSet, Region, SlotId};
 use ringferry_testvm::links::{Links, MTU};
 use ringferry_testvm::skip;
 
@@ -29,58 +26,20 @@ fn unequal_links() -> io::Result<Links> {
     Ok(links)
 }
 
-struct Ram {
-    mapping: Arc<MmapRaw>,
-    memory: GuestMemory,
-}
-
-impl Ram {
-    fn new() -> Self {
-        let mapping = MmapMut::map_anon(usize::try_from(PAGES).unwrap() * PAGE_SIZE).unwrap();
-        let mapping = Arc::new(MmapRaw::from(mapping));
-        let pages = PageRun { first: PageIndex(0), pages: PAGES };
-        let region = Region { slot: SlotId(0), pages, host: mapping.as_mut_ptr() };
-        // SAFETY: kept by the value; no reference to its bytes is ever made.
-        let memory = unsafe { GuestMemory::new(vec![region]) }.unwrap().kept_by(Arc::clone(&mapping) as _);
-        Self { mapping, memory }
-    }
-
-    fn fill(&self, generation: u64) {
-        let words = self.mapping.as_mut_ptr().cast::<u64>();
-        for word in 0..self.mapping.len() / 8 {
-            // SAFETY: inside the mapping, aligned.
-            unsafe { words.add(word).write_volatile((word as u64) << 8 | generation) };
-        }
-    }
-
-    fn is_equal(&self, other: &Self) -> bool {
-        let words = |ram: &Self, word| {
-            // SAFETY: inside the mapping, aligned.
-            unsafe { ram.mapping.as_ptr().cast::<u64>().add(word).read_volatile() }
-        };
-        (0..self.mapping.len() / 8).all(|word| words(self, word) == words(other, word))
-    }
-}
-
-fn all() -> PageSet {
-    let mut pages = PageSet::new(PageIndex(PAGES));
-    pages.insert_run(PageRun { first: PageIndex(0), pages: PAGES });
-    pages
-}
-
 /// A sender with a channel over each link, and its receiver.
-fn connect(links: &Links, source: &Ram, target: &Ram) -> (Sender, Receiver) {
+fn connect(links: &Links, source: &AnonymousRam, target: &AnonymousRam) -> (Sender, Receiver) {
     let addresses = [1, 2].map(|n| SocketAddr::from((Links::far_address(n), 4400)));
     let receiver = links
-        .at_far(|| DataListener::bind(&addresses).unwrap().receive(TOKEN, target.memory.clone()).unwrap())
+        .at_far(|| DataListener::bind(&addresses).unwrap().receive(TOKEN, target.memory().clone()).unwrap())
         .unwrap();
     let channels = addresses.map(|address| {
         let n = if address == addresses[0] { 1 } else { 2 };
         format!("{}%v{n}={address}", Links::near_address(n)).parse().unwrap()
     });
     let options = SendOptions { stall_timeout: Duration::from_secs(1), ..SendOptions::default() };
-    let sender =
-        links.at_near(|| Sender::connect(&channels, TOKEN, source.memory.clone(), options).unwrap()).unwrap();
+    let sender = links
+        .at_near(|| Sender::connect(&channels, TOKEN, source.memory().clone(), options).unwrap())
+        .unwrap();
     (sender, receiver)
 }
 
@@ -92,10 +51,10 @@ fn two_unequal_links_are_both_used_and_one_that_falls_silent_costs_its_share_and
             return skip(&format!("namespaces with shaped links cannot be made here: {reason}"));
         }
     };
-    let (source, target) = (Ram::new(), Ram::new());
+    let (source, target) = (AnonymousRam::new(PAGES).unwrap(), AnonymousRam::new(PAGES).unwrap());
     source.fill(1);
     let (mut sender, receiver) = connect(&links, &source, &target);
-    let sent = sender.send_round(1, all()).unwrap();
+    let sent = sender.send_round(1, source.pages()).unwrap();
     assert!(sent.losses.is_empty(), "{sent:?}");
     let bytes: Vec<_> =
         sender.counters().channels().iter().map(|channel| channel.totals.bytes_sent).collect();
@@ -114,7 +73,7 @@ fn two_unequal_links_are_both_used_and_one_that_falls_silent_costs_its_share_and
             }
             links.cut(1).unwrap();
         });
-        sender.send_round(2, all()).unwrap()
+        sender.send_round(2, source.pages()).unwrap()
     });
     assert_eq!(sent.losses.len(), 1, "{sent:?}");
     let loss = &sent.losses[0];
@@ -130,7 +89,7 @@ fn two_unequal_links_are_both_used_and_one_that_falls_silent_costs_its_share_and
     }
     let before = sender.counters().channels()[0].totals.pages_sent;
     source.fill(3);
-    sender.send_round(3, all()).unwrap();
+    sender.send_round(3, source.pages()).unwrap();
     assert!(sender.counters().channels()[0].totals.pages_sent > before);
     assert!(source.is_equal(&target));
     drop(sender);

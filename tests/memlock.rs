@@ -3,17 +3,15 @@
 //! A test binary of its own: `RLIMIT_MEMLOCK` is the process's, and is changed here.
 #![cfg(feature = "migrate")]
 #![expect(clippy::unwrap_used, reason = "a test that fails says where")]
-#![expect(unsafe_code, reason = "guest RAM of the test is anonymous memory behind raw pointers")]
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 
-use memmap2::{MmapMut, MmapRaw};
+use ringferry::testing::AnonymousRam;
 use ringferry::transport::{
     ChannelSnapshot, ChannelSpec, DataListener, MigrationToken, RoundSent, SendOptions, Sender,
     TransportError, ZeroCopy,
 };
-use ringferry::{GuestMemory, PAGE_SIZE, PageIndex, PageRun, PageSet, Region, SlotId};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 
@@ -26,15 +24,6 @@ static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 const LIMIT_BYTES: u64 = 1 << 20;
 const FRAME_PAGES: u32 = 1024;
 
-fn ram() -> GuestMemory {
-    let mapping = MmapMut::map_anon(usize::try_from(PAGES).unwrap() * PAGE_SIZE).unwrap();
-    let mapping = Arc::new(MmapRaw::from(mapping));
-    let pages = PageRun { first: PageIndex(0), pages: PAGES };
-    let region = Region { slot: SlotId(0), pages, host: mapping.as_mut_ptr() };
-    // SAFETY: kept by the value; no reference to its bytes is ever made.
-    unsafe { GuestMemory::new(vec![region]) }.unwrap().kept_by(mapping)
-}
-
 /// Sends a round by a thread (and channel threads that inherit from it) without `CAP_IPC_LOCK`, with `locked_bytes`
 /// of memory that it may lock all the same.
 fn send_unprivileged(
@@ -44,15 +33,12 @@ fn send_unprivileged(
     // The upper limit stays: whether it may be raised again depends on the machine.
     let limit = Rlimit { current: Some(locked_bytes), ..getrlimit(Resource::Memlock) };
     setrlimit(Resource::Memlock, limit).unwrap();
-    let (source, target) = (ram(), ram());
-    for page in 0..usize::try_from(PAGES).unwrap() {
-        // SAFETY: inside the mapping.
-        unsafe { source.regions()[0].host.add(page * PAGE_SIZE).write_volatile(7) };
-    }
+    let (source, target) = (AnonymousRam::new(PAGES).unwrap(), AnonymousRam::new(PAGES).unwrap());
+    source.fill(7);
     let listener = DataListener::bind(&["127.0.0.1:0".parse().unwrap()]).unwrap();
     let channel = ChannelSpec::to(listener.addresses()[0]);
     let token = MigrationToken([3; 16]);
-    let receiver = listener.receive(token, target).unwrap();
+    let receiver = listener.receive(token, target.memory().clone()).unwrap();
     let send = move || {
         let held = capabilities(None).unwrap();
         let effective = held.effective - CapabilitySet::IPC_LOCK;
@@ -63,10 +49,8 @@ fn send_unprivileged(
             reconnect: false,
             ..SendOptions::default()
         };
-        let mut sender = Sender::connect(&[channel], token, source, options)?;
-        let mut pages = PageSet::new(PageIndex(PAGES));
-        pages.insert_run(PageRun { first: PageIndex(0), pages: PAGES });
-        let sent = sender.send_round(1, pages)?;
+        let mut sender = Sender::connect(&[channel], token, source.memory().clone(), options)?;
+        let sent = sender.send_round(1, source.pages())?;
         Ok((sent, sender.counters().channels().remove(0)))
     };
     let sent = thread::spawn(send).join().unwrap();

@@ -4,70 +4,28 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use memmap2::{Advice, MmapOptions, MmapRaw};
+use memmap2::MmapRaw;
+use ringferry::testing::{AnonymousRam, Backing};
 use ringferry::track::{Observed, PagemapError, PagemapTracker, TrackError};
 use ringferry::{DirtySource, GuestMemory, PAGE_SIZE, PageIndex, PageRun, PageSet, Region, SlotId};
 
 const PAGES: usize = 4096;
 const NONE: [usize; 0] = [];
 
-#[derive(Clone, Copy)]
-enum Backing {
-    Anonymous,
-    HugePages,
-    Memfd,
+fn ram(backing: Backing) -> AnonymousRam {
+    let all = PageRun { first: PageIndex(0), pages: PAGES as u64 };
+    AnonymousRam::with_slots(&[(SlotId(7), all)], backing).unwrap()
 }
 
-struct Ram {
-    map: MmapRaw,
-    memory: GuestMemory,
+fn tracker(ram: &AnonymousRam) -> PagemapTracker {
+    PagemapTracker::new(ram.memory().clone()).unwrap()
 }
 
-impl Ram {
-    fn new(backing: Backing) -> Self {
-        let bytes = PAGES * PAGE_SIZE;
-        let map: MmapRaw = match backing {
-            Backing::Anonymous | Backing::HugePages => {
-                MmapOptions::new().len(bytes).map_anon().unwrap().into()
-            }
-            Backing::Memfd => {
-                // SAFETY: the name is NUL-terminated; the new descriptor is nobody else's.
-                let file = File::from(unsafe {
-                    OwnedFd::from_raw_fd(libc::memfd_create(c"ram".as_ptr(), libc::MFD_CLOEXEC))
-                });
-                file.set_len(bytes as u64).unwrap();
-                MmapRaw::map_raw(&file).unwrap()
-            }
-        };
-        match backing {
-            Backing::HugePages => map.advise(Advice::HugePage).unwrap(),
-            Backing::Anonymous => map.advise(Advice::NoHugePage).unwrap(),
-            Backing::Memfd => {}
-        }
-        let pages = PageRun { first: PageIndex(0), pages: PAGES as u64 };
-        let region = Region { slot: SlotId(7), pages, host: map.as_mut_ptr() };
-        // SAFETY: the mapping lives beside it, and is only accessed through pointers.
-        let memory = unsafe { GuestMemory::new(vec![region]) }.unwrap();
-        Self { map, memory }
-    }
-
-    /// The word at the beginning of a page.
-    fn word(&self, page: usize) -> &AtomicU64 {
-        assert!(page < PAGES);
-        // SAFETY: inside the mapping, aligned, and only accessed as an atomic.
-        unsafe { &*self.map.as_mut_ptr().add(page * PAGE_SIZE).cast() }
-    }
-
-    fn write(&self, page: usize, value: u64) {
-        self.word(page).store(value, Ordering::Relaxed);
-    }
-
-    fn tracker(&self) -> PagemapTracker {
-        PagemapTracker::new(self.memory.clone()).unwrap()
-    }
+fn at(index: usize) -> PageIndex {
+    PageIndex(index as u64)
 }
 
 fn harvest(tracker: &mut PagemapTracker) -> Vec<usize> {
@@ -88,12 +46,12 @@ fn random(state: &mut u64) -> usize {
 /// have a copy that equals the original.
 fn copy_while_threads_write(backing: Backing) {
     const WRITERS: u64 = 2;
-    let ram = Ram::new(backing);
+    let ram = ram(backing);
     // Some memory exists before, some comes while it is tracked.
-    (0..PAGES / 2).for_each(|page| ram.write(page, 1));
-    let mut tracker = ram.tracker();
+    (0..PAGES / 2).for_each(|page| ram.write(at(page), 1));
+    let mut tracker = tracker(&ram);
     tracker.start().unwrap();
-    let mut copy: Vec<u64> = (0..PAGES).map(|page| ram.word(page).load(Ordering::Relaxed)).collect();
+    let mut copy: Vec<u64> = (0..PAGES).map(|page| ram.read(at(page))).collect();
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         for writer in 1..=WRITERS {
@@ -101,7 +59,7 @@ fn copy_while_threads_write(backing: Backing) {
             scope.spawn(move || {
                 let mut state = writer.wrapping_mul(0x9e37_79b9_7f4a_7c15);
                 for value in 1.. {
-                    ram.write(random(&mut state), value * WRITERS + writer);
+                    ram.write(at(random(&mut state)), value * WRITERS + writer);
                     if value % 64 == 0 && stop.load(Ordering::Relaxed) {
                         break;
                     }
@@ -110,23 +68,23 @@ fn copy_while_threads_write(backing: Backing) {
         }
         for _ in 0..100 {
             for page in harvest(&mut tracker) {
-                copy[page] = ram.word(page).load(Ordering::Relaxed);
+                copy[page] = ram.read(at(page));
             }
             std::thread::yield_now();
         }
         stop.store(true, Ordering::Relaxed);
     });
     for page in harvest(&mut tracker) {
-        copy[page] = ram.word(page).load(Ordering::Relaxed);
+        copy[page] = ram.read(at(page));
     }
-    let stale = (0..PAGES).filter(|page| copy[*page] != ram.word(*page).load(Ordering::Relaxed)).count();
+    let stale = (0..PAGES).filter(|page| copy[*page] != ram.read(at(*page))).count();
     assert_eq!(stale, 0, "pages were written and not harvested");
     assert_eq!(harvest(&mut tracker), NONE);
 }
 
 #[test]
 fn no_write_of_threads_to_private_memory_is_lost() {
-    copy_while_threads_write(Backing::Anonymous);
+    copy_while_threads_write(Backing::SmallPages);
 }
 
 #[test]
@@ -141,70 +99,70 @@ fn no_write_of_threads_to_a_memfd_is_lost() {
 
 #[test]
 fn a_write_to_a_huge_page_makes_one_small_page_dirty() {
-    let ram = Ram::new(Backing::HugePages);
-    (0..PAGES).for_each(|page| ram.write(page, 1));
-    let mut tracker = ram.tracker();
+    let ram = ram(Backing::HugePages);
+    (0..PAGES).for_each(|page| ram.write(at(page), 1));
+    let mut tracker = tracker(&ram);
     tracker.start().unwrap();
-    ram.write(1000, 2);
+    ram.write(at(1000), 2);
     assert_eq!(harvest(&mut tracker), [1000]);
 }
 
 #[test]
 fn what_the_kernel_writes_for_a_thread_is_dirty() {
-    let ram = Ram::new(Backing::Anonymous);
-    (0..PAGES).for_each(|page| ram.write(page, 1));
-    let mut tracker = ram.tracker();
+    let ram = ram(Backing::SmallPages);
+    (0..PAGES).for_each(|page| ram.write(at(page), 1));
+    let mut tracker = tracker(&ram);
     tracker.start().unwrap();
     let (reader, mut writer) = std::io::pipe().unwrap();
     writer.write_all(&[7; PAGE_SIZE]).unwrap();
-    let at = ram.map.as_mut_ptr().wrapping_add(99 * PAGE_SIZE + 5);
-    // SAFETY: a page of the mapping and part of the next, which live on.
-    let read = unsafe { libc::read(reader.as_raw_fd(), at.cast(), PAGE_SIZE) };
+    let inside = ram.memory().regions()[0].host.wrapping_add(99 * PAGE_SIZE + 5);
+    // SAFETY: a page of the RAM and part of the next, which live on.
+    let read = unsafe { libc::read(reader.as_raw_fd(), inside.cast(), PAGE_SIZE) };
     assert_eq!(read, 4096, "{}", std::io::Error::last_os_error());
     assert_eq!(harvest(&mut tracker), [99, 100]);
 }
 
 #[test]
 fn a_read_is_not_a_write_and_a_first_write_is() {
-    for backing in [Backing::Anonymous, Backing::Memfd] {
-        let ram = Ram::new(backing);
-        ram.write(0, 1);
-        let mut tracker = ram.tracker();
+    for backing in [Backing::SmallPages, Backing::Memfd] {
+        let ram = ram(backing);
+        ram.write(at(0), 1);
+        let mut tracker = tracker(&ram);
         tracker.start().unwrap();
-        assert_eq!(ram.word(0).load(Ordering::Relaxed), 1);
+        assert_eq!(ram.read(at(0)), 1);
         assert_eq!(harvest(&mut tracker), NONE);
         // A page that did not exist, beside one that did, and one in a part of memory without a page table.
-        ram.write(1, 1);
-        ram.write(3000, 1);
+        ram.write(at(1), 1);
+        ram.write(at(3000), 1);
         assert_eq!(tracker.observe().unwrap(), Observed::Total(2));
         assert_eq!(harvest(&mut tracker), [1, 3000]);
     }
     // Private memory that was only read is the page of zeroes; of a memfd, reading makes a real page.
-    let ram = Ram::new(Backing::Anonymous);
-    let mut tracker = ram.tracker();
+    let ram = ram(Backing::SmallPages);
+    let mut tracker = tracker(&ram);
     tracker.start().unwrap();
-    assert_eq!(ram.word(5).load(Ordering::Relaxed), 0);
+    assert_eq!(ram.read(at(5)), 0);
     assert_eq!(harvest(&mut tracker), NONE);
-    ram.write(5, 1);
+    ram.write(at(5), 1);
     assert_eq!(harvest(&mut tracker), [5]);
 }
 
 #[test]
 fn what_is_written_after_a_stop_is_not_tracked() {
-    let ram = Ram::new(Backing::Anonymous);
-    ram.write(0, 1);
-    let mut tracker = ram.tracker();
+    let ram = ram(Backing::SmallPages);
+    ram.write(at(0), 1);
+    let mut tracker = tracker(&ram);
     tracker.start().unwrap();
     tracker.stop().unwrap();
-    ram.write(0, 2);
+    ram.write(at(0), 2);
     tracker.start().unwrap();
     assert_eq!(harvest(&mut tracker), NONE);
 }
 
 #[test]
 fn memory_that_another_userfaultfd_has_is_refused_by_the_name_of_its_slot() {
-    let ram = Ram::new(Backing::Anonymous);
-    let (mut first, mut second) = (ram.tracker(), ram.tracker());
+    let ram = ram(Backing::SmallPages);
+    let (mut first, mut second) = (tracker(&ram), tracker(&ram));
     first.start().unwrap();
     let refused = second.start().unwrap_err();
     assert!(
@@ -213,7 +171,7 @@ fn memory_that_another_userfaultfd_has_is_refused_by_the_name_of_its_slot() {
     );
     assert!(refused.to_string().contains("another userfaultfd"), "{refused}");
     // The refused start left nothing behind, and did not disturb the first.
-    ram.write(1, 1);
+    ram.write(at(1), 1);
     assert_eq!(harvest(&mut first), [1]);
     first.stop().unwrap();
     second.start().unwrap();

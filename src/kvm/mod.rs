@@ -5,8 +5,6 @@
 //! and when they may be read, is decided one floor up, in [`track`](crate::track).
 
 pub mod caps;
-#[cfg(any(test, feature = "fake-kernel"))]
-pub mod fake;
 pub(crate) mod log;
 pub(crate) mod ring;
 mod sys;

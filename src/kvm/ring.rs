@@ -13,7 +13,7 @@ use std::io;
 use std::mem::offset_of;
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
-#[cfg(any(test, feature = "fake-kernel"))]
+#[cfg(any(test, feature = "testing"))]
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
@@ -24,19 +24,19 @@ use super::{KvmError, RingSize};
 use crate::layout::{PAGE_SIZE, SlotId};
 
 /// KVM has nothing to say about the entry, and may fill it.
-pub(super) const EMPTY: u32 = 0;
+pub(crate) const EMPTY: u32 = 0;
 /// KVM filled the entry (`KVM_DIRTY_GFN_F_DIRTY`).
-pub(super) const DIRTY: u32 = 1;
+pub(crate) const DIRTY: u32 = 1;
 /// We took the entry, and ask KVM to protect the page again (`KVM_DIRTY_GFN_F_RESET`).
-pub(super) const RESET: u32 = 2;
+pub(crate) const RESET: u32 = 2;
 
 /// `struct kvm_dirty_gfn`, of atomics: KVM writes it while we read. Slot and offset are ordered by the flags.
 #[repr(C)]
 #[derive(Default)]
 pub(crate) struct Entry {
-    pub(super) flags: AtomicU32,
-    pub(super) slot: AtomicU32,
-    pub(super) offset: AtomicU64,
+    pub(crate) flags: AtomicU32,
+    pub(crate) slot: AtomicU32,
+    pub(crate) offset: AtomicU64,
 }
 
 const _: () = {
@@ -53,7 +53,7 @@ enum Backing {
         _ring: MmapRaw,
         run: MmapRaw,
     },
-    #[cfg(any(test, feature = "fake-kernel"))]
+    #[cfg(any(test, feature = "testing"))]
     Memory {
         _entries: Arc<[Entry]>,
         exit_reason: Arc<AtomicU32>,
@@ -92,7 +92,7 @@ impl RingMemory {
                 // * KVM writes it and the VMM reads it; atomic access races with neither.
                 unsafe { AtomicU32::from_ptr(at.cast()) }.load(Ordering::Relaxed)
             }
-            #[cfg(any(test, feature = "fake-kernel"))]
+            #[cfg(any(test, feature = "testing"))]
             Backing::Memory { exit_reason, .. } => exit_reason.load(Ordering::Relaxed),
         }
     }
@@ -132,7 +132,7 @@ impl DirtyRing {
     }
 
     /// A ring over memory of our own, at any position: somebody else plays KVM.
-    #[cfg(any(test, feature = "fake-kernel"))]
+    #[cfg(any(test, feature = "testing"))]
     pub(crate) fn over(
         entries: Arc<[Entry]>,
         exit_reason: Arc<AtomicU32>,

@@ -130,58 +130,44 @@ impl fmt::Debug for RamDigest {
 
 #[cfg(test)]
 mod tests {
-    use memmap2::{Advice, MmapMut};
-
     use super::*;
-    use crate::layout::{Region, SlotId};
+    use crate::layout::SlotId;
+    use crate::testing::{AnonymousRam, Backing};
 
-    const PAGES: usize = 4096;
+    const PAGES: u64 = 4096;
 
-    /// Two regions with a hole between them, mapped in the opposite order.
-    struct Ram {
-        map: MmapMut,
+    /// Two regions with a hole between them.
+    fn ram() -> AnonymousRam {
+        let run = |first| PageRun { first: PageIndex(first), pages: PAGES };
+        let slots = [(SlotId(0), run(0)), (SlotId(1), run(SECOND))];
+        AnonymousRam::with_slots(&slots, Backing::SmallPages).unwrap()
     }
 
-    impl Ram {
-        fn new() -> Self {
-            let map = MmapMut::map_anon(2 * PAGES * PAGE_SIZE).unwrap();
-            map.advise(Advice::NoHugePage).unwrap();
-            Self { map }
-        }
+    /// Where the second region begins.
+    const SECOND: u64 = 1 << 20;
 
-        fn fill(&mut self, page: usize, with: u8) {
-            self.map[page * PAGE_SIZE..][..PAGE_SIZE].fill(with);
-        }
-
-        fn digest(&mut self, threads: usize) -> DigestedRam {
-            let pages = |first: u64| PageRun { first: PageIndex(first), pages: PAGES as u64 };
-            let host = self.map.as_mut_ptr();
-            let low = Region { slot: SlotId(0), pages: pages(0), host: host.wrapping_add(PAGES * PAGE_SIZE) };
-            let high = Region { slot: SlotId(1), pages: pages(1 << 20), host };
-            // SAFETY: the mapping outlives the value, and nobody has a reference into it meanwhile.
-            let memory = unsafe { GuestMemory::new(vec![low, high]) }.unwrap();
-            on_threads(&memory, NonZeroUsize::new(threads).unwrap())
-        }
+    fn digest(ram: &AnonymousRam, threads: usize) -> DigestedRam {
+        on_threads(ram.memory(), NonZeroUsize::new(threads).unwrap())
     }
 
     #[test]
     fn the_digest_is_the_same_on_any_number_of_threads() {
-        let mut ram = Ram::new();
-        for page in (0..2 * PAGES).step_by(3) {
-            ram.fill(page, u8::try_from(page % 251).unwrap());
+        let ram = ram();
+        for page in (0..PAGES).step_by(3).flat_map(|page| [page, SECOND + page]) {
+            ram.write(PageIndex(page), page);
         }
-        let one = ram.digest(1);
+        let one = digest(&ram, 1);
         assert_ne!(one.digest, RamDigest::default());
         for threads in [2, 3, 17] {
-            assert_eq!(ram.digest(threads).digest, one.digest);
+            assert_eq!(digest(&ram, threads).digest, one.digest);
         }
     }
 
     #[test]
     fn a_page_of_zeroes_equals_one_that_was_never_touched_and_only_the_first_is_read() {
-        let (mut zeroes, mut untouched) = (Ram::new(), Ram::new());
-        zeroes.fill(5, 0);
-        let (zeroes, untouched) = (zeroes.digest(2), untouched.digest(2));
+        let (zeroes, untouched) = (ram(), ram());
+        zeroes.write(PageIndex(5), 0);
+        let (zeroes, untouched) = (digest(&zeroes, 2), digest(&untouched, 2));
         assert_eq!(zeroes.digest, untouched.digest);
         assert_eq!((zeroes.read_pages, zeroes.nonzero_pages), (1, 0));
         assert_eq!((untouched.read_pages, untouched.nonzero_pages), (0, 0));
@@ -189,18 +175,20 @@ mod tests {
 
     #[test]
     fn any_changed_byte_and_any_moved_page_changes_the_digest() {
-        let mut ram = Ram::new();
-        ram.fill(7, 1);
-        ram.fill(PAGES + 9, 2);
-        let before = ram.digest(2);
+        let ram = ram();
+        let (low, high) = (PageIndex(7), PageIndex(SECOND + 9));
+        ram.write(low, 1);
+        ram.write(high, 2);
+        let before = digest(&ram, 2);
         assert_eq!(before.nonzero_pages, 2);
-        ram.map[8 * PAGE_SIZE - 1] ^= 0x80;
-        assert_ne!(ram.digest(2).digest, before.digest);
-        ram.map[8 * PAGE_SIZE - 1] ^= 0x80;
-        assert_eq!(ram.digest(2).digest, before.digest);
-        ram.fill(7, 2);
-        ram.fill(PAGES + 9, 1);
-        assert_ne!(ram.digest(2).digest, before.digest, "two pages changed places");
+        let last_word = ram.words(low).last().unwrap();
+        last_word.store(1 << 63, Ordering::Relaxed);
+        assert_ne!(digest(&ram, 2).digest, before.digest);
+        last_word.store(0, Ordering::Relaxed);
+        assert_eq!(digest(&ram, 2).digest, before.digest);
+        ram.write(low, 2);
+        ram.write(high, 1);
+        assert_ne!(digest(&ram, 2).digest, before.digest, "two pages changed places");
     }
 
     #[test]

@@ -217,12 +217,14 @@ mod tests {
 
     use super::*;
     use crate::layout::{PageIndex, PageRun, SlotId};
+    use crate::testing::{AnonymousRam, Backing};
 
+    const FIRST: u64 = 0x100;
     const PAGES: usize = 2048;
     const TOUCHED: [usize; 5] = [0, 3, 511, 700, PAGES - 1];
 
     fn memory(host: *mut u8, pages: usize) -> GuestMemory {
-        let run = PageRun { first: PageIndex(0x100), pages: pages as u64 };
+        let run = PageRun { first: PageIndex(FIRST), pages: pages as u64 };
         // SAFETY: each test keeps its mapping for as long as the value, and holds no reference into it.
         unsafe { GuestMemory::new(vec![Region { slot: SlotId(0), pages: run, host }]) }.unwrap()
     }
@@ -239,40 +241,44 @@ mod tests {
     }
 
     fn members(pages: &PageSet) -> BTreeSet<usize> {
-        pages.as_bits().iter_ones().map(|page| page - 0x100).collect()
+        pages
+            .runs()
+            .flat_map(|run| run.first.0..run.end().0)
+            .map(|page| usize::try_from(page - FIRST).unwrap())
+            .collect()
     }
 
-    fn small_pages(map: &MmapMut) {
-        map.advise(Advice::NoHugePage).unwrap();
+    fn page_at(index: usize) -> PageIndex {
+        PageIndex(FIRST + index as u64)
+    }
+
+    fn ram() -> AnonymousRam {
+        let run = PageRun { first: PageIndex(FIRST), pages: PAGES as u64 };
+        AnonymousRam::with_slots(&[(SlotId(0), run)], Backing::SmallPages).unwrap()
     }
 
     #[test]
     fn exactly_the_written_pages_of_private_memory_are_populated_and_looking_populates_none() {
-        let mut map = MmapMut::map_anon(PAGES * PAGE_SIZE).unwrap();
-        small_pages(&map);
-        let host = map.as_mut_ptr();
-        let memory = memory(host, PAGES);
-        assert_eq!(found(&memory), BTreeSet::new());
-        TOUCHED.iter().for_each(|page| touch(host, *page));
-        // SAFETY: a byte of our own mapping: a page that is only read is mapped to the page of zeroes.
-        assert_eq!(unsafe { host.add(9 * PAGE_SIZE).read_volatile() }, 0);
+        let ram = ram();
+        assert_eq!(found(ram.memory()), BTreeSet::new());
+        TOUCHED.iter().for_each(|page| ram.write(page_at(*page), 1));
+        // A page that is only read is mapped to the page of zeroes.
+        assert_eq!(ram.read(page_at(9)), 0);
         for _ in 0..2 {
-            assert_eq!(found(&memory), BTreeSet::from(TOUCHED));
+            assert_eq!(found(ram.memory()), BTreeSet::from(TOUCHED));
         }
     }
 
     #[test]
     fn kernels_without_pagemap_scan_find_every_written_page_too() {
-        let mut map = MmapMut::map_anon(PAGES * PAGE_SIZE).unwrap();
-        small_pages(&map);
-        let host = map.as_mut_ptr();
-        TOUCHED.iter().for_each(|page| touch(host, *page));
+        let ram = ram();
+        TOUCHED.iter().for_each(|page| ram.write(page_at(*page), 1));
         let mut pages = BTreeSet::new();
-        let all = host.addr()..host.addr() + PAGES * PAGE_SIZE;
+        let all = ram.memory().regions()[0].host_range();
         let add = |part: Range<usize>| {
-            pages.extend(part.step_by(PAGE_SIZE).map(|at| (at - host.addr()) / PAGE_SIZE))
+            pages.extend(part.step_by(PAGE_SIZE).map(|at| (at - all.start) / PAGE_SIZE));
         };
-        present_or_swapped(all, add).unwrap();
+        present_or_swapped(all.clone(), add).unwrap();
         assert_eq!(pages, BTreeSet::from(TOUCHED));
     }
 
@@ -349,8 +355,8 @@ mod tests {
 
     #[test]
     fn ram_that_is_not_in_the_list_of_mappings_counts_as_populated() {
-        let mut map = MmapMut::map_anon(8 * PAGE_SIZE).unwrap();
-        let memory = memory(map.as_mut_ptr(), 8);
+        let ram = ram();
+        let memory = ram.memory();
         let region = &memory.regions()[0];
         let mut found = Populated { pages: PageSet::new(memory.end()), assumed_pages: 0 };
         let host = region.host.addr();

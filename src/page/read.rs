@@ -135,11 +135,13 @@ pub fn zero_pages(memory: &GuestMemory, run: PageRun, zero: &mut PageSet) -> Res
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::Ordering;
+
     use super::*;
-    use crate::layout::{Region, SlotId};
+    use crate::layout::SlotId;
+    use crate::testing::{AnonymousRam, Backing};
 
     #[repr(align(4096))]
-    #[derive(Clone)]
     struct Page([u8; PAGE_SIZE]);
 
     /// A way to look at a page, by name.
@@ -191,23 +193,19 @@ mod tests {
 
     #[test]
     fn the_zero_pages_of_a_run_are_found_across_regions() {
-        let mut pages = vec![Page([0; PAGE_SIZE]); 6];
-        for used in [1, 2, 5] {
-            pages[used].0[4095 - used] = 9;
+        let run = |first| PageRun { first: PageIndex(first), pages: 3 };
+        let slots = [(SlotId(0), run(103)), (SlotId(1), run(100))];
+        let ram = AnonymousRam::with_slots(&slots, Backing::SmallPages).unwrap();
+        for used in [101, 102, 105] {
+            ram.words(PageIndex(used)).last().unwrap().store(9, Ordering::Relaxed);
         }
-        let region = |slot: u32, first: u64, at: usize| Region {
-            slot: SlotId(slot),
-            pages: PageRun { first: PageIndex(first), pages: 3 },
-            host: pages.as_ptr().wrapping_add(at).cast_mut().cast(),
-        };
-        // SAFETY: the pages outlive the value and are not written while it lives.
-        let memory = unsafe { GuestMemory::new(vec![region(0, 103, 3), region(1, 100, 0)]) }.unwrap();
+        let memory = ram.memory();
         let mut zero = PageSet::new(memory.end());
-        zero_pages(&memory, PageRun { first: PageIndex(101), pages: 5 }, &mut zero).unwrap();
+        zero_pages(memory, PageRun { first: PageIndex(101), pages: 5 }, &mut zero).unwrap();
         let zero: Vec<u64> = zero.runs().flat_map(|run| run.first.0..run.end().0).collect();
         assert_eq!(zero, [103, 104]);
         let beyond = PageRun { first: PageIndex(101), pages: 6 };
-        let refused = zero_pages(&memory, beyond, &mut PageSet::new(memory.end()));
+        let refused = zero_pages(memory, beyond, &mut PageSet::new(memory.end()));
         assert_eq!(refused, Err(LayoutError::NotRam(PageIndex(106))));
     }
 }

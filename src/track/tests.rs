@@ -12,8 +12,8 @@ use proptest::sample::Index;
 
 use super::*;
 use crate::kvm::RingSize;
-use crate::kvm::fake::{FakeKernel, Interruption, WriteDuringReset};
 use crate::layout::PageRun;
+use crate::testing::{FakeKernel, Interruption, WriteDuringReset};
 use crate::vm::Paused;
 
 const RING: u32 = 256;

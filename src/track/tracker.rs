@@ -13,12 +13,12 @@ use super::rings::{AllReset, Context, Rings};
 use super::slots::Slots;
 use super::vcpu::{Vcpu, VcpuHandle};
 use super::{DirtySource, Observed, SeenDirty, TrackError};
-#[cfg(any(test, feature = "fake-kernel"))]
-use crate::kvm::fake::FakeKernel;
 use crate::kvm::ring::DirtyRing;
 use crate::kvm::{Kernel, KvmError, RingSize, VmFd, caps};
 use crate::layout::{GuestMemory, PageRun, SlotId};
 use crate::page_set::{AtomicPageSet, PageSet};
+#[cfg(any(test, feature = "testing"))]
+use crate::testing::FakeKernel;
 use crate::vm::Settled;
 
 /// Dirty tracking of one VM, on KVM's rings or on its bitmap. Cheap to clone: all clones are the same tracker, so
@@ -193,32 +193,32 @@ impl DirtyTracker {
     }
 
     /// Tracks by the rings of a kernel in memory.
-    #[cfg(any(test, feature = "fake-kernel"))]
+    #[cfg(any(test, feature = "testing"))]
     pub fn on_fake_rings(kernel: &FakeKernel, size: RingSize) -> Self {
         let backend = Backend::Ring { size, rings: Rings::default(), beside: None };
         Self::on(Box::new(kernel.clone()), backend)
     }
 
     /// Tracks by the rings of a kernel in memory and the bitmap beside them, as on arm64.
-    #[cfg(any(test, feature = "fake-kernel"))]
+    #[cfg(any(test, feature = "testing"))]
     pub fn on_fake_rings_with_bitmap(kernel: &FakeKernel, size: RingSize) -> Self {
         let backend = Backend::Ring { size, rings: Rings::default(), beside: Some(BitmapLog::default()) };
         Self::on(Box::new(kernel.clone()), backend)
     }
 
     /// Tracks by the bitmap of a kernel in memory.
-    #[cfg(any(test, feature = "fake-kernel"))]
+    #[cfg(any(test, feature = "testing"))]
     pub fn on_fake_bitmap(kernel: &FakeKernel) -> Self {
         Self::on(Box::new(kernel.clone()), Backend::Bitmap(BitmapLog::default()))
     }
 
     /// Creates a vCPU in a kernel in memory and follows it: see
-    /// [`FakeKernel`](crate::kvm::fake::FakeKernel) for the arguments.
+    /// [`FakeKernel`](crate::testing::FakeKernel) for the arguments.
     ///
     /// # Errors
     ///
     /// [`TrackError::VcpuKnown`] if the index is taken.
-    #[cfg(any(test, feature = "fake-kernel"))]
+    #[cfg(any(test, feature = "testing"))]
     pub fn attach_fake_vcpu(
         &self,
         index: usize,

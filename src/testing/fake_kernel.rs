@@ -3,7 +3,6 @@
 //! It follows `virt/kvm/dirty_ring.c` of Linux 6.18 step by step, the batch that an interrupted reset counts and
 //! forgets included. What it simulates on top: guests that write, natively or emulated, a CPU that buffers its
 //! entries (PML), and a second thread that resets.
-#![expect(unsafe_code, reason = "a guest memory is made of mappings, which nobody here ever touches")]
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
@@ -11,11 +10,11 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, KVM_EXIT_UNKNOWN};
-use memmap2::{MmapOptions, MmapRaw};
 
-use super::ring::{DIRTY, DirtyRing, EMPTY, Entry, RESET};
-use super::{Kernel, KvmError, ResetCount, RingSize};
-use crate::layout::{GuestMemory, PAGE_SIZE, PageRun, Region, SlotId};
+use super::{AnonymousRam, Backing};
+use crate::kvm::ring::{DIRTY, DirtyRing, EMPTY, Entry, RESET};
+use crate::kvm::{Kernel, KvmError, ResetCount, RingSize};
+use crate::layout::{GuestMemory, PageRun, Region, SlotId};
 
 /// The next reset stops after so many entries, as if a signal had come: the batch at hand is forgotten.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -54,7 +53,6 @@ struct Inner {
     writes_during_reset: Vec<WriteDuringReset>,
     /// Those of them that were done.
     written_during_reset: Vec<(SlotId, u64)>,
-    mappings: Vec<MmapRaw>,
 }
 
 /// KVM's end of a ring.
@@ -229,7 +227,6 @@ impl FakeKernel {
             interruptions: VecDeque::new(),
             writes_during_reset: Vec::new(),
             written_during_reset: Vec::new(),
-            mappings: Vec::new(),
         };
         Self { inner: Arc::new(Mutex::new(inner)) }
     }
@@ -245,18 +242,11 @@ impl FakeKernel {
     /// When the address space is used up.
     pub fn create_slot(&self, slot: SlotId, pages: PageRun) -> GuestMemory {
         let count = index(pages.pages);
-        let mut options = MmapOptions::new();
-        options.len(count * PAGE_SIZE).no_reserve_swap();
-        let mapping = MmapRaw::from(options.map_anon().expect("address space for a fake slot"));
-        let region = Region { slot, pages, host: mapping.as_mut_ptr() };
-        let inner = &mut *self.lock();
+        let ram = AnonymousRam::with_slots(&[(slot, pages)], Backing::SmallPages);
         let words = vec![0; count.div_ceil(64)];
-        inner.slots.insert(slot.0, FakeSlot { logging: false, writable: vec![true; count], bitmap: words });
-        inner.mappings.push(mapping);
-        // SAFETY:
-        // * The mapping lives as long as this kernel, which the tracker over this memory owns a clone of.
-        // * Nobody reads or writes it.
-        unsafe { GuestMemory::new(vec![region]) }.expect("a mapping is page-aligned and not empty")
+        let fake = FakeSlot { logging: false, writable: vec![true; count], bitmap: words };
+        self.lock().slots.insert(slot.0, fake);
+        ram.expect("address space for a fake slot").memory().clone()
     }
 
     /// Deletes a slot.
