@@ -412,15 +412,6 @@ impl PartialEq for PageSet {
 
 impl Eq for PageSet {}
 
-impl Clone for PageSet {
-    /// Copies the words that hold a page; the others are not touched.
-    fn clone(&self) -> Self {
-        let mut copy = Self::new(PageIndex(self.end));
-        copy.union(self);
-        copy
-    }
-}
-
 impl Extend<PageIndex> for PageSet {
     /// Neighbours that follow each other, as in a dirty ring, are gathered in a register: a store per word, where
     /// inserting them one by one would wait for its own last store each time.

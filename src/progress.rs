@@ -13,7 +13,7 @@ use parking_lot::{Condvar, Mutex};
 use serde::{Deserialize, Serialize};
 
 use crate::converge::{Limits, Policy};
-use crate::transport::MaxBandwidth;
+use crate::transport::{MaxBandwidth, Totals};
 
 /// Events kept for watchers that are a little behind; more than the rounds of any sane migration.
 const LOG_EVENTS: usize = 256;
@@ -33,23 +33,21 @@ pub enum Phase {
     Completed,
     /// It failed or was cancelled; the VM is where it was.
     Failed,
+    /// The VM was handed over, and the destination did not say that it runs: it is paused at the source until somebody
+    /// decides.
+    Unconfirmed,
 }
 
 /// One round: its pages, its bytes, and what the guest did meanwhile.
 #[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
 pub struct RoundReport {
-    /// From 1. The last one is sent while the guest stands still.
+    /// From 1. The last ones are sent while the guest stands still.
     pub round: u32,
     /// Pages that were dirty when it began (in the first round: populated).
     pub pages_to_send: u64,
-    /// Pages whose contents were sent.
-    pub pages_sent: u64,
-    /// Pages found zero, sent as their number only.
-    pub zero_pages: u64,
-    /// Pages that were dirty again before their turn came, and were left for a later round.
-    pub pages_struck_off: u64,
-    /// Bytes on the data connections, headers included.
-    pub bytes_sent: u64,
+    /// What was sent.
+    #[serde(flatten)]
+    pub totals: Totals,
     /// From its first page to its acknowledgement.
     pub duration_ms: f64,
     /// Unique pages that the guest dirtied meanwhile.

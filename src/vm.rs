@@ -145,6 +145,12 @@ pub trait Vm: Send {
         Ok(())
     }
 
+    /// Bytes of device state that [`save_device_state`](Self::save_device_state) is going to write once the guest stands
+    /// still, as far as is known: the plan counts them.
+    fn device_state_bytes_left(&mut self) -> u64 {
+        0
+    }
+
     /// At the destination: the next piece of what [`save_device_state`](Self::save_device_state) wrote, in order, cut at
     /// any place. Must not touch guest memory, which is being received.
     ///

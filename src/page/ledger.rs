@@ -39,9 +39,7 @@ impl Hashes {
         let entry = match self.chunks.get_mut(&chunk) {
             Some(chunk) => &mut chunk[index(page)],
             None if hash == 0 => return,
-            None => {
-                &mut self.chunks.entry(chunk).or_insert_with(|| Box::new([0; CHUNK_PAGES]))[index(page)]
-            }
+            None => &mut self.chunks.entry(chunk).or_insert_with(|| Box::new([0; CHUNK_PAGES]))[index(page)],
         };
         self.sum = self.sum.wrapping_sub(*entry).wrapping_add(hash);
         *entry = hash;

@@ -48,7 +48,8 @@ impl Link {
         }
         if self.asked.elapsed() >= PING_EVERY {
             self.asked = Instant::now();
-            self.control.ping(Wait { deadline: self.asked + self.peer_timeout, cancel: parameters.cancel_flag() })?;
+            self.control
+                .ping(Wait { deadline: self.asked + self.peer_timeout, cancel: parameters.cancel_flag() })?;
         }
         Ok(())
     }

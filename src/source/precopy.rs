@@ -9,19 +9,19 @@ use std::time::{Duration, Instant};
 use super::error::SourceError;
 use super::link::Link;
 use super::migration::Migration;
+use super::millis;
 use super::state_writer::StateWriter;
 use super::steering::Steering;
 use super::stop_and_copy::Standstill;
 use super::verification::Verification;
-use super::millis;
 use crate::converge::{Action, LastCheck, Why};
 use crate::os::sched::ShortSlice;
 use crate::page::populated;
 use crate::page_set::PageSet;
 use crate::progress::{Event, Phase, RoundReport};
 use crate::track::{DirtySource, Observed};
-use crate::transport::control::Wait;
 use crate::transport::RoundSent;
+use crate::transport::control::Wait;
 use crate::vm::{Moment, Vm};
 
 /// Sends rounds until the guest stands still with little enough left. When it fails the guest runs, and everything is
@@ -98,11 +98,12 @@ impl<V: Vm + ?Sized, D: DirtySource + ?Sized> Precopy<'_, '_, V, D> {
             let observed = self.migration.tracker.observe()?;
             let mut dirty = self.migration.harvest()?;
             self.migration.round_sent(&sent, pages_to_send, dirtied(&dirty, &observed));
-            let totals = self.link.sender.handle().totals();
-            let action = self.steering.round_ended(&observed, dirty.len(), totals);
             if let Some(verification) = &mut self.migration.verification {
                 verification.harvested(&dirty);
             }
+            let totals = self.link.sender.handle().totals();
+            self.steering.set_overhead(self.besides_pages());
+            let action = self.steering.round_ended(&observed, dirty.len(), totals);
             if self.migration.report.rounds.len() == 1 {
                 self.migration.report.prediction_after_round_1 = self.steering.prediction();
             }
@@ -138,6 +139,14 @@ impl<V: Vm + ?Sized, D: DirtySource + ?Sized> Precopy<'_, '_, V, D> {
                 Action::SwitchOver(why) => return Ok(RoundEnd::Stop(why)),
             }
         }
+    }
+
+    /// What the standstill takes besides pages, as far as it is known by now: the rest of the verification, and device
+    /// state that can only leave then.
+    fn besides_pages(&mut self) -> Duration {
+        let verifying = self.migration.verification.as_ref().map_or(Duration::ZERO, Verification::left);
+        let state = self.steering.time_to_send(self.migration.vm.device_state_bytes_left());
+        verifying + state
     }
 
     /// Stops the guest, now that the destination has shown that it is alive, and adds all that is left to `left`. If that
@@ -190,7 +199,8 @@ impl<V: Vm + ?Sized, D: DirtySource + ?Sized> Precopy<'_, '_, V, D> {
         self.steering.open_gates();
         let parameters = self.migration.progress.parameters();
         // The guest runs: what bounds this is the peer's sign of life, which the control connection watches.
-        let wait = Wait { deadline: Instant::now() + Duration::from_secs(3600), cancel: parameters.cancel_flag() };
+        let wait =
+            Wait { deadline: Instant::now() + Duration::from_secs(3600), cancel: parameters.cancel_flag() };
         let mut writer = StateWriter::new(self.link, wait);
         let saved = self.migration.vm.save_device_state(Moment::Running, &mut writer);
         writer.finish(saved)

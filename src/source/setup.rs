@@ -4,18 +4,18 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::as_u32;
 use super::error::SourceError;
 use super::link::{Link, refusal};
 use super::migration::Migration;
-use super::as_u32;
 use crate::layout::{PAGE_SIZE, PageRun};
 use crate::track::DirtySource;
 use crate::transport::control::{ControlConnection, ControlError, Wait};
-use crate::transport::{ChannelSpec, MigrationToken, SendOptions, Sender, dial};
+use crate::transport::{ChannelSpec, MigrationToken, SendOptions, Sender, dial, socket};
 use crate::vm::Vm;
 use crate::wire::control::Message;
 use crate::wire::features::{self, Feature};
-use crate::wire::hello::{Accept, Block, Hello, Token};
+use crate::wire::hello::{Accept, Hello, Token};
 
 /// Connects to the destination and offers it the VM.
 pub(super) fn run<V: Vm + ?Sized, D: DirtySource + ?Sized>(
@@ -45,7 +45,7 @@ pub(super) fn run<V: Vm + ?Sized, D: DirtySource + ?Sized>(
             vcpus: options.vcpus,
             channels,
             ram,
-            blocks: blocks(),
+            blocks: Vec::new(),
             vm_id: options.vm_id.clone(),
             description: options.description.clone(),
             features: features.clone(),

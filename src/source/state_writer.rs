@@ -45,7 +45,8 @@ impl<'l> StateWriter<'l> {
 
     /// The VMM has written its devices' state, or failed to.
     pub fn finish(mut self, saved: Result<(), VmError>) -> Result<(), SourceError> {
-        let saved = saved.map_err(|source| SourceError::Vm { action: "save the state of its devices", source });
+        let saved =
+            saved.map_err(|source| SourceError::Vm { action: "save the state of its devices", source });
         match self.failure.take() {
             Some(failure) => Err(failure),
             None => saved.and_then(|()| self.send_buffered(RecordKind::Device)),

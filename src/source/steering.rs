@@ -3,10 +3,10 @@
 
 use std::time::{Duration, Instant};
 
+use super::migration::Migration;
 use crate::converge::{
     Action, Change, Controller, Gate, LastCheck, Observation, Pages, Prediction, Settings, VcpuSample, Why,
 };
-use super::migration::Migration;
 use crate::layout::PAGE_SIZE;
 use crate::progress::{self, Event, Progress};
 use crate::track::{self, DirtySource, Observed, SeenDirty, TrackError, VcpuHandle};
@@ -159,12 +159,15 @@ impl Steering {
 
     /// How long the guest is going to stand still if `left` pages are left, as far as the link is known.
     pub fn expected_downtime(&self, left: u64) -> Duration {
-        let settings = self.controller.settings();
-        let bandwidth = settings.switchover_bandwidth.or(self.controller.bandwidth()).unwrap_or(0.0);
-        let sending = (left * PAGE_SIZE as u64) as f64 / bandwidth.max(1.0);
-        let known = bandwidth > 0.0;
-        let sending = Duration::try_from_secs_f64(sending).ok().filter(|_| known).unwrap_or_default();
-        settings.switchover_overhead + sending
+        self.controller.settings().switchover_overhead + self.time_to_send(left * PAGE_SIZE as u64)
+    }
+
+    /// How long the link takes for so many bytes while the guest stands still; nothing, if it is not known yet.
+    pub fn time_to_send(&self, bytes: u64) -> Duration {
+        let given = self.controller.settings().switchover_bandwidth;
+        let seconds =
+            given.or(self.controller.bandwidth()).map_or(0.0, |bytes_per_s| bytes as f64 / bytes_per_s);
+        Duration::try_from_secs_f64(seconds).unwrap_or_default()
     }
 
     /// What the switchover takes besides sending pages, now that more is known of it.
@@ -173,7 +176,8 @@ impl Steering {
         let known = self.controller.settings().switchover_overhead;
         // Each change makes the controller plan anew: not for what makes no difference.
         if overhead.abs_diff(known) > Duration::from_millis(1) {
-            self.controller.change(self.started.elapsed(), |settings| settings.switchover_overhead = overhead);
+            self.controller
+                .change(self.started.elapsed(), |settings| settings.switchover_overhead = overhead);
         }
     }
 

@@ -95,7 +95,11 @@ impl Standstill {
         link.sender.set_max_bandwidth(None);
         if let Some(pages) = self.round_pages.take() {
             let sent = in_place(link, wait)?;
-            migration.round_sent(&sent, pages, RoundReport { pages_dirtied: self.left.len(), ..Default::default() });
+            migration.round_sent(
+                &sent,
+                pages,
+                RoundReport { pages_dirtied: self.left.len(), ..Default::default() },
+            );
         }
         let (number, pages) = (migration.next_round(), self.left.len());
         link.sender.begin_round(number, std::mem::take(&mut self.left))?;

@@ -91,7 +91,7 @@ pub struct ChannelSnapshot {
 
 /// Sums since the beginning. Pages count when the destination has them in place, bytes when our kernel has taken
 /// them.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, serde::Serialize, serde::Deserialize)]
 pub struct Totals {
     /// Pages whose content arrived.
     pub pages_sent: u64,
@@ -127,7 +127,9 @@ impl Totals {
         }
     }
 
-    fn plus(self, other: Self) -> Self {
+    /// Both sums together.
+    #[must_use]
+    pub fn plus(self, other: Self) -> Self {
         Self {
             pages_sent: self.pages_sent + other.pages_sent,
             zero_pages: self.zero_pages + other.zero_pages,

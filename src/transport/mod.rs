@@ -25,7 +25,7 @@ mod pacing;
 mod policy;
 mod receive;
 mod send;
-mod socket;
+pub(crate) mod socket;
 mod uring;
 
 #[cfg(test)]

@@ -21,7 +21,7 @@ const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
 
 /// What both ends of a data connection want of it. `stall` is how long the kernel keeps bytes that nobody
 /// acknowledges before it declares the connection dead (`TCP_USER_TIMEOUT`); it also bounds a `write`.
-pub(super) fn prepare(stream: &TcpStream, stall: Duration) -> io::Result<()> {
+pub(crate) fn prepare(stream: &TcpStream, stall: Duration) -> io::Result<()> {
     stream.set_nodelay(true)?;
     stream.set_write_timeout(Some(stall))?;
     let socket = socket2::SockRef::from(stream);

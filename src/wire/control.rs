@@ -139,7 +139,8 @@ impl Message {
             Self::Accept(accept) => (kind::ACCEPT, accept.body()),
             Self::Refuse(reason, text) => (kind::REFUSE, reason_body(*reason, text)),
             Self::Prepare { ram_digest, state_bytes } => {
-                let body = PrepareBody { ram_digest: (*ram_digest).into(), state_bytes: (*state_bytes).into() };
+                let body =
+                    PrepareBody { ram_digest: (*ram_digest).into(), state_bytes: (*state_bytes).into() };
                 (kind::PREPARE, body.as_bytes().to_vec())
             }
             Self::Prepared { ram_digest } => (kind::PREPARED, ram_digest.to_le_bytes().to_vec()),
@@ -192,7 +193,8 @@ impl Message {
             kind::RUNNING => Parts::read(body)?.finish().map(|()| Self::Running)?,
             kind::ABORT => parse_reason("Abort", body).map(|(reason, text)| Self::Abort(reason, text))?,
             kind::PING | kind::PONG | kind::STATE_TAKEN => {
-                let (number, rest) = U64::read_from_prefix(body).map_err(|_| wrong("Ping, Pong or StateTaken"))?;
+                let (number, rest) =
+                    U64::read_from_prefix(body).map_err(|_| wrong("Ping, Pong or StateTaken"))?;
                 Parts::read(rest)?.finish()?;
                 match kind {
                     kind::PING => Self::Ping(number.get()),
@@ -200,7 +202,9 @@ impl Message {
                     _ => Self::StateTaken(number.get()),
                 }
             }
-            unknown if head.flags.get() & MUST_UNDERSTAND != 0 => return Err(ControlFormatError::Kind(unknown)),
+            unknown if head.flags.get() & MUST_UNDERSTAND != 0 => {
+                return Err(ControlFormatError::Kind(unknown));
+            }
             _ => return Ok(None),
         }))
     }
@@ -241,8 +245,13 @@ fn frame(kind: u16, flags: u16, body: &[u8]) -> Result<Vec<u8>, ControlFormatErr
         Ok(bytes) if body.len() <= MAX_BODY_BYTES => bytes,
         _ => return Err(too_long),
     };
-    let mut head =
-        Head { magic: MAGIC, kind: kind.into(), flags: flags.into(), body_bytes: body_bytes.into(), crc: 0.into() };
+    let mut head = Head {
+        magic: MAGIC,
+        kind: kind.into(),
+        flags: flags.into(),
+        body_bytes: body_bytes.into(),
+        crc: 0.into(),
+    };
     head.crc = checksum(&head, body).into();
     Ok([head.as_bytes(), body].concat())
 }

@@ -77,7 +77,10 @@ mod tests {
     use super::*;
 
     fn features(names: &[(&str, bool)]) -> Vec<Feature> {
-        names.iter().map(|(name, required)| Feature { name: (*name).to_owned(), required: *required }).collect()
+        names
+            .iter()
+            .map(|(name, required)| Feature { name: (*name).to_owned(), required: *required })
+            .collect()
     }
 
     #[test]

@@ -187,9 +187,11 @@ impl Hello {
             return Ok(Self { newest, oldest, ..Self::default() });
         }
         let mut parts = Parts::read(rest)?;
-        let vm = parts.take(part::VM).and_then(|bytes| VmBody::read_from_bytes(&bytes).ok()).ok_or_else(wrong)?;
+        let vm =
+            parts.take(part::VM).and_then(|bytes| VmBody::read_from_bytes(&bytes).ok()).ok_or_else(wrong)?;
         let ram = parts.take(part::RAM).and_then(|bytes| read_runs(&bytes)).ok_or_else(wrong)?;
-        let features = parts.take(part::FEATURES).and_then(|bytes| Feature::read(&bytes)).ok_or_else(wrong)?;
+        let features =
+            parts.take(part::FEATURES).and_then(|bytes| Feature::read(&bytes)).ok_or_else(wrong)?;
         let blocks = parts.take(part::BLOCKS).map_or(Some(Vec::new()), |bytes| read_blocks(&bytes));
         let vm_id = parts.take(part::VM_ID).map_or(Some(String::new()), |bytes| read_id(&bytes));
         let description = parts.take(part::DESCRIPTION).unwrap_or_default();
@@ -253,7 +255,8 @@ impl Accept {
         let wrong = || ControlFormatError::Body { message: "Accept", bytes: body.len() };
         let (fixed, rest) = AcceptBody::read_from_prefix(body).map_err(|_| wrong())?;
         let mut parts = Parts::read(rest)?;
-        let features = parts.take(part::FEATURES).and_then(|bytes| Feature::read(&bytes)).ok_or_else(wrong)?;
+        let features =
+            parts.take(part::FEATURES).and_then(|bytes| Feature::read(&bytes)).ok_or_else(wrong)?;
         parts.finish()?;
         Ok(Self {
             version: fixed.version.get(),

@@ -51,7 +51,9 @@ impl Reason {
     pub fn number(self) -> u16 {
         match self {
             Self::Other(number) => number,
-            known => Self::NUMBERS.iter().find(|(reason, _)| *reason == known).map_or(0, |(_, number)| *number),
+            known => {
+                Self::NUMBERS.iter().find(|(reason, _)| *reason == known).map_or(0, |(_, number)| *number)
+            }
         }
     }
 
