@@ -12,11 +12,16 @@ use ringferry_testvm::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::interrupt;
 use crate::machine::{GuestKind, Machine};
+use crate::printable::printable;
 use crate::sizes::Size;
 
 /// How long a guest may take to boot and to write its fill: first touches cost 10 µs a page here.
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
+
+/// Lines of the guest's console that an error shows.
+const CONSOLE_LINES_MAX: usize = 40;
 
 /// How often a booting guest's vCPUs are looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
@@ -191,12 +196,14 @@ impl Host {
         loop {
             match guest.wait_until_working(LOOK_EVERY) {
                 Ok(()) => return Ok(()),
-                Err(GuestError::Timeout { .. }) if Instant::now() < deadline => self.check_vcpus()?,
+                Err(GuestError::Timeout { .. }) if Instant::now() < deadline => {
+                    interrupt::check()?;
+                    self.check_vcpus()?;
+                }
                 // It says why itself.
                 Err(error @ GuestError::Failed(_)) => return Err(error.into()),
                 Err(error) => {
-                    let console = self.vm.console();
-                    return Err(anyhow!("the guest said:\n{console}").context(error));
+                    return Err(anyhow!("the guest said:\n{}", self.console()).context(error));
                 }
             }
         }
@@ -211,11 +218,19 @@ impl Host {
             let touches =
                 matches!(guest.work(vcpu)?.pattern, Pattern::ReadOnly) || guest.work(vcpu)?.pattern.writes();
             while touches && guest.stats(vcpu)?.passes == 0 && Instant::now() < deadline {
+                interrupt::check()?;
                 self.check_vcpus()?;
                 std::thread::sleep(Duration::from_millis(2));
             }
         }
         Ok(())
+    }
+
+    /// What the guest said last, line by line.
+    fn console(&self) -> String {
+        let console = self.vm.console();
+        let lines: Vec<String> = console.lines().map(printable).collect();
+        lines[lines.len().saturating_sub(CONSOLE_LINES_MAX)..].join("\n")
     }
 
     /// An error if a vCPU has ended.
@@ -226,7 +241,7 @@ impl Host {
                     return Err(error).with_context(|| format!("vCPU {index} failed"));
                 }
                 VcpuStatus::Exited { code } => {
-                    bail!("the guest ended itself with code {code}; it said:\n{}", self.vm.console())
+                    bail!("the guest ended itself with code {code}; it said:\n{}", self.console())
                 }
                 VcpuStatus::Running | VcpuStatus::Paused => {}
             }
@@ -240,6 +255,14 @@ impl Host {
         let steps: Result<Vec<u64>, GuestError> =
             (0..self.vm.vcpus()).map(|vcpu| Ok(guest.stats(vcpu)?.steps())).collect();
         Ok(Some(Marks { at: Instant::now(), steps: steps? }))
+    }
+
+    /// [`marks`](Self::marks) for those who only watch: a guest that has spoiled its own counters is kept all the same.
+    pub fn seen(&self) -> Option<Marks> {
+        self.marks().unwrap_or_else(|error| {
+            tracing::warn!("the guest's progress cannot be read: {error:#}");
+            None
+        })
     }
 }
 
