@@ -232,9 +232,7 @@ impl Shared {
 
     fn adjust(&self, terms: &TermsArgs) -> Answer {
         match &*lock(&self.under_way) {
-            None => {
-                Answer::Failed("no migration is under way: start one with `ringferry send`".to_owned())
-            }
+            None => Answer::Failed("no migration is under way: start one with `ringferry send`".to_owned()),
             Some(progress) => match terms.change(progress.parameters()) {
                 Ok(()) => Answer::Adjusted,
                 Err(wrong) => Answer::Failed(wrong.to_string()),

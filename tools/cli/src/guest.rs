@@ -7,15 +7,14 @@ use anyhow::{Context, Result, anyhow, bail};
 use clap::ValueEnum;
 use ringferry::kvm::RingSize;
 use ringferry_testvm::workload::command_line::{self, Pattern};
-use ringferry_testvm::{
-    Backing, Boot, Config, Guest, GuestError, HugePages, Image, Tracking, VcpuStatus, guest_image,
-};
+use ringferry_testvm::{Boot, Config, Guest, GuestError, Image, Tracking, VcpuStatus, guest_image};
 use serde::{Deserialize, Serialize};
 
 use crate::interrupt;
 use crate::machine::{GuestKind, Machine};
 use crate::printable::printable;
 use crate::sizes::Size;
+use crate::vm_description::VmDescription;
 
 /// How long a guest may take to boot and to write its fill: first touches cost 10 µs a page here.
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
@@ -46,13 +45,21 @@ pub struct VmArgs {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub regions: u32,
 
-    /// What is behind RAM
-    #[arg(long, value_enum, value_name = "KIND", default_value_t = BackingArg::Anonymous)]
-    pub backing: BackingArg,
+    #[command(flatten)]
+    pub host: HostArgs,
+}
 
-    /// Whether RAM lies in huge pages
-    #[arg(long, value_enum, value_name = "KIND", default_value_t = HugePagesArg::None)]
-    pub huge_pages: HugePagesArg,
+/// How a host holds a VM: each host of a migration may do it in its own way.
+#[derive(clap::Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Guest")]
+pub struct HostArgs {
+    /// What is behind RAM [default: anonymous; for one that arrives, as at its source]
+    #[arg(long, value_enum, value_name = "KIND")]
+    pub backing: Option<BackingArg>,
+
+    /// Whether RAM lies in huge pages [default: none; for one that arrives, as at its source]
+    #[arg(long, value_enum, value_name = "KIND")]
+    pub huge_pages: Option<HugePagesArg>,
 
     /// Keep each vCPU on a CPU of its own, as far as there are enough
     #[arg(long)]
@@ -92,14 +99,18 @@ pub struct GuestArgs {
     pub ring_entries: u32,
 }
 
-#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum BackingArg {
+    #[default]
     Anonymous,
     Memfd,
 }
 
-#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum HugePagesArg {
+    #[default]
     None,
     Transparent,
     Reserved,
@@ -129,22 +140,7 @@ impl VmArgs {
 
     /// The VM without anything to boot.
     pub fn destination(&self) -> Config {
-        Config {
-            vcpus: self.vcpus as usize,
-            memory_bytes: self.memory.bytes,
-            regions: self.regions as usize,
-            backing: match self.backing {
-                BackingArg::Anonymous => Backing::Anonymous,
-                BackingArg::Memfd => Backing::Memfd,
-            },
-            huge_pages: match self.huge_pages {
-                HugePagesArg::None => HugePages::None,
-                HugePagesArg::Transparent => HugePages::Transparent,
-                HugePagesArg::Reserved => HugePages::Reserved,
-            },
-            pin_vcpus: self.pin_vcpus,
-            ..Config::default()
-        }
+        VmDescription::of(self).config(&self.host)
     }
 }
 

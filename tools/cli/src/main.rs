@@ -12,6 +12,7 @@ use tracing::level_filters::LevelFilter;
 
 mod adjust;
 mod background;
+mod bars;
 mod bench;
 mod clients;
 mod completions;
@@ -36,6 +37,7 @@ mod send;
 mod sizes;
 mod terms;
 mod two_processes;
+mod vm_description;
 
 use output::Output;
 

@@ -187,7 +187,10 @@ impl Line {
             if let Some(deadline) = deadline {
                 let left = deadline.saturating_duration_since(Instant::now());
                 if left.is_zero() {
-                    return Err(io::Error::new(io::ErrorKind::TimedOut, "the other side said nothing in time"));
+                    return Err(io::Error::new(
+                        io::ErrorKind::TimedOut,
+                        "the other side said nothing in time",
+                    ));
                 }
                 self.writer.set_read_timeout(Some(left))?;
             } else {

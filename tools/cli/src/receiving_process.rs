@@ -164,9 +164,14 @@ fn command(vm: &VmArgs, listen: &Listen, run_for: Duration) -> Result<Command> {
         .args(["--memory", &vm.memory.to_string(), "--vcpus", &vm.vcpus.to_string()])
         .args(["--guest", vm.kind().name()])
         .args(["--regions", &vm.regions.to_string()])
-        .args(["--backing", &value_name(&vm.backing), "--huge-pages", &value_name(&vm.huge_pages)])
         .args(["--run-for", &format!("{}ms", run_for.as_millis())]);
-    if vm.pin_vcpus {
+    if let Some(backing) = &vm.host.backing {
+        command.args(["--backing", &value_name(backing)]);
+    }
+    if let Some(huge_pages) = &vm.host.huge_pages {
+        command.args(["--huge-pages", &value_name(huge_pages)]);
+    }
+    if vm.host.pin_vcpus {
         command.arg("--pin-vcpus");
     }
     if !listen.address.ip().is_loopback() {
@@ -241,10 +246,9 @@ mod tests {
 
     #[test]
     fn a_receiving_process_that_closes_its_output_and_goes_on_is_ended() {
-        let mut closed = process(
-            r#"echo '{"kind":"listening","address":"127.0.0.1:1"}'; exec >&-; exec sleep 600"#,
-        )
-        .unwrap();
+        let mut closed =
+            process(r#"echo '{"kind":"listening","address":"127.0.0.1:1"}'; exec >&-; exec sleep 600"#)
+                .unwrap();
         let error = closed.next(Duration::from_secs(60)).unwrap_err().to_string();
         assert!(error.contains("signal: 9"), "{error}");
     }
