@@ -119,7 +119,7 @@ impl LastAnswer {
     /// Waits until the client has taken it, for a bounded time.
     pub fn delivered(self) {
         if let Some(loss) = self.0.finish(REPORT_TAKEN_WITHIN) {
-            tracing::warn!("the client of the monitor socket did not hear how the migration ended: {loss}");
+            tracing::warn!("the client of the monitor socket missed something of the migration: {loss}");
         }
     }
 }
@@ -269,5 +269,48 @@ impl Outlet {
 impl Drop for Outlet {
     fn drop(&mut self) {
         self.close();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader};
+
+    use ringferry::progress::Status;
+
+    use super::*;
+
+    #[test]
+    fn a_client_that_reads_late_misses_updates_is_not_waited_for_and_hears_the_end() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let shared = Arc::new(Shared::default());
+        let args = MigrateArgs::default();
+        let order = Order {
+            to: String::new(),
+            progress: shared.begin(&args).unwrap(),
+            args,
+            client: Background::new("client", Outlet(ours)).unwrap(),
+            shared,
+        };
+        // Far more than a socket and the queue hold.
+        for sequence in 0..20_000 {
+            order.update(&Update::Status { sequence, status: Status::default() });
+        }
+        let last = order.end(&Answer::Failed("the end".to_owned()));
+        let reading = thread::spawn(move || BufReader::new(theirs).lines().map_while(Result::ok).collect());
+        last.delivered();
+        let lines: Vec<String> = reading.join().unwrap();
+        assert!(lines.len() < 20_000, "{}", lines.len());
+        assert_eq!(lines.last().map(String::as_str), Some(r#"{"failed":"the end"}"#));
+    }
+
+    #[test]
+    fn a_second_migration_is_refused_until_the_first_has_ended() {
+        let shared = Shared::default();
+        let args = MigrateArgs::default();
+        assert!(matches!(shared.adjust(&TermsArgs::default()), Answer::Failed(_)));
+        shared.begin(&args).unwrap();
+        assert!(shared.begin(&args).unwrap_err().to_string().contains("under way"));
+        assert!(matches!(shared.adjust(&TermsArgs::default()), Answer::Adjusted));
     }
 }

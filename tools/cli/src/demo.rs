@@ -42,7 +42,6 @@ pub struct Args {
 /// Runs the command.
 pub fn run(mut args: Args, output: Output) -> Result<ExitCode> {
     let interrupted = interrupt::flag()?;
-    interrupt::promise("the guest ends");
     let say = |text: String| if output.json() { Ok(()) } else { output.line(text) };
     let vm = &mut args.guest.vm;
     let kind = *vm.guest.get_or_insert_with(GuestKind::of_this_machine);
@@ -67,7 +66,6 @@ pub fn run(mut args: Args, output: Output) -> Result<ExitCode> {
     let profiler = args.cross_check.then(RunningProfiler::start).transpose()?;
     let mut display = Display::new(output);
     args.migrate.verify.get_or_insert(true);
-    interrupt::promise("the migration is cancelled; the guest goes on at the source, and then ends");
     let migrated = crossing.migrate(&args.migrate, interrupted, |update| display.show(update));
     drop(display);
     if let (Some(profiler), Ok(report)) = (profiler, &migrated) {

@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use crate::bars::{Bars, Drawn};
 use crate::output::Output;
+use crate::printable::printable;
 
 /// How often a live display is redrawn.
 const REDRAW_EVERY: Duration = Duration::from_millis(100);
@@ -122,7 +123,7 @@ fn sentence(event: &Event) -> Option<String> {
             format!("slowing {vcpus} vCPU{} down, each {how}", if *vcpus == 1 { "" } else { "s" })
         }
         Event::TermsChanged { policy, downtime_limit_ms } => {
-            format!("policy {policy}, downtime limit {downtime_limit_ms:.0} ms")
+            format!("policy {}, downtime limit {downtime_limit_ms:.0} ms", printable(policy))
         }
         Event::StallsChanged { longest_stall_ms } => {
             format!(

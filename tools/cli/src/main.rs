@@ -3,7 +3,7 @@
 //! Each command is a module with `Args` (what clap parses) and `run`. This file owns the list of them, the
 //! options that all of them have, and the exit codes: 0 for success, 1 for failure, 2 for wrong usage.
 
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -93,8 +93,11 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let output = match output(&cli) {
         Ok(output) => output,
-        // There is no output yet that could tell.
-        Err(_) => return ExitCode::FAILURE,
+        Err(error) => {
+            // There is nobody left to tell if standard error is gone.
+            let _ = writeln!(io::stderr(), "error: nothing can be printed: {error}");
+            return ExitCode::FAILURE;
+        }
     };
     log_to_stderr(cli.verbose, output);
     let result = match cli.command {

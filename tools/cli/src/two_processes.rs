@@ -29,6 +29,7 @@ pub struct Crossing {
 impl Crossing {
     /// Boots the guest, starts the other process where `listen` says, and measures how fast the guest is.
     pub fn prepare(guest: &GuestArgs, listen: &Listen) -> Result<Self> {
+        interrupt::promise("the guest ends");
         let host = guest.boot()?;
         host.wait_until_warm()?;
         let receiver = ReceivingProcess::start(&guest.vm, listen, MEASURE)?;
@@ -60,11 +61,15 @@ impl Crossing {
     ) -> Result<MigrationReport> {
         let progress = &args.progress()?;
         let address = self.receiver.address();
+        interrupt::promise(
+            "the migration is cancelled; the guest goes on at the source, and ends with the command",
+        );
         let mut report = interrupt::cancelling(
             interrupted,
             || progress.parameters().cancel(),
             || args.migrate(&mut self.host, address, progress, &self.before_per_s, show),
         )?;
+        interrupt::promise("the guest has moved, and ends unchecked");
         let after = self.receiver.checked()?;
         report.guest_consistent = after.guest_consistent;
         for (vcpu, rate) in report.vcpus.iter_mut().zip(&after.progress_after_per_s) {

@@ -67,9 +67,9 @@ pub struct Args {
     #[arg(long, value_name = "TIME", default_value = GIVE_UP)]
     timeout: Time,
 
-    /// Compare the RAM of both sides; the comparison is part of the downtime
-    #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
-    verify: bool,
+    /// Compare the RAM of both sides; the comparison is part of the downtime [default: true]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    verify: Option<bool>,
 }
 
 /// A `migration_report` and what a scenario adds to it.
@@ -98,7 +98,6 @@ struct FailedReport {
 /// Runs the command.
 pub fn run(args: &Args, output: Output) -> Result<ExitCode> {
     interrupt::flag()?;
-    interrupt::promise("the migration is cancelled, the guest and its link end");
     let scenario = Scenario::load(&args.scenario)?;
     if !output.json() {
         output.line(format_args!("{}: {}", args.scenario, scenario.description.trim()))?;
@@ -137,7 +136,7 @@ fn one(
     let mut crossing = Crossing::prepare(&guest, &listen)?;
     let migrate = MigrateArgs {
         channels: args.channels,
-        verify: Some(args.verify),
+        verify: args.verify.or(Some(true)),
         terms: TermsArgs { timeout: Some(args.timeout), ..terms.clone() },
         ..MigrateArgs::default()
     };
