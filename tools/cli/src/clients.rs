@@ -276,22 +276,38 @@ impl Drop for Outlet {
 mod tests {
     use std::io::{BufRead, BufReader};
 
-    use ringferry::progress::Status;
+    use ringferry::progress::{RoundReport, Status};
+    use ringferry::source::SourceReport;
 
     use super::*;
+    use crate::report::MigrationReport;
 
-    #[test]
-    fn a_client_that_reads_late_misses_updates_is_not_waited_for_and_hears_the_end() {
+    /// An order, and its client's end of the connection.
+    fn order() -> (Order, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let shared = Arc::new(Shared::default());
         let args = MigrateArgs::default();
-        let order = Order {
-            to: String::new(),
-            progress: shared.begin(&args).unwrap(),
-            args,
-            client: Background::new("client", Outlet(ours)).unwrap(),
-            shared,
+        let progress = shared.begin(&args).unwrap();
+        let client = Background::new("client", Outlet(ours)).unwrap();
+        (Order { to: String::new(), args, progress, client, shared }, theirs)
+    }
+
+    #[test]
+    fn a_report_of_ten_thousand_rounds_arrives() {
+        let (order, theirs) = order();
+        let round = RoundReport { vcpu_pages_dirtied: vec![u64::MAX; 16], ..RoundReport::default() };
+        let source = SourceReport { rounds: vec![round; 10_000], ..SourceReport::default() };
+        let last = order.end(&Answer::Report(Box::new(MigrationReport::new("kvm", source, Vec::new()))));
+        let Some(Answer::Report(arrived)) = Line::new(theirs).unwrap().answer(None).unwrap() else {
+            panic!("no report")
         };
+        assert_eq!(arrived.source.rounds.len(), 10_000);
+        last.delivered();
+    }
+
+    #[test]
+    fn a_client_that_reads_late_misses_updates_is_not_waited_for_and_hears_the_end() {
+        let (order, theirs) = order();
         // Far more than a socket and the queue hold.
         for sequence in 0..20_000 {
             order.update(&Update::Status { sequence, status: Status::default() });
