@@ -1,12 +1,17 @@
 //! `ringferry adjust`: changes the terms of a migration that is under way.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Result, bail};
 
 use crate::monitor::{Answer, Line, MonitorArg, Request};
 use crate::output::Output;
+use crate::printable::printable;
 use crate::terms::TermsArgs;
+
+/// How long `run` may take to answer: it answers at once.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 const EXAMPLES: &str = "\
 Examples, while `ringferry send` is at it:
@@ -28,15 +33,15 @@ pub struct Args {
 /// Runs the command.
 pub fn run(args: Args, output: Output) -> Result<ExitCode> {
     let mut line = Line::connect(&args.monitor.path())?;
-    line.send(&Request::Adjust(args.terms))?;
-    match line.receive()? {
+    line.ask(&Request::Adjust(args.terms))?;
+    match line.answer(Some(PATIENCE))? {
         Some(Answer::Adjusted) => {
             if !output.json() {
                 output.line("the migration goes on under the new terms")?;
             }
             Ok(ExitCode::SUCCESS)
         }
-        Some(Answer::Failed(why)) => bail!("{why}"),
+        Some(Answer::Failed(why)) => bail!("{}", printable(&why)),
         _ => bail!("`ringferry run` did not answer: has the VM moved already?"),
     }
 }

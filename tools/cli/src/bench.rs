@@ -32,6 +32,13 @@ enum Bench {
     Track(track::Args),
 }
 
+impl Args {
+    /// Whether it holds a VM of its own while it talks.
+    pub fn holds_vm(&self) -> bool {
+        matches!(self.bench, Bench::Migrate(_))
+    }
+}
+
 /// Runs one of them.
 ///
 /// # Errors

@@ -11,8 +11,9 @@ use crate::interrupt;
 use crate::machine::GuestKind;
 use crate::migrate::MigrateArgs;
 use crate::output::Output;
+use crate::receiving_process::Listen;
 use crate::report::rate;
-use crate::two_processes::{Crossing, Listen};
+use crate::two_processes::Crossing;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -64,6 +65,7 @@ pub fn run(mut args: Args, output: Output) -> Result<ExitCode> {
     say(format!("it runs, at {steps} steps/s; migrating to process {pid}"))?;
     let profiler = args.cross_check.then(RunningProfiler::start).transpose()?;
     let mut display = Display::new(output);
+    args.migrate.verify.get_or_insert(true);
     let migrated = crossing.migrate(&args.migrate, interrupted, |update| display.show(update));
     drop(display);
     if let (Some(profiler), Ok(report)) = (profiler, &migrated) {

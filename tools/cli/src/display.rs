@@ -3,12 +3,13 @@
 
 use std::time::Duration;
 
-use indicatif::{BinaryBytes, HumanCount, MultiProgress, ProgressBar, ProgressStyle};
-use ringferry::PAGE_SIZE;
-use ringferry::progress::{Event, Phase, Prediction, Progress, RoundReport, Status, Update};
+use indicatif::{BinaryBytes, HumanCount};
+use ringferry::progress::{Event, Prediction, Progress, RoundReport, Update};
 use serde::Serialize;
 
+use crate::bars::{Bars, Drawn};
 use crate::output::Output;
+use crate::printable::printable;
 
 /// How often a live display is redrawn.
 const REDRAW_EVERY: Duration = Duration::from_millis(100);
@@ -38,13 +39,6 @@ pub struct Display {
     expected: Option<(Prediction, bool)>,
 }
 
-struct Bars {
-    all: MultiProgress,
-    round: ProgressBar,
-    vcpus: ProgressBar,
-    prediction: ProgressBar,
-}
-
 #[derive(Serialize)]
 struct EventObject<'a> {
     kind: &'static str,
@@ -56,8 +50,8 @@ struct EventObject<'a> {
 impl Display {
     /// A display that is live on a terminal.
     pub fn new(output: Output) -> Self {
-        let bars = output.live().then(Bars::new);
-        Self { output, bars, expected: None }
+        let bars = output.live().then(Bars::start);
+        Self { output: output.progress(), bars, expected: None }
     }
 
     /// Shows one update.
@@ -65,7 +59,7 @@ impl Display {
         match update {
             Update::Status { status, .. } => {
                 if let Some(bars) = &self.bars {
-                    bars.draw(status);
+                    bars.show(Drawn::Status(status.clone()));
                 }
             }
             Update::Event { sequence, event } => self.event(*sequence, event),
@@ -78,7 +72,10 @@ impl Display {
         } else {
             let Some(text) = self.sentence(event) else { return };
             match &self.bars {
-                Some(bars) => bars.all.println(text),
+                Some(bars) => {
+                    bars.show(Drawn::Line(text));
+                    Ok(())
+                }
                 None => self.output.line(text),
             }
         };
@@ -106,55 +103,6 @@ impl Display {
     }
 }
 
-impl Drop for Display {
-    fn drop(&mut self) {
-        if let Some(bars) = &self.bars {
-            // Nobody is left to be told if the terminal is gone.
-            let _ = bars.all.clear();
-        }
-    }
-}
-
-impl Bars {
-    fn new() -> Self {
-        let all = MultiProgress::new();
-        let line = || {
-            let style = ProgressStyle::with_template("  {wide_msg}");
-            ProgressBar::new_spinner().with_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()))
-        };
-        let style = ProgressStyle::with_template("  {prefix:9} {bar:30} {percent:>3} %  {wide_msg}");
-        let round = ProgressBar::new(1).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-        let (round, vcpus, prediction) = (all.add(round), all.add(line()), all.add(line()));
-        Self { all, round, vcpus, prediction }
-    }
-
-    fn draw(&self, status: &Status) {
-        let phase = match status.phase {
-            Phase::Setup => "setup".to_owned(),
-            Phase::Precopy => format!("round {}", status.round),
-            Phase::Switchover => "switching".to_owned(),
-            Phase::Completed => "done".to_owned(),
-            Phase::Failed => "failed".to_owned(),
-        };
-        self.round.set_prefix(phase);
-        self.round.set_length(status.round_pages.max(1));
-        self.round.set_position(status.round_pages_done.min(status.round_pages));
-        self.round.set_message(format!(
-            "{} pages left  wire {}/s",
-            HumanCount(status.round_pages.saturating_sub(status.round_pages_done)),
-            binary_bytes(status.wire_bytes_per_s),
-        ));
-        let vcpus = status.dirty_pages_per_s.iter().enumerate();
-        let vcpus: Vec<String> = vcpus
-            .map(|(vcpu, pages)| format!("vCPU {vcpu} {}/s", binary_bytes(pages * PAGE_SIZE as f64)))
-            .collect();
-        self.vcpus.set_message(format!("dirties   {}", vcpus.join("  ")));
-        if let Some(prediction) = &status.prediction {
-            self.prediction.set_message(format!("expected  {}", expectation(prediction)));
-        }
-    }
-}
-
 fn sentence(event: &Event) -> Option<String> {
     Some(match event {
         Event::Started { ram_pages, populated_pages } => format!(
@@ -175,7 +123,7 @@ fn sentence(event: &Event) -> Option<String> {
             format!("slowing {vcpus} vCPU{} down, each {how}", if *vcpus == 1 { "" } else { "s" })
         }
         Event::TermsChanged { policy, downtime_limit_ms } => {
-            format!("policy {policy}, downtime limit {downtime_limit_ms:.0} ms")
+            format!("policy {}, downtime limit {downtime_limit_ms:.0} ms", printable(policy))
         }
         Event::StallsChanged { longest_stall_ms } => {
             format!(
@@ -214,7 +162,8 @@ fn round_line(round: &RoundReport) -> String {
     )
 }
 
-fn expectation(prediction: &Prediction) -> String {
+/// What is to be expected, in words.
+pub fn expectation(prediction: &Prediction) -> String {
     match prediction.total_ms {
         Some(total_ms) if prediction.converges => {
             format!("ends after {:.1} s, with {:.0} ms of downtime", total_ms / 1e3, prediction.downtime_ms)
@@ -223,7 +172,8 @@ fn expectation(prediction: &Prediction) -> String {
     }
 }
 
-fn binary_bytes(bytes: f64) -> BinaryBytes {
+/// A rate in bytes, for display.
+pub fn binary_bytes(bytes: f64) -> BinaryBytes {
     #[expect(
         clippy::cast_possible_truncation,
         clippy::cast_sign_loss,

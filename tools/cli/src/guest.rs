@@ -7,16 +7,20 @@ use anyhow::{Context, Result, anyhow, bail};
 use clap::ValueEnum;
 use ringferry::kvm::RingSize;
 use ringferry_testvm::workload::command_line::{self, Pattern};
-use ringferry_testvm::{
-    Backing, Boot, Config, Guest, GuestError, HugePages, Image, Tracking, VcpuStatus, guest_image,
-};
+use ringferry_testvm::{Boot, Config, Guest, GuestError, Image, Tracking, VcpuStatus, guest_image};
 use serde::{Deserialize, Serialize};
 
+use crate::interrupt;
 use crate::machine::{GuestKind, Machine};
+use crate::printable::printable;
 use crate::sizes::Size;
+use crate::vm_description::VmDescription;
 
 /// How long a guest may take to boot and to write its fill: first touches cost 10 µs a page here.
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
+
+/// Lines of the guest's console that an error shows.
+const CONSOLE_LINES_MAX: usize = 40;
 
 /// How often a booting guest's vCPUs are looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
@@ -41,13 +45,21 @@ pub struct VmArgs {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub regions: u32,
 
-    /// What is behind RAM
-    #[arg(long, value_enum, value_name = "KIND", default_value_t = BackingArg::Anonymous)]
-    pub backing: BackingArg,
+    #[command(flatten)]
+    pub host: HostArgs,
+}
 
-    /// Whether RAM lies in huge pages
-    #[arg(long, value_enum, value_name = "KIND", default_value_t = HugePagesArg::None)]
-    pub huge_pages: HugePagesArg,
+/// How a host holds a VM: each host of a migration may do it in its own way.
+#[derive(clap::Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Guest")]
+pub struct HostArgs {
+    /// What is behind RAM [default: anonymous; for one that arrives, as at its source]
+    #[arg(long, value_enum, value_name = "KIND")]
+    pub backing: Option<BackingArg>,
+
+    /// Whether RAM lies in huge pages [default: none; for one that arrives, as at its source]
+    #[arg(long, value_enum, value_name = "KIND")]
+    pub huge_pages: Option<HugePagesArg>,
 
     /// Keep each vCPU on a CPU of its own, as far as there are enough
     #[arg(long)]
@@ -87,14 +99,18 @@ pub struct GuestArgs {
     pub ring_entries: u32,
 }
 
-#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum BackingArg {
+    #[default]
     Anonymous,
     Memfd,
 }
 
-#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum HugePagesArg {
+    #[default]
     None,
     Transparent,
     Reserved,
@@ -124,22 +140,7 @@ impl VmArgs {
 
     /// The VM without anything to boot.
     pub fn destination(&self) -> Config {
-        Config {
-            vcpus: self.vcpus as usize,
-            memory_bytes: self.memory.bytes,
-            regions: self.regions as usize,
-            backing: match self.backing {
-                BackingArg::Anonymous => Backing::Anonymous,
-                BackingArg::Memfd => Backing::Memfd,
-            },
-            huge_pages: match self.huge_pages {
-                HugePagesArg::None => HugePages::None,
-                HugePagesArg::Transparent => HugePages::Transparent,
-                HugePagesArg::Reserved => HugePages::Reserved,
-            },
-            pin_vcpus: self.pin_vcpus,
-            ..Config::default()
-        }
+        VmDescription::of(self).config(&self.host)
     }
 }
 
@@ -191,12 +192,14 @@ impl Host {
         loop {
             match guest.wait_until_working(LOOK_EVERY) {
                 Ok(()) => return Ok(()),
-                Err(GuestError::Timeout { .. }) if Instant::now() < deadline => self.check_vcpus()?,
+                Err(GuestError::Timeout { .. }) if Instant::now() < deadline => {
+                    interrupt::check()?;
+                    self.check_vcpus()?;
+                }
                 // It says why itself.
                 Err(error @ GuestError::Failed(_)) => return Err(error.into()),
                 Err(error) => {
-                    let console = self.vm.console();
-                    return Err(anyhow!("the guest said:\n{console}").context(error));
+                    return Err(anyhow!("the guest said:\n{}", self.console()).context(error));
                 }
             }
         }
@@ -211,11 +214,19 @@ impl Host {
             let touches =
                 matches!(guest.work(vcpu)?.pattern, Pattern::ReadOnly) || guest.work(vcpu)?.pattern.writes();
             while touches && guest.stats(vcpu)?.passes == 0 && Instant::now() < deadline {
+                interrupt::check()?;
                 self.check_vcpus()?;
                 std::thread::sleep(Duration::from_millis(2));
             }
         }
         Ok(())
+    }
+
+    /// What the guest said last, line by line.
+    fn console(&self) -> String {
+        let console = self.vm.console();
+        let lines: Vec<String> = console.lines().map(printable).collect();
+        lines[lines.len().saturating_sub(CONSOLE_LINES_MAX)..].join("\n")
     }
 
     /// An error if a vCPU has ended.
@@ -226,7 +237,7 @@ impl Host {
                     return Err(error).with_context(|| format!("vCPU {index} failed"));
                 }
                 VcpuStatus::Exited { code } => {
-                    bail!("the guest ended itself with code {code}; it said:\n{}", self.vm.console())
+                    bail!("the guest ended itself with code {code}; it said:\n{}", self.console())
                 }
                 VcpuStatus::Running | VcpuStatus::Paused => {}
             }
@@ -240,6 +251,14 @@ impl Host {
         let steps: Result<Vec<u64>, GuestError> =
             (0..self.vm.vcpus()).map(|vcpu| Ok(guest.stats(vcpu)?.steps())).collect();
         Ok(Some(Marks { at: Instant::now(), steps: steps? }))
+    }
+
+    /// [`marks`](Self::marks) for those who only watch: a guest that has spoiled its own counters is kept all the same.
+    pub fn seen(&self) -> Option<Marks> {
+        self.marks().unwrap_or_else(|error| {
+            tracing::warn!("the guest's progress cannot be read: {error:#}");
+            None
+        })
     }
 }
 

@@ -8,9 +8,11 @@ use ringferry::track::{DirtyTracker, VcpuFigures};
 use ringferry::vm::VmError;
 use ringferry::{DirtySource, GuestMemory, Paused, Quiesced, Vm};
 use ringferry_testvm::{Config, TestVm, ThreadVm, VcpuStatus};
+use serde::{Deserialize, Serialize};
 
 /// Which kind of guest.
-#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum GuestKind {
     /// A guest under KVM
     Kvm,

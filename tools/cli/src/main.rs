@@ -3,7 +3,7 @@
 //! Each command is a module with `Args` (what clap parses) and `run`. This file owns the list of them, the
 //! options that all of them have, and the exit codes: 0 for success, 1 for failure, 2 for wrong usage.
 
-use std::io::IsTerminal;
+use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -11,7 +11,10 @@ use ringferry_testvm::TestVmError;
 use tracing::level_filters::LevelFilter;
 
 mod adjust;
+mod background;
+mod bars;
 mod bench;
+mod clients;
 mod completions;
 mod cross_check;
 mod demo;
@@ -24,7 +27,9 @@ mod machine;
 mod migrate;
 mod monitor;
 mod output;
+mod printable;
 mod receive;
+mod receiving_process;
 mod report;
 mod run;
 mod scenario;
@@ -32,6 +37,7 @@ mod send;
 mod sizes;
 mod terms;
 mod two_processes;
+mod vm_description;
 
 use output::Output;
 
@@ -72,10 +78,28 @@ enum Command {
     Completions(completions::Args),
 }
 
+impl Command {
+    /// Whether it holds a VM, which must not stand still or end because of what becomes of its output.
+    fn holds_vm(&self) -> bool {
+        match self {
+            Self::Demo(_) | Self::Run(_) | Self::Receive(_) => true,
+            Self::Bench(bench) => bench.holds_vm(),
+            _ => false,
+        }
+    }
+}
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let output = Output::new(cli.json);
-    log_to_stderr(cli.verbose);
+    let output = match output(&cli) {
+        Ok(output) => output,
+        Err(error) => {
+            // There is nobody left to tell if standard error is gone.
+            let _ = writeln!(io::stderr(), "error: nothing can be printed: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    log_to_stderr(cli.verbose, output);
     let result = match cli.command {
         Command::Demo(args) => demo::run(args, output),
         Command::Run(args) => run::run(args, output),
@@ -87,10 +111,16 @@ fn main() -> ExitCode {
         Command::GuestImage(args) => guest_image::run(args, output),
         Command::Completions(args) => completions::run(args, output),
     };
-    result.unwrap_or_else(|error| {
+    let code = result.unwrap_or_else(|error| {
         output.error(&error);
         exit_code(&error)
-    })
+    });
+    if output.finish() { code } else { ExitCode::FAILURE }
+}
+
+fn output(cli: &Cli) -> io::Result<Output> {
+    let output = Output::new(cli.json)?;
+    if cli.command.holds_vm() { output.for_vm() } else { Ok(output) }
 }
 
 /// Wrong usage is also what only the test VMM knows to be wrong, such as RAM that its regions do not divide, and terms
@@ -100,13 +130,15 @@ fn exit_code(error: &anyhow::Error) -> ExitCode {
     if of_vm || error.is::<terms::WrongTerms>() { ExitCode::from(2) } else { ExitCode::FAILURE }
 }
 
-fn log_to_stderr(verbose: u8) {
+fn log_to_stderr(verbose: u8, output: Output) {
     let level = match verbose {
         0 => LevelFilter::WARN,
         1 => LevelFilter::INFO,
         2 => LevelFilter::DEBUG,
         _ => LevelFilter::TRACE,
     };
-    let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    tracing_subscriber::fmt().with_max_level(level).with_writer(std::io::stderr).with_ansi(colour).init();
+    let colour = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let log = tracing_subscriber::fmt().with_max_level(level).with_ansi(colour);
+    // What the subscriber says of its own writes would panic where standard error is gone.
+    log.with_writer(move || output.log()).log_internal_errors(false).init();
 }

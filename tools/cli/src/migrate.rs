@@ -5,13 +5,14 @@ use std::time::Duration;
 
 use anyhow::Result;
 use ringferry::progress::{Progress, Update};
-use ringferry::source::{Source, SourceOptions, SourceReport};
+use ringferry::source::{Source, SourceError, SourceOptions, SourceReport};
 use ringferry::track::VcpuFigures;
 use ringferry::transport::{ChannelSpec, ChannelSpecError};
 use serde::{Deserialize, Serialize};
 
 use crate::display::follow;
 use crate::guest::{Host, Marks};
+use crate::printable::printable;
 use crate::report::{MigrationReport, VcpuReport};
 use crate::terms::{TermsArgs, WrongTerms};
 
@@ -28,9 +29,10 @@ pub struct MigrateArgs {
     #[arg(long, value_name = "CHANNEL", value_parser = parse_channel)]
     pub channel: Vec<String>,
 
-    /// Do not compare the RAM of both sides before the handing over
-    #[arg(long)]
-    pub no_verify: bool,
+    /// Compare the RAM of both sides before the handing over; the guest stands still for as long as that takes
+    /// [default: false; for the demo, true]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub verify: Option<bool>,
 
     #[command(flatten)]
     pub terms: TermsArgs,
@@ -44,7 +46,7 @@ fn parse_channel(text: &str) -> Result<String, ChannelSpecError> {
 impl Default for MigrateArgs {
     /// As the command line has them.
     fn default() -> Self {
-        Self { channels: 2, channel: Vec::new(), no_verify: false, terms: TermsArgs::default() }
+        Self { channels: 2, channel: Vec::new(), verify: None, terms: TermsArgs::default() }
     }
 }
 
@@ -73,7 +75,7 @@ impl MigrateArgs {
                 .iter()
                 .map(|text| text.parse())
                 .collect::<Result<_, ChannelSpecError>>()?,
-            verify: !self.no_verify,
+            verify: self.verify.unwrap_or(false),
             vcpus: u32::try_from(host.vm.vcpus())?,
             ..SourceOptions::default()
         };
@@ -81,17 +83,27 @@ impl MigrateArgs {
         if let Some(guest) = &mut host.guest {
             guest.restart_longest_gap()?;
         }
-        let begin = host.marks()?;
+        let begin = host.seen();
         let migrated = thread::scope(|scope| {
             scope.spawn(|| follow(progress, show));
             Source::new(&mut host.vm, tracker.as_mut(), &memory, options, progress.clone()).run()
-        })?;
-        let end = host.marks()?;
+        });
+        let migrated = migrated.map_err(printable_error)?;
+        let end = host.seen();
         let marks = begin.as_ref().zip(end.as_ref());
         let figures = host.vm.figures();
         let vcpus = figures.iter().zip(&figures_before);
         let vcpus = vcpus.map(|(now, then)| vcpu_report(host, now, then, &migrated, marks, before_per_s));
         Ok(MigrationReport::new(host.vm.kind().name(), migrated.clone(), vcpus.collect()))
+    }
+}
+
+/// Of what the destination said, what can be shown.
+fn printable_error(error: SourceError) -> SourceError {
+    match error {
+        SourceError::Refused(why) => SourceError::Refused(printable(&why)),
+        SourceError::Aborted(why) => SourceError::Aborted(printable(&why)),
+        other => other,
     }
 }
 

@@ -11,26 +11,34 @@
 //!                             <--     {"report":{…}} or {"failed":"…"}
 //! ```
 //!
-//! It is a Unix socket that only its owner may open: who can write to it can move the VM.
+//! It is a Unix socket that only its owner may open: who can write to it can move the VM. This file owns the socket and
+//! what is said on it; `clients` owns those who have connected.
 
 use std::fs;
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use ringferry::progress::Update;
 use rustix::process::geteuid;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::interrupt::{AtSuddenEnd, at_sudden_end};
 use crate::migrate::MigrateArgs;
+use crate::printable::printable;
 use crate::report::MigrationReport;
 use crate::terms::TermsArgs;
 
-/// Longest line that either side reads: a report of 16 vCPUs and a thousand rounds has 0.2 MiB.
-const MAX_LINE_BYTES: u64 = 1 << 20;
+/// Longest request: 64 channels of 256 bytes are a quarter of it.
+const REQUEST_BYTES_MAX: usize = 64 << 10;
+/// Longest answer: a report of 16 vCPUs and ten thousand rounds has 4 MiB.
+const ANSWER_BYTES_MAX: usize = 64 << 20;
+/// How long the other side may take nothing of what it is sent.
+const TAKEN_WITHIN: Duration = Duration::from_secs(10);
 
 /// What `send` asks.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -68,6 +76,7 @@ pub enum Answer {
 pub struct Monitor {
     listener: UnixListener,
     path: PathBuf,
+    _file: AtSuddenEnd,
 }
 
 impl Monitor {
@@ -88,17 +97,20 @@ impl Monitor {
         }
         let listener = UnixListener::bind(path)
             .with_context(|| format!("cannot make the monitor socket {}", path.display()))?;
+        let left_behind = path.to_owned();
+        let file = at_sudden_end(move || remove(&left_behind));
+        let monitor = Self { listener, path: path.to_owned(), _file: file };
         fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
-        listener.set_nonblocking(true)?;
-        Ok(Self { listener, path: path.to_owned() })
+        monitor.listener.set_nonblocking(true)?;
+        Ok(monitor)
     }
 
     /// A client that has connected, if there is one.
-    pub fn accept(&self) -> io::Result<Option<Line>> {
+    pub fn accept(&self) -> io::Result<Option<UnixStream>> {
         match self.listener.accept() {
             Ok((stream, _)) => {
                 stream.set_nonblocking(false)?;
-                Ok(Some(Line::new(stream)?))
+                Ok(Some(stream))
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
             Err(error) => Err(error),
@@ -108,9 +120,13 @@ impl Monitor {
 
 impl Drop for Monitor {
     fn drop(&mut self) {
-        // Somebody may have removed it already.
-        let _ = fs::remove_file(&self.path);
+        remove(&self.path);
     }
+}
+
+fn remove(socket: &Path) {
+    // Somebody may have removed it already.
+    let _ = fs::remove_file(socket);
 }
 
 /// One connection, read and written in lines of JSON.
@@ -129,43 +145,90 @@ impl Line {
         Ok(Self::new(stream)?)
     }
 
-    fn new(stream: UnixStream) -> io::Result<Self> {
+    /// A connection that is there.
+    pub fn new(stream: UnixStream) -> io::Result<Self> {
+        stream.set_write_timeout(Some(TAKEN_WITHIN))?;
         Ok(Self { reader: BufReader::new(stream.try_clone()?), writer: stream })
     }
 
-    /// A second handle, for the thread that writes while this one reads.
-    pub fn try_clone(&self) -> io::Result<Self> {
-        Self::new(self.writer.try_clone()?)
+    /// The half that writes, for another thread.
+    pub fn writer(&self) -> io::Result<UnixStream> {
+        self.writer.try_clone()
     }
 
-    /// Ends the connection, for every handle of it.
-    pub fn close(&self) {
-        // Closed by the other side already: as good.
-        let _ = self.writer.shutdown(std::net::Shutdown::Both);
+    /// Sends a request.
+    pub fn ask(&mut self, request: &Request) -> io::Result<()> {
+        self.writer.write_all(&line_of(request)?)
     }
 
-    /// Sends one value.
-    pub fn send(&mut self, value: &impl Serialize) -> io::Result<()> {
-        let mut line = serde_json::to_vec(value)?;
-        line.push(b'\n');
-        self.writer.write_all(&line)
+    /// Waits for a request, for `time` if there is a limit; `None` when the client has closed the connection.
+    pub fn request(&mut self, time: Option<Duration>) -> Result<Option<Request>> {
+        self.receive(REQUEST_BYTES_MAX, time)
     }
 
-    /// [`receive`](Self::receive), but no longer than this.
-    pub fn receive_within<T: for<'de> Deserialize<'de>>(&mut self, time: Duration) -> Result<Option<T>> {
-        self.writer.set_read_timeout(Some(time))?;
-        self.receive()
+    /// Waits for an answer, for `time` if there is a limit; `None` when `run` has closed the connection.
+    pub fn answer(&mut self, time: Option<Duration>) -> Result<Option<Answer>> {
+        self.receive(ANSWER_BYTES_MAX, time)
     }
 
-    /// Waits for one value; `None` when the other side has closed the connection.
-    pub fn receive<T: for<'de> Deserialize<'de>>(&mut self) -> Result<Option<T>> {
+    fn receive<T: DeserializeOwned>(&mut self, most: usize, time: Option<Duration>) -> Result<Option<T>> {
+        let deadline = time.map(|time| Instant::now() + time);
+        let line = self.read_line(most, deadline).context("reading the monitor socket")?;
+        let nonsense = |error: serde_json::Error| {
+            anyhow!("the other side of the monitor socket sent nonsense: {}", printable(&error.to_string()))
+        };
+        line.map(|line| serde_json::from_slice(&line).map_err(nonsense)).transpose()
+    }
+
+    /// The next line, of `most` bytes at most, complete by `deadline`.
+    fn read_line(&mut self, most: usize, deadline: Option<Instant>) -> io::Result<Option<Vec<u8>>> {
         let mut line = Vec::new();
-        (&mut self.reader).take(MAX_LINE_BYTES).read_until(b'\n', &mut line)?;
-        if line.is_empty() {
-            return Ok(None);
+        loop {
+            if let Some(deadline) = deadline {
+                let left = deadline.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    return Err(io::Error::new(
+                        io::ErrorKind::TimedOut,
+                        "the other side said nothing in time",
+                    ));
+                }
+                self.writer.set_read_timeout(Some(left))?;
+            } else {
+                self.writer.set_read_timeout(None)?;
+            }
+            let read = match self.reader.fill_buf() {
+                Ok(read) => read,
+                // The deadline decides.
+                Err(error) if is_no_answer_yet(&error) => continue,
+                Err(error) => return Err(error),
+            };
+            if read.is_empty() {
+                let within = io::Error::new(io::ErrorKind::UnexpectedEof, "it ended within a line");
+                return if line.is_empty() { Ok(None) } else { Err(within) };
+            }
+            let end = read.iter().position(|byte| *byte == b'\n');
+            let part = end.unwrap_or(read.len());
+            if line.len() + part > most {
+                return Err(io::Error::other(format!("a line has more than {most} bytes")));
+            }
+            line.extend_from_slice(&read[..part]);
+            self.reader.consume(part + usize::from(end.is_some()));
+            if end.is_some() {
+                return Ok(Some(line));
+            }
         }
-        serde_json::from_slice(&line).map(Some).context("the other side of the monitor socket sent nonsense")
     }
+}
+
+fn is_no_answer_yet(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
+}
+
+/// A value as it is sent.
+pub fn line_of(value: &impl Serialize) -> io::Result<Vec<u8>> {
+    let mut line = serde_json::to_vec(value)?;
+    line.push(b'\n');
+    Ok(line)
 }
 
 /// Where the monitor of a VM is.
@@ -190,5 +253,57 @@ fn default_path() -> PathBuf {
         Some(directory) => PathBuf::from(directory).join("ringferry.sock"),
         // All users share this one.
         None => std::env::temp_dir().join(format!("ringferry-{}.sock", geteuid().as_raw())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+
+    /// Two ends of one connection.
+    fn pair() -> (UnixStream, Line) {
+        let (one, other) = UnixStream::pair().unwrap();
+        (one, Line::new(other).unwrap())
+    }
+
+    #[test]
+    fn a_request_has_a_bound() {
+        let (mut client, mut run) = pair();
+        let sending = thread::spawn(move || client.write_all(&vec![b' '; REQUEST_BYTES_MAX + 1]));
+        let error = format!("{:#}", run.request(None).unwrap_err());
+        assert!(error.contains("more than 65536 bytes"), "{error}");
+        sending.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn a_client_that_sends_byte_after_byte_has_no_more_time_than_a_silent_one() {
+        let (mut client, mut run) = pair();
+        let sending = thread::spawn(move || {
+            while client.write_all(b" ").is_ok() {
+                thread::sleep(Duration::from_millis(5));
+            }
+        });
+        let error = format!("{:#}", run.request(Some(Duration::from_millis(100))).unwrap_err());
+        assert!(error.contains("nothing in time"), "{error}");
+        drop(run);
+        sending.join().unwrap();
+    }
+
+    #[test]
+    fn nonsense_is_shown_without_what_a_terminal_obeys() {
+        let (mut client, mut run) = pair();
+        client.write_all(b"{\"\\u001b[2J\":null}\n").unwrap();
+        let error = run.request(None).unwrap_err().to_string();
+        assert!(error.contains("nonsense") && !error.contains('\u{1b}'), "{error}");
+    }
+
+    #[test]
+    fn a_connection_that_ends_within_a_line_is_no_end() {
+        let (mut client, mut run) = pair();
+        client.write_all(b"{\"cancel\"").unwrap();
+        drop(client);
+        assert!(format!("{:#}", run.request(None).unwrap_err()).contains("within a line"));
     }
 }

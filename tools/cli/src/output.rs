@@ -1,19 +1,30 @@
-//! How a command speaks: text for people or JSON lines for programs on standard output, errors on standard
+//! How a command speaks: text for people or JSON lines for programs on standard output, errors and logs on standard
 //! error.
 //!
 //! A reader that goes away (`ringferry doctor | head -1`) ends the talking, not the work: a migration must not
-//! fail because nobody watches it.
+//! fail because nobody watches it. A command that holds a VM waits for no reader either ([`Output::for_vm`]).
 
 use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
+use std::os::fd::AsFd;
+use std::time::Duration;
 
 use serde::Serialize;
+
+use crate::background::{Background, Worth};
+
+/// How long a command that ends waits for those who read its last words.
+const LAST_WORDS: Duration = Duration::from_secs(3);
 
 /// Where and in which form a command prints. Colours written to it reach a terminal only, and `NO_COLOR` is
 /// honoured.
 #[derive(Clone, Copy, Debug)]
 pub struct Output {
     json: bool,
+    worth: Worth,
+    /// Where standard output goes that nobody may wait for.
+    stdout: Option<&'static Background>,
+    stderr: &'static Background,
 }
 
 #[derive(Serialize)]
@@ -24,9 +35,29 @@ struct ErrorObject {
 }
 
 impl Output {
-    /// JSON lines, or text.
-    pub fn new(json: bool) -> Self {
-        Self { json }
+    /// JSON lines, or text, written as fast as their reader takes them.
+    ///
+    /// # Errors
+    ///
+    /// The kernel gives this process no further thread or descriptor.
+    pub fn new(json: bool) -> io::Result<Self> {
+        let stderr = in_background("stderr", io::stderr())?;
+        Ok(Self { json, worth: Worth::Report, stdout: None, stderr })
+    }
+
+    /// The same for a command that holds a VM: no write fails or blocks from here on. What is lost is told at the
+    /// [end](Self::finish).
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new).
+    pub fn for_vm(self) -> io::Result<Self> {
+        Ok(Self { stdout: Some(in_background("stdout", io::stdout())?), ..self })
+    }
+
+    /// The same for lines that the next one replaces: the oldest of them are dropped when their reader is behind.
+    pub fn progress(self) -> Self {
+        Self { worth: Worth::Progress, ..self }
     }
 
     /// Whether the user asked for JSON: then standard output carries nothing but [`object`](Self::object)s.
@@ -65,7 +96,11 @@ impl Output {
     ///
     /// Standard output cannot be written, for another reason than that its reader is gone.
     pub fn write(self, text: &[u8]) -> io::Result<()> {
-        write_to_reader(anstream::stdout().lock(), text)
+        match self.stdout {
+            Some(background) => background.push(self.worth, text.to_vec()),
+            None => write_to_reader(anstream::stdout().lock(), text)?,
+        }
+        Ok(())
     }
 
     /// Writes bytes that are no text: whatever they are, they are not taken for colours.
@@ -75,6 +110,16 @@ impl Output {
     /// As [`write`](Self::write).
     pub fn binary(self, bytes: &[u8]) -> io::Result<()> {
         write_to_reader(io::stdout().lock(), bytes)
+    }
+
+    /// Tells people something that belongs to no result. Never waits, and never fails.
+    pub fn note(self, text: impl Display) {
+        self.stderr.push(Worth::Report, format!("{text}\n").into_bytes());
+    }
+
+    /// Where the logs go: the newest of them, when nobody takes them.
+    pub fn log(self) -> impl Write {
+        Log(self.stderr)
     }
 
     /// Tells why the command failed: the error and below it its causes, one a line; with JSON, also as an
@@ -90,16 +135,48 @@ impl Output {
             }
         }
         let bold_red = anstyle::AnsiColor::Red.on_default().bold();
-        let mut text = format!("{bold_red}error:{bold_red:#} {error}\n");
+        let mut text = format!("{bold_red}error:{bold_red:#} {error}");
         for cause in &causes {
-            text.push_str(&format!("  because: {cause}\n"));
+            text.push_str(&format!("\n  because: {cause}"));
         }
-        // There is nobody left to tell if standard error is gone.
-        let _ = anstream::stderr().write_all(text.as_bytes());
+        self.note(text);
         if self.json {
+            // There is nobody left to tell.
             let _ = self.object(&ErrorObject { kind: "error", message: error.to_string(), causes });
         }
     }
+
+    /// Waits a moment for those who read the last words. False if a part of standard output is lost; that is then told
+    /// on standard error.
+    pub fn finish(self) -> bool {
+        let loss = self.stdout.and_then(|stdout| stdout.finish(LAST_WORDS));
+        if let Some(loss) = &loss {
+            self.note(format_args!("standard output could not be written: {loss}"));
+        }
+        // There is nobody left to tell what standard error has lost.
+        let _ = self.stderr.finish(LAST_WORDS);
+        loss.is_none()
+    }
+}
+
+struct Log(&'static Background);
+
+impl Write for Log {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        self.0.push(Worth::Progress, line.to_vec());
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A writer of a stream that lives as long as the process. It has a descriptor of its own, because the standard
+/// library's is locked while a write to it blocks, and is flushed at exit.
+fn in_background(name: &str, stream: impl AsFd) -> io::Result<&'static Background> {
+    let own = std::fs::File::from(stream.as_fd().try_clone_to_owned()?);
+    Ok(Box::leak(Box::new(Background::new(name, anstream::AutoStream::auto(own))?)))
 }
 
 fn write_to_reader(mut stdout: impl Write, bytes: &[u8]) -> io::Result<()> {

@@ -16,6 +16,7 @@ use crate::guest::{AfterMigration, Host, Marks, VmArgs};
 use crate::interrupt;
 use crate::machine::Machine;
 use crate::output::Output;
+use crate::printable::printable;
 use crate::sizes::Time;
 
 const EXAMPLES: &str = "\
@@ -76,6 +77,7 @@ pub enum Told {
 /// Runs the command.
 pub fn run(args: Args, output: Output) -> Result<ExitCode> {
     let interrupted = interrupt::flag()?;
+    interrupt::promise("no VM is taken; one that is on its way stays at the source");
     // Said before a source has come.
     if let Some(exposed) = args.data_listen.iter().find(|at| !args.insecure && !at.ip().is_loopback()) {
         bail!(DestinationError::Exposed(*exposed));
@@ -89,13 +91,15 @@ pub fn run(args: Args, output: Output) -> Result<ExitCode> {
     tell(output, &Told::Listening { address }, || format!("waiting for a VM on {address}"))?;
     let options = DestinationOptions { data_addresses: args.data_listen, ..DestinationOptions::default() };
     let incoming = destination.accept(args.wait.map(|limit| limit.0), interrupted)?;
-    let report = incoming.receive(&mut landing, args.vm.vcpus, &memory, &options, interrupted)?;
+    let received = incoming.receive(&mut landing, args.vm.vcpus, &memory, &options, interrupted);
+    let report = received.map_err(printable_error)?;
+    interrupt::promise("the guest is checked, and ends");
     tell(output, &Told::Received(report.clone()), || {
         let digest = if report.ram_digest_match == Some(true) { ", RAM digests equal" } else { "" };
         format!("the VM runs here: {} pages received{digest}", report.pages_received)
     })?;
     let Landing(mut host) = landing;
-    let begin = host.marks()?;
+    let begin = host.seen();
     let since = Instant::now();
     while args.run_for.is_none_or(|limit| since.elapsed() < limit.0) && !interrupted.load(Ordering::Relaxed) {
         host.check_vcpus()?;
@@ -113,13 +117,21 @@ pub fn run(args: Args, output: Output) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Of what the source said, what can be shown.
+fn printable_error(error: DestinationError) -> DestinationError {
+    match error {
+        DestinationError::Aborted(why) => DestinationError::Aborted(printable(&why)),
+        other => other,
+    }
+}
+
 fn tell(output: Output, told: &Told, text: impl FnOnce() -> String) -> std::io::Result<()> {
     if output.json() { output.object(told) } else { output.line(text()) }
 }
 
 /// Stops the guest and proves its writes.
 fn examine(host: &mut Host, begin: Option<Marks>) -> Result<AfterMigration> {
-    let end = host.marks()?;
+    let end = host.seen();
     let _paused = host.vm.pause().map_err(|error| anyhow::anyhow!(error))?;
     let Some(guest) = &host.guest else { return Ok(AfterMigration::default()) };
     let checked = check::check(host.vm.memory());
@@ -144,8 +156,9 @@ impl Vm for Landing {
         // A foreign guest has no mailbox, and nothing that could be told.
         self.0.guest =
             Guest::new(self.0.vm.memory(), self.0.vm.kvm_tracker()).ok().filter(|guest| guest.plan().is_ok());
-        if let Some(guest) = &mut self.0.guest {
-            guest.count_pause_apart()?;
+        // The VM is this side's alone by now: a figure less is no reason not to run it.
+        if let Some(Err(error)) = self.0.guest.as_mut().map(Guest::count_pause_apart) {
+            tracing::warn!(%error, "the guest counts the pause as a stall");
         }
         self.0.vm.resume(paused)
     }

@@ -4,6 +4,8 @@ use indicatif::{BinaryBytes, HumanCount};
 use ringferry::source::SourceReport;
 use serde::{Deserialize, Serialize};
 
+use crate::printable::printable;
+
 /// `migration_report`: what a migration did, to RAM and to the guest.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct MigrationReport {
@@ -94,15 +96,16 @@ impl MigrationReport {
             for loss in &channel.losses {
                 text.push_str(&format!(
                     "channel {} was lost after {:.0} ms, in round {}: {}; {} pages were sent again\n",
-                    channel.channel,
+                    printable(&channel.channel),
                     loss.at_ms,
                     loss.round,
-                    loss.reason,
+                    printable(&loss.reason),
                     HumanCount(loss.pages_sent_again),
                 ));
             }
             if let Some(fallback) = &channel.fallback {
-                text.push_str(&format!("channel {}: {fallback}\n", channel.channel));
+                let channel = printable(&channel.channel);
+                text.push_str(&format!("channel {channel}: {}\n", printable(fallback)));
             }
         }
         text.push_str(

@@ -1,25 +1,27 @@
-//! `ringferry run`: boots a guest and keeps it running until `ringferry send` moves it, or Ctrl-C ends it.
+//! `ringferry run`: boots a guest and keeps it running until `ringferry send` moves it, or a signal ends it.
 
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
-use ringferry::progress::Progress;
+use ringferry_testvm::VcpuStatus;
 use serde::Serialize;
 
+use crate::clients::{Clients, LastAnswer, Order};
 use crate::guest::{GuestArgs, Host, Marks};
 use crate::interrupt;
-use crate::monitor::{Answer, Line, Monitor, MonitorArg, Request};
+use crate::monitor::{Answer, Monitor, MonitorArg};
 use crate::output::Output;
 use crate::report::{MigrationReport, rate};
 
 /// How often the guest's progress is printed.
 const REPORT_EVERY: Duration = Duration::from_secs(1);
+/// How often the guest's vCPUs are looked at.
+const POLL: Duration = Duration::from_millis(10);
 
-/// A client that comes during a migration asks at once or not at all.
-const OTHERS_PATIENCE: Duration = Duration::from_millis(500);
+/// What a signal comes to, while no migration is under way.
+const GUEST_ENDS: &str = "the guest ends";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -27,7 +29,7 @@ Examples:
   ringferry run --memory 2GiB --vcpus 8 --work each=pattern:random,ws:64MiB
   ringferry run --image kernel.elf --append 'console=ttyS0'
 
-Then `ringferry receive` and `ringferry send` in other terminals move it.";
+Then `ringferry receive` and `ringferry send` in other terminals move it. Ctrl-C during a migration cancels that first.";
 
 /// Boot a guest and keep it running until `ringferry send` migrates it
 #[derive(clap::Args, Debug)]
@@ -50,54 +52,69 @@ struct ProgressObject {
 /// Runs the command.
 pub fn run(args: Args, output: Output) -> Result<ExitCode> {
     let interrupted = interrupt::flag()?;
-    let path = args.monitor.path();
-    let monitor = Monitor::bind(&path)?;
+    interrupt::promise(GUEST_ENDS);
+    let clients = Clients::of(Monitor::bind(&args.monitor.path())?)?;
     let mut host = args.guest.boot()?;
     if !output.json() {
-        output.line(format_args!(
-            "the guest runs; `ringferry send --to ADDRESS:PORT` moves it; Ctrl-C ends it"
-        ))?;
+        output.line("the guest runs; `ringferry send --to ADDRESS:PORT` moves it; Ctrl-C ends it")?;
     }
-    let started = Instant::now();
-    let mut last = host.marks()?;
-    let mut next_report = REPORT_EVERY;
-    let mut rates = Vec::new();
+    let mut pace = Pace::new(&host);
+    // Relaxed: a flag without data, polled.
     while !interrupted.load(Ordering::Relaxed) {
         host.check_vcpus()?;
-        if let Some(client) = monitor.accept()? {
-            match serve(client, &monitor, &mut host, &rates, output)? {
-                Some(report) => return finish(output, &report),
-                None => {
-                    last = host.marks()?;
-                    next_report = started.elapsed() + REPORT_EVERY;
-                }
+        if let Some(order) = clients.order(POLL) {
+            if let Some((report, answer)) = serve(order, &mut host, &pace.steps_per_s, interrupted, output)? {
+                answer.delivered();
+                return finish(output, &report);
             }
+            pace.skip(&host);
         }
-        if started.elapsed() >= next_report {
-            rates = progress_since(&host, &mut last)?;
-            let t_ms = started.elapsed().as_millis();
-            next_report = started.elapsed() + REPORT_EVERY;
-            if output.json() {
-                output.object(&ProgressObject { kind: "progress", t_ms, steps_per_s: rates.clone() })?;
-            } else if !rates.is_empty() {
-                let shown: Vec<String> = rates.iter().map(|per_s| format!("{}/s", rate(*per_s))).collect();
-                output.line(format_args!(
-                    "{:6.1} s  steps: {}",
-                    started.elapsed().as_secs_f64(),
-                    shown.join("  ")
-                ))?;
-            }
-        }
-        thread::sleep(Duration::from_millis(10));
+        pace.tell(&host, output)?;
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn progress_since(host: &Host, last: &mut Option<Marks>) -> Result<Vec<f64>> {
-    let now = host.marks()?;
-    let rates = now.as_ref().zip(last.as_ref()).map(|(now, last)| now.per_s_since(last));
-    *last = now;
-    Ok(rates.unwrap_or_default())
+/// How fast the guest is, told once a second.
+struct Pace {
+    started: Instant,
+    next: Duration,
+    last: Option<Marks>,
+    steps_per_s: Vec<f64>,
+}
+
+impl Pace {
+    fn new(host: &Host) -> Self {
+        Self { started: Instant::now(), next: REPORT_EVERY, last: host.seen(), steps_per_s: Vec::new() }
+    }
+
+    /// The time until now does not count.
+    fn skip(&mut self, host: &Host) {
+        self.last = host.seen();
+        self.next = self.started.elapsed() + REPORT_EVERY;
+    }
+
+    /// Tells it, if it is time.
+    fn tell(&mut self, host: &Host, output: Output) -> Result<()> {
+        let since = self.started.elapsed();
+        if since < self.next {
+            return Ok(());
+        }
+        let now = host.seen();
+        let rates = now.as_ref().zip(self.last.as_ref()).map(|(now, last)| now.per_s_since(last));
+        self.steps_per_s = rates.unwrap_or_default();
+        self.last = now;
+        self.next = since + REPORT_EVERY;
+        let output = output.progress();
+        if output.json() {
+            let steps_per_s = self.steps_per_s.clone();
+            output.object(&ProgressObject { kind: "progress", t_ms: since.as_millis(), steps_per_s })?;
+        } else if !self.steps_per_s.is_empty() {
+            let shown: Vec<String> =
+                self.steps_per_s.iter().map(|per_s| format!("{}/s", rate(*per_s))).collect();
+            output.line(format_args!("{:6.1} s  steps: {}", since.as_secs_f64(), shown.join("  ")))?;
+        }
+        Ok(())
+    }
 }
 
 fn finish(output: Output, report: &MigrationReport) -> Result<ExitCode> {
@@ -109,101 +126,38 @@ fn finish(output: Output, report: &MigrationReport) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Does what a client asks; the report, if the guest is gone afterwards.
+/// Does what a client asks; the report, and the client's, if the guest is gone afterwards.
 fn serve(
-    mut client: Line,
-    monitor: &Monitor,
+    order: Order,
     host: &mut Host,
     before_per_s: &[f64],
+    interrupted: &AtomicBool,
     output: Output,
-) -> Result<Option<MigrationReport>> {
-    let (to, args) = match client.receive() {
-        Ok(Some(Request::Migrate { to, args })) => (to, args),
-        Ok(Some(Request::Adjust(_))) => {
-            let _ = client
-                .send(&Answer::Failed("no migration is under way: start one with `ringferry send`".into()));
-            return Ok(None);
-        }
-        // A client that asks nothing, or nonsense, changes nothing for the guest.
-        Ok(_) => return Ok(None),
-        Err(error) => {
-            tracing::warn!(%error, "a client of the monitor socket was turned away");
-            return Ok(None);
-        }
-    };
-    let mut canceller = client.try_clone()?;
-    let mut updates = client.try_clone()?;
-    let progress = match args.progress() {
-        Ok(progress) => progress,
-        Err(wrong) => {
-            let _ = client.send(&Answer::Failed(wrong.to_string()));
-            return Ok(None);
-        }
-    };
-    let ended = AtomicBool::new(false);
+) -> Result<Option<(MigrationReport, LastAnswer)>> {
+    let Order { to, args, progress, .. } = &order;
     if !output.json() {
         output.line(format_args!("migrating to {to}; `ringferry send` shows how it goes"))?;
     }
-    let migrated = thread::scope(|scope| {
-        let of_reader = progress.clone();
-        scope.spawn(move || cancel_on_request(&mut client, &of_reader));
-        scope.spawn(|| serve_others(monitor, &progress, &ended));
-        let migrated = args.migrate(host, &to, &progress, before_per_s, |update| {
-            // A client that has gone away does not stop the migration.
-            let _ = updates.send(&Answer::Update(update.clone()));
-        });
-        let answer = match &migrated {
-            Ok(report) => Answer::Report(Box::new(report.clone())),
-            Err(error) => Answer::Failed(format!("{error:#}")),
-        };
-        let _ = canceller.send(&answer);
-        // Ends the thread that waits for a cancellation, and the one that waits for others.
-        canceller.close();
-        ended.store(true, Ordering::Relaxed);
-        migrated
-    });
+    interrupt::promise("the migration is cancelled, and the guest ends");
+    let migrated = interrupt::cancelling(
+        interrupted,
+        || progress.parameters().cancel(),
+        || args.migrate(host, to, progress, before_per_s, |update| order.update(update)),
+    );
+    interrupt::promise(GUEST_ENDS);
     match migrated {
-        Ok(report) => Ok(Some(report)),
-        Err(error) if host.vm.status().contains(&ringferry_testvm::VcpuStatus::Paused) => {
-            bail!(error)
+        Ok(report) => {
+            let answer = order.end(&Answer::Report(Box::new(report.clone())));
+            Ok(Some((report, answer)))
         }
         Err(error) => {
+            let answer = order.end(&Answer::Failed(format!("{error:#}")));
+            if host.vm.status().contains(&VcpuStatus::Paused) {
+                answer.delivered();
+                bail!(error)
+            }
             tracing::warn!("the migration failed, the guest runs on here: {error:#}");
             Ok(None)
-        }
-    }
-}
-
-fn cancel_on_request(client: &mut Line, progress: &Progress) {
-    if let Ok(Some(Request::Cancel)) = client.receive() {
-        progress.parameters().cancel();
-    }
-}
-
-/// Answers those who come while a migration is under way. One at a time, and each within a moment.
-fn serve_others(monitor: &Monitor, progress: &Progress, ended: &AtomicBool) {
-    // Relaxed: a flag without data, polled.
-    while !ended.load(Ordering::Relaxed) {
-        match monitor.accept() {
-            Ok(Some(mut client)) => {
-                let answer = match client.receive_within(OTHERS_PATIENCE) {
-                    Ok(Some(Request::Adjust(terms))) => match terms.change(progress.parameters()) {
-                        Ok(()) => Answer::Adjusted,
-                        Err(wrong) => Answer::Failed(wrong.to_string()),
-                    },
-                    Ok(Some(Request::Migrate { .. })) => {
-                        Answer::Failed("a migration is under way: wait for its end, or adjust it".into())
-                    }
-                    Ok(_) | Err(_) => continue,
-                };
-                // A client that has gone away has changed what it wanted to change.
-                let _ = client.send(&answer);
-            }
-            Ok(None) => thread::sleep(Duration::from_millis(10)),
-            Err(error) => {
-                tracing::warn!(%error, "the monitor socket failed");
-                return;
-            }
         }
     }
 }

@@ -7,7 +7,7 @@ use ringferry::PAGE_SIZE;
 use ringferry_testvm::workload::command_line::Work;
 use serde::Deserialize;
 
-use crate::guest::{BackendArg, BackingArg, GuestArgs, HugePagesArg, VmArgs};
+use crate::guest::{BackendArg, GuestArgs, HostArgs, VmArgs};
 use crate::sizes::{Rate, Size, Time};
 use crate::terms::{PolicyName, TermsArgs};
 
@@ -109,9 +109,7 @@ impl Scenario {
                 memory: self.guest.memory,
                 vcpus,
                 regions: 1,
-                backing: BackingArg::Anonymous,
-                huge_pages: HugePagesArg::None,
-                pin_vcpus,
+                host: HostArgs { pin_vcpus, ..HostArgs::default() },
             },
             fill: self.guest.fill,
             work: work.map(|(vcpu, work)| format!("vcpu{vcpu}={work}")).collect(),

@@ -9,6 +9,7 @@ use crate::interrupt;
 use crate::migrate::MigrateArgs;
 use crate::monitor::{Answer, Line, MonitorArg, Request};
 use crate::output::Output;
+use crate::printable::printable;
 
 const EXAMPLES: &str = "\
 Examples, each in a terminal of its own:
@@ -36,12 +37,13 @@ pub struct Args {
 /// Runs the command.
 pub fn run(args: Args, output: Output) -> Result<ExitCode> {
     let interrupted = interrupt::flag()?;
+    interrupt::promise("the migration is cancelled, and the guest goes on at the source");
     let mut line = Line::connect(&args.monitor.path())?;
-    line.send(&Request::Migrate { to: args.to, args: args.migrate })?;
-    let mut canceller = line.try_clone()?;
+    line.ask(&Request::Migrate { to: args.to, args: args.migrate })?;
+    let mut canceller = Line::new(line.writer()?)?;
     let cancel = move || {
         // If the socket is gone, the reader of it says so.
-        let _ = canceller.send(&Request::Cancel);
+        let _ = canceller.ask(&Request::Cancel);
     };
     interrupt::cancelling(interrupted, cancel, || show_until_the_end(&mut line, output))
 }
@@ -49,7 +51,7 @@ pub fn run(args: Args, output: Output) -> Result<ExitCode> {
 fn show_until_the_end(line: &mut Line, output: Output) -> Result<ExitCode> {
     let mut display = Display::new(output);
     loop {
-        match line.receive()? {
+        match line.answer(None)? {
             Some(Answer::Update(update)) => display.show(&update),
             // The answer to another request.
             Some(Answer::Adjusted) => {}
@@ -61,7 +63,7 @@ fn show_until_the_end(line: &mut Line, output: Output) -> Result<ExitCode> {
                 output.write(report.text().as_bytes())?;
                 return Ok(ExitCode::SUCCESS);
             }
-            Some(Answer::Failed(why)) => bail!("{why}"),
+            Some(Answer::Failed(why)) => bail!("{}", printable(&why)),
             None => bail!("`ringferry run` ended before the migration did"),
         }
     }

@@ -64,7 +64,12 @@ impl Default for Config {
 }
 
 impl Config {
-    pub(crate) fn check(&self) -> Result<(), TestVmError> {
+    /// Says what of it is not possible, before anything is built.
+    ///
+    /// # Errors
+    ///
+    /// [`TestVmError::Config`]: what was asked for, and what would be possible.
+    pub fn check(&self) -> Result<(), TestVmError> {
         let refuse = |what: String, limit: String| Err(TestVmError::Config { what, limit });
         if self.vcpus == 0 || self.vcpus > MAX_VCPUS {
             return refuse(format!("{} vCPUs", self.vcpus), format!("1 to {MAX_VCPUS} are possible"));

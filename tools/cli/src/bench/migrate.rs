@@ -2,9 +2,8 @@
 
 use std::process::ExitCode;
 use std::sync::Mutex;
-use std::sync::atomic::Ordering;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use ringferry::progress::{Event, Update};
 use ringferry_testvm::links::{JUMBO_MTU, Links};
 use serde::Serialize;
@@ -14,11 +13,12 @@ use crate::guest::BackendArg;
 use crate::interrupt;
 use crate::migrate::MigrateArgs;
 use crate::output::Output;
+use crate::receiving_process::Listen;
 use crate::report::MigrationReport;
 use crate::scenario::Scenario;
 use crate::sizes::Time;
 use crate::terms::{ComparedArgs, PolicyName, TermsArgs};
-use crate::two_processes::{Crossing, Listen};
+use crate::two_processes::Crossing;
 
 /// A policy that never ends is given up after this long, unless the user says otherwise.
 const GIVE_UP: &str = "120s";
@@ -67,9 +67,9 @@ pub struct Args {
     #[arg(long, value_name = "TIME", default_value = GIVE_UP)]
     timeout: Time,
 
-    /// Do not compare the RAM of both sides: the comparison is part of the downtime
-    #[arg(long)]
-    no_verify: bool,
+    /// Compare the RAM of both sides; the comparison is part of the downtime [default: true]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    verify: Option<bool>,
 }
 
 /// A `migration_report` and what a scenario adds to it.
@@ -97,7 +97,7 @@ struct FailedReport {
 
 /// Runs the command.
 pub fn run(args: &Args, output: Output) -> Result<ExitCode> {
-    let interrupted = interrupt::flag()?;
+    interrupt::flag()?;
     let scenario = Scenario::load(&args.scenario)?;
     if !output.json() {
         output.line(format_args!("{}: {}", args.scenario, scenario.description.trim()))?;
@@ -111,9 +111,7 @@ pub fn run(args: &Args, output: Output) -> Result<ExitCode> {
     let mut all_ended = true;
     for run in 0..args.repeat {
         for (policy, terms) in &policies {
-            if interrupted.load(Ordering::Relaxed) {
-                bail!("interrupted");
-            }
+            interrupt::check()?;
             if !output.json() {
                 output.line(format_args!("\nrun {} of {}, policy {policy}", run + 1, args.repeat))?;
             }
@@ -138,7 +136,7 @@ fn one(
     let mut crossing = Crossing::prepare(&guest, &listen)?;
     let migrate = MigrateArgs {
         channels: args.channels,
-        no_verify: args.no_verify,
+        verify: args.verify.or(Some(true)),
         terms: TermsArgs { timeout: Some(args.timeout), ..terms.clone() },
         ..MigrateArgs::default()
     };

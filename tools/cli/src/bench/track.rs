@@ -158,10 +158,8 @@ pub fn run(args: Args, output: Output) -> anyhow::Result<ExitCode> {
             }
             // As much sparse memory as the kernel accepts.
             Err(error) if is_no_room(&error) && !points.is_empty() => {
-                eprintln!(
-                    "{} is more than this kernel accepts: {error:#}",
-                    Size { bytes: case.memory_bytes }
-                );
+                let size = Size { bytes: case.memory_bytes };
+                output.note(format_args!("{size} is more than this kernel accepts: {error:#}"));
                 refused_bytes = case.memory_bytes;
             }
             Err(error) => return Err(error),

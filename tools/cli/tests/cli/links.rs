@@ -39,7 +39,7 @@ fn a_vm_arrives_whole_although_one_of_its_two_links_falls_silent_and_the_report_
         Running::start_in(links.far(), &[&["receive", "--json"], &listen[..], &more, &vm].concat());
     receive.line_with("listening");
     let channels = ["--channel", "10.77.1.1%v1=10.77.1.2:7001", "--channel", "10.77.2.1%v2=10.77.2.2:7002"];
-    let send = ["send", "--json", "--monitor", &monitor, "--to", "10.77.3.2:7000"];
+    let send = ["send", "--json", "--verify", "--monitor", &monitor, "--to", "10.77.3.2:7000"];
     let send = Running::start_in(links.near(), &[&send[..], &channels].concat());
     // The first round takes two seconds or more: 384 MiB over 1.5 Gbit/s.
     std::thread::sleep(std::time::Duration::from_millis(900));

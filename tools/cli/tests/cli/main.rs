@@ -4,7 +4,11 @@
 mod bench_send;
 mod bench_track;
 mod doctor;
+mod guest;
 mod links;
+mod lost_output;
 mod migration;
+mod monitor;
+mod signals;
 mod support;
 mod usage;

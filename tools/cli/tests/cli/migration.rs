@@ -6,81 +6,11 @@ use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use ringferry::wire::control::{Hello, Message};
 use ringferry::{PageIndex, PageRun};
 use ringferry_testvm::skip;
-use serde_json::Value;
 
+use crate::guest::{Guest, SMALL, SMALL_WORK, assert_failed, closed_port, kvm, receive};
 use crate::support::{
-    Outcome, Running, ringferry, ringferry_as_nobody, ringferry_with_little_locked_memory,
-    ringferry_without_devices,
+    Running, ringferry, ringferry_as_nobody, ringferry_with_little_locked_memory, ringferry_without_devices,
 };
-
-/// A guest that boots and moves in a moment.
-const SMALL: [&str; 4] = ["--memory", "64MiB", "--vcpus", "1"];
-const SMALL_WORK: [&str; 4] = ["--fill", "8MiB", "--work", "each=ws:4MiB"];
-
-/// Whether guests can run here; if not, the test is skipped.
-fn kvm() -> bool {
-    let opened = std::fs::File::options().read(true).write(true).open("/dev/kvm");
-    if let Err(error) = &opened {
-        skip(&format!("/dev/kvm cannot be opened: {error}"));
-    }
-    opened.is_ok()
-}
-
-/// Exit code 1, and an error that says each of `parts`.
-fn assert_failed(run: &Outcome, parts: &[&str]) {
-    assert_eq!(run.code, Some(1), "{run:?}");
-    for part in parts {
-        assert!(run.stderr.contains(part), "{part:?} is not in: {}", run.stderr);
-    }
-}
-
-/// `ringferry run` with a small guest, and the path of its monitor.
-struct Guest {
-    run: Running,
-    monitor: String,
-    _directory: tempfile::TempDir,
-}
-
-impl Guest {
-    fn start() -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        let monitor = directory.path().join("monitor").to_str().unwrap().to_owned();
-        let run = Running::start(&[&["run", "--monitor", &monitor], &SMALL[..], &SMALL_WORK].concat());
-        let mut guest = Self { run, monitor, _directory: directory };
-        guest.assert_runs();
-        guest
-    }
-
-    /// The arguments that move it to `to`.
-    fn send<'a>(&'a self, to: &'a str) -> Vec<&'a str> {
-        vec!["send", "--monitor", &self.monitor, "--to", to]
-    }
-
-    /// It reports new progress.
-    fn assert_runs(&mut self) {
-        self.run.line_with("steps: ");
-        let rates = self.run.line_with("steps: ");
-        assert!(!rates.contains(" 0/s"), "{rates}");
-    }
-
-    /// It still runs, and ends when it is told to.
-    fn assert_runs_on(mut self) {
-        self.assert_runs();
-        self.run.interrupt();
-        assert_eq!(self.run.end().code, Some(0));
-    }
-}
-
-/// `ringferry receive` with `vm`, and the address that it waits at.
-fn receive(vm: &[&str], more: &[&str]) -> (Running, String) {
-    let mut receive = Running::start(&[&["receive", "--json", "--listen", "127.0.0.1:0"], vm, more].concat());
-    let listening: Value = serde_json::from_str(&receive.line_with("listening")).unwrap();
-    (receive, listening["address"].as_str().unwrap().to_owned())
-}
-
-fn closed_port() -> String {
-    TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().to_string()
-}
 
 #[test]
 fn the_demo_ends_with_one_report_that_has_every_promised_field() {
@@ -149,7 +79,7 @@ fn a_guest_moves_between_three_terminals_and_finds_every_write_of_its_own() {
     }
     let guest = Guest::start();
     let (mut receive, address) = receive(&SMALL, &[]);
-    let send = ringferry(&guest.send(&address));
+    let send = ringferry(&[&guest.send(&address)[..], &["--verify"]].concat());
     assert_eq!(send.code, Some(0), "{send:?}");
     assert!(send.stdout.contains("RAM digests are equal"), "{}", send.stdout);
     assert_eq!(guest.run.end().code, Some(0));

@@ -1,7 +1,7 @@
 //! Runs the binary `ringferry`, as this user or one with less, and keeps what it said.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, PipeReader, PipeWriter, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
@@ -9,6 +9,7 @@ use std::sync::mpsc::{self, Receiver};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use rustix::io::ioctl_fionbio;
 use rustix::process::{Pid, Signal, geteuid, kill_process};
 
 /// What a run of the program came to.
@@ -94,14 +95,29 @@ impl Running {
         Self::start_as(Command::new("ip").args(["netns", "exec", namespace, PROGRAM]).args(args))
     }
 
+    /// Starts it with `stdout` as its standard output, of which this side then knows nothing.
+    pub fn start_writing_to(args: &[&str], stdout: impl Into<Stdio>) -> Self {
+        Self::spawn(Command::new(PROGRAM).args(args).stdout(stdout))
+    }
+
+    /// Starts it as `nohup` would.
+    pub fn start_without_hangup(args: &[&str]) -> Self {
+        let script = "trap '' HUP && exec \"$0\" \"$@\"";
+        Self::start_as(Command::new("sh").args(["-c", script, PROGRAM]).args(args))
+    }
+
     fn start_as(command: &mut Command) -> Self {
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().unwrap();
-        let (stdout, mut stderr) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
+        Self::spawn(command.stdout(Stdio::piped()))
+    }
+
+    fn spawn(command: &mut Command) -> Self {
+        let mut child = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let (stdout, mut stderr) = (child.stdout.take(), child.stderr.take().unwrap());
         let (sender, lines) = mpsc::channel();
         thread::spawn(move || {
             // Ends with the program, or when nobody wants to know any more.
-            BufReader::new(stdout).lines().map_while(Result::ok).try_for_each(|line| sender.send(line))
+            let mut lines = stdout.into_iter().flat_map(|stdout| BufReader::new(stdout).lines());
+            lines.by_ref().map_while(Result::ok).try_for_each(|line| sender.send(line))
         });
         let stderr = thread::spawn(move || {
             let mut text = String::new();
@@ -128,7 +144,17 @@ impl Running {
 
     /// Ctrl-C.
     pub fn interrupt(&self) {
-        kill_process(Pid::from_child(&self.child), Signal::INT).unwrap();
+        self.signal(Signal::INT);
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    /// Whether it has not ended.
+    pub fn is_alive(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
     }
 
     /// Waits until it has ended.
@@ -154,6 +180,25 @@ impl Drop for Running {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Runs it with what `arrange` makes of its standard output and standard error.
+pub fn ringferry_arranged(args: &[&str], arrange: impl FnOnce(&mut Command) -> &mut Command) -> Outcome {
+    outcome(arrange(Command::new(PROGRAM).args(args)))
+}
+
+/// A file that is always full.
+pub fn full_disk() -> fs::File {
+    fs::File::options().write(true).open("/dev/full").unwrap()
+}
+
+/// A pipe that is full, and its reader, who sleeps.
+pub fn full_pipe() -> (PipeReader, PipeWriter) {
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    ioctl_fionbio(&writer, true).unwrap();
+    while writer.write(&[b'.'; 512]).is_ok() {}
+    ioctl_fionbio(&writer, false).unwrap();
+    (reader, writer)
 }
 
 fn outcome(command: &mut Command) -> Outcome {

@@ -1,6 +1,6 @@
 //! How the program is called: help, completions, and calls that are wrong.
 
-use crate::support::{ringferry, ringferry_writing_to};
+use crate::support::{full_disk, ringferry, ringferry_writing_to};
 
 /// Every command below `path`, groups of commands included, as the program's own help lists them.
 fn commands(path: &[&str]) -> Vec<Vec<String>> {
@@ -62,8 +62,7 @@ fn a_reader_that_goes_away_is_no_failure() {
 
 #[test]
 fn output_that_cannot_be_written_is_a_failure() {
-    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
-    let run = ringferry_writing_to(&["completions", "bash"], full);
+    let run = ringferry_writing_to(&["completions", "bash"], full_disk());
     assert_eq!(run.code, Some(1));
     assert!(run.stderr.starts_with("error: "), "{}", run.stderr);
 }
