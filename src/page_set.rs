@@ -8,8 +8,8 @@
 //! This file owns the set of one thread; [`AtomicPageSet`] is the one that many threads fill. Neither knows
 //! which pages are RAM: [`layout`](crate::layout) does.
 
-mod ahead;
 mod atomic;
+mod prefetch;
 #[cfg(test)]
 mod tests;
 mod words;
@@ -20,8 +20,8 @@ use bitvec::order::Lsb0;
 use bitvec::slice::BitSlice;
 use bitvec::view::BitView;
 
-pub(crate) use self::ahead::WordAtHand;
 pub use self::atomic::AtomicPageSet;
+pub(crate) use self::prefetch::WordAtHand;
 use self::words::Words;
 use crate::layout::{PageIndex, PageRun, RAM_END_MAX};
 
@@ -411,25 +411,6 @@ impl PartialEq for PageSet {
 }
 
 impl Eq for PageSet {}
-
-impl Extend<PageIndex> for PageSet {
-    /// Neighbours that follow each other, as in a dirty ring, are gathered in a register: a store per word, where
-    /// inserting them one by one would wait for its own last store each time.
-    #[inline]
-    fn extend<I: IntoIterator<Item = PageIndex>>(&mut self, pages: I) {
-        let (end, mut beyond) = (self.end, 0);
-        let (mut words, mut word) = (self.insert_ahead(), WordAtHand::NONE);
-        for page in pages {
-            if page.0 < end {
-                word.add(page, &mut words);
-            } else {
-                beyond += 1;
-            }
-        }
-        words.finish(word);
-        self.ignore(beyond);
-    }
-}
 
 impl fmt::Debug for PageSet {
     /// The size and the first few runs.

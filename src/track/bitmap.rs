@@ -5,7 +5,7 @@
 
 use std::time::Instant;
 
-use super::TrackError;
+use super::error::TrackError;
 use super::pending::Protected;
 use super::rings::Context;
 use crate::layout::Region;

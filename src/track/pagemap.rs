@@ -12,7 +12,6 @@
 //! it observes is a total, and not of this very moment. A scan walks the page tables: it costs what is populated, not
 //! what is dirty (`cargo bench --bench pagemap`).
 
-use std::fmt;
 use std::hint::black_box;
 use std::io;
 use std::ops::Range;
@@ -20,10 +19,12 @@ use std::time::{Duration, Instant};
 
 use memmap2::MmapMut;
 
-use super::{DirtySource, Observed, SeenDirty, TrackError};
+use super::error::{PagemapError, TrackError};
+use super::seen::SeenDirty;
+use super::source::{DirtySource, Observed};
 use crate::layout::{GuestMemory, PAGE_SIZE, PageRun, SlotId};
 use crate::os::pagemap::{CHECK_WPASYNC, Filter, Pagemap, WP_MATCHING, category};
-use crate::os::userfault::{Refused, Userfault};
+use crate::os::userfault::Userfault;
 use crate::page_set::PageSet;
 use crate::vm::Settled;
 
@@ -53,67 +54,6 @@ struct Look {
 /// An observation is repeated until it is so many times older than it took to make: two milliseconds per populated
 /// GiB would be a core of its own for who asks every millisecond.
 const LOOK_REST: u32 = 20;
-
-/// Why memory cannot be tracked by `pagemap`.
-#[derive(Debug)]
-#[non_exhaustive]
-pub enum PagemapError {
-    /// `/proc/self/pagemap` cannot be opened.
-    NoPagemap(io::Error),
-    /// Neither userfaultfd(2), in the mode that needs no privilege, nor `/dev/userfaultfd` gave a descriptor.
-    NoUserfaultfd(io::Error),
-    /// This kernel's userfaultfd has no asynchronous write protection.
-    NoAsyncWriteProtection(io::Error),
-    /// The memory behind this slot cannot be write-protected.
-    NotProtectable(SlotId, io::Error),
-    /// `PAGEMAP_SCAN` failed.
-    Scan(io::Error),
-}
-
-impl fmt::Display for PagemapError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::NoPagemap(error) => {
-                write!(f, "/proc/self/pagemap: {error}; mount /proc, and allow the process to open it")
-            }
-            Self::NoUserfaultfd(error) => write!(
-                f,
-                "userfaultfd: {error}; allow the system call in seccomp, or give access to /dev/userfaultfd"
-            ),
-            Self::NoAsyncWriteProtection(error) => write!(
-                f,
-                "userfaultfd without asynchronous write protection: {error}; Linux 6.7 or newer with \
-                 CONFIG_PTE_MARKER_UFFD_WP has it"
-            ),
-            Self::NotProtectable(slot, error) => write!(
-                f,
-                "the memory of {slot:?} cannot be write-protected: {error}; anonymous memory and memfd can, unless \
-                 another userfaultfd has it"
-            ),
-            Self::Scan(error) => write!(f, "PAGEMAP_SCAN: {error}"),
-        }
-    }
-}
-
-impl std::error::Error for PagemapError {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        let (Self::NoPagemap(error)
-        | Self::NoUserfaultfd(error)
-        | Self::NoAsyncWriteProtection(error)
-        | Self::NotProtectable(_, error)
-        | Self::Scan(error)) = self;
-        Some(error)
-    }
-}
-
-impl From<Refused> for PagemapError {
-    fn from(refused: Refused) -> Self {
-        match refused {
-            Refused::Descriptor(error) => Self::NoUserfaultfd(error),
-            Refused::AsyncWriteProtection(error) => Self::NoAsyncWriteProtection(error),
-        }
-    }
-}
 
 /// The written pages. One that does not exist is not written: it will be when it is populated, for then nothing
 /// protects it. Nor is the page of zeroes, to which a page is mapped that was only read.

@@ -1,7 +1,7 @@
 //! Pages known to be dirty and not yet handed out, behind the one rule: out only against proof that they are
 //! write-protected again.
 
-use super::TrackError;
+use super::error::TrackError;
 use crate::layout::{PageIndex, PageRun};
 use crate::page_set::PageSet;
 

@@ -12,7 +12,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::TrackError;
+use super::error::TrackError;
 use super::figures::VmCounters;
 use super::pending::{Pending, Protected};
 use super::seen::SeenDirty;
@@ -82,7 +82,7 @@ impl Ring {
     fn take_entries(&mut self, cx: Context<'_>, pending: &mut Pending) -> u32 {
         let mut slots = SlotCursor::new(cx.slots);
         let mut unknown = 0;
-        let (mut words, mut word) = (pending.pages_mut().insert_ahead(), WordAtHand::NONE);
+        let (mut words, mut word) = (pending.pages_mut().insert_prefetched(), WordAtHand::NONE);
         let taken = self.ring.take(|slot, offset| match slots.page(slot, offset) {
             Some(page) => word.add(page, &mut words),
             // The slot is gone, and its memory with it. KVM ignores such an entry too.

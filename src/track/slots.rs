@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::TrackError;
+use super::error::TrackError;
 use crate::kvm::{Kernel, KvmError};
 use crate::layout::{GuestMemory, PageIndex, PageRun, Region, SlotId};
 

@@ -12,9 +12,10 @@ use proptest::sample::Index;
 
 use super::*;
 use crate::kvm::RingSize;
-use crate::layout::PageRun;
+use crate::layout::{PageIndex, PageRun, SlotId};
+use crate::page_set::PageSet;
 use crate::testing::{FakeKernel, Interruption, WriteDuringReset};
-use crate::vm::Paused;
+use crate::vm::{Paused, VmError};
 
 const RING: u32 = 256;
 const SLOT_PAGES: u64 = 300;

@@ -1,0 +1,151 @@
+//! What all clones of a tracker and all vCPU handles share: one lock, and the way that dirty pages take under it.
+
+use std::fmt;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use super::bitmap::{AllCleared, BitmapLog};
+use super::error::TrackError;
+use super::external::ExternalSource;
+use super::figures::VmCounters;
+use super::pending::{Pending, Protected};
+use super::rings::{AllReset, Context, Rings};
+use super::slots::Slots;
+use super::vcpu::Vcpu;
+use crate::kvm::{Kernel, RingSize};
+use crate::page_set::AtomicPageSet;
+
+/// What the tracker's clones and the vCPU handles share.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) kernel: Box<dyn Kernel>,
+    pub(super) counters: VmCounters,
+    /// Whether marks are of interest. Ordered against the marks by fences: see `mark_dirty`.
+    pub(super) tracking: AtomicBool,
+    /// Marks from outside the guest; replaced by a larger one when memory grows.
+    pub(super) marks: RwLock<AtomicPageSet>,
+    /// The recycle lock. A `std` mutex is one futex word: unlike others it never allocates.
+    pub(super) state: Mutex<State>,
+}
+
+#[derive(Debug)]
+pub(super) struct State {
+    pub(super) backend: Backend,
+    pub(super) slots: Slots,
+    pub(super) vcpus: Vec<Arc<Vcpu>>,
+    pub(super) externals: Vec<External>,
+    pub(super) next_external: u64,
+    pub(super) pending: Pending,
+    pub(super) tracking: bool,
+}
+
+/// An external source that was added to a tracker.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct ExternalId(pub(super) u64);
+
+pub(super) struct External {
+    pub(super) id: ExternalId,
+    pub(super) source: Box<dyn ExternalSource>,
+}
+
+impl External {
+    pub(super) fn start(&mut self) -> Result<(), TrackError> {
+        let name = self.source.name();
+        self.source.start().map_err(|source| TrackError::External { name, source })
+    }
+}
+
+impl fmt::Debug for External {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.id.0, self.source.name())
+    }
+}
+
+#[derive(Debug)]
+pub(super) enum Backend {
+    Ring {
+        size: RingSize,
+        rings: Rings,
+        /// For the pages that no vCPU dirties, where KVM has it.
+        beside: Option<BitmapLog>,
+    },
+    Bitmap(BitmapLog),
+}
+
+/// Proof from whichever backend it is.
+pub(super) enum Collected {
+    Ring { _proof: AllReset },
+    Bitmap { _proof: AllCleared },
+}
+
+impl Protected for Collected {}
+
+impl State {
+    /// Starts every external source; none is left on when one cannot.
+    pub(super) fn start_externals(&mut self) -> Result<(), TrackError> {
+        for at in 0..self.externals.len() {
+            if let Err(error) = self.externals[at].start() {
+                self.externals[..at].iter_mut().for_each(|external| external.source.stop());
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn stop_externals(&mut self) {
+        self.externals.iter_mut().for_each(|external| external.source.stop());
+    }
+}
+
+impl Shared {
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+        // A panic elsewhere leaves pages in `pending` or in the rings: taking them again is harmless.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn ring_full(&self, vcpu: &Arc<Vcpu>) -> Result<(), TrackError> {
+        let State { backend, slots, pending, .. } = &mut *self.lock();
+        match backend {
+            Backend::Ring { rings, .. } => rings.ring_full(vcpu, self.context(slots), pending),
+            Backend::Bitmap(_) => Ok(()),
+        }
+    }
+
+    pub(super) fn context<'a>(&'a self, slots: &'a Slots) -> Context<'a> {
+        Context { kernel: &*self.kernel, slots, counters: &self.counters }
+    }
+
+    /// Brings all that is dirty into `pending`, protected.
+    pub(super) fn collect(&self, state: &mut State, quiet: bool) -> Result<Collected, TrackError> {
+        let State { backend, slots, externals, pending, .. } = state;
+        let cx = self.context(slots);
+        let collected = match backend {
+            Backend::Ring { rings, beside, .. } if quiet => {
+                let proof = rings.recycle_quiet(cx, pending)?;
+                if let Some(log) = beside {
+                    log.collect_beside_rings(cx, pending.pages_mut())?;
+                }
+                Collected::Ring { _proof: proof }
+            }
+            Backend::Ring { rings, .. } => Collected::Ring { _proof: rings.recycle(cx, pending)? },
+            Backend::Bitmap(log) => Collected::Bitmap { _proof: log.collect(cx, pending.pages_mut())? },
+        };
+        // After the guest's: what a device wrote because of what the guest wrote is then in the same harvest.
+        self.marks.read().unwrap_or_else(PoisonError::into_inner).drain_into(pending.pages_mut());
+        externals.iter_mut().for_each(|external| external.source.drain_into(pending.pages_mut()));
+        for hole in slots.holes(pending.capacity()) {
+            pending.remove_run(hole);
+        }
+        if pending.everything {
+            // Off forgets what is protected, on protects all. What is written in between is in the set already.
+            slots.set_logging(&*self.kernel, false)?;
+            slots.set_logging(&*self.kernel, true)?;
+            for region in slots.regions() {
+                pending.pages_mut().insert_run(region.pages);
+            }
+            pending.rearmed();
+            self.counters.rearms.add(1);
+        }
+        Ok(collected)
+    }
+}

@@ -1,0 +1,125 @@
+//! What a migration asks of dirty tracking, whichever backend it is.
+
+use super::error::TrackError;
+use super::handle::VcpuHandle;
+use super::seen::SeenDirty;
+use crate::page_set::PageSet;
+use crate::vm::Settled;
+
+/// What was dirtied since the last harvest, seen without disturbing the guest.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Observed {
+    /// Pages by the vCPU that dirtied them, in the order in which the vCPUs were attached.
+    ///
+    /// A page counts once for the vCPU that dirtied it first. With [`observe`](DirtySource::observe), which only counts,
+    /// it may count again before the next harvest: if KVM emulates guest instructions, if a ring was recycled early, or
+    /// if the host took the page from the guest for a moment (huge pages, compaction, NUMA balancing). With
+    /// [`observe_into`](DirtySource::observe_into) it does not, unless two vCPUs named it and a ring of theirs was
+    /// recycled early.
+    PerVcpu(Vec<u64>),
+    /// Pages, whoever dirtied them.
+    Total(u64),
+    /// This backend cannot look without protecting the pages again.
+    Unobservable,
+}
+
+/// One place that dirty pages come from.
+pub trait DirtySource: Send {
+    /// The name that reports show: `ring`, `bitmap`, `pagemap`.
+    fn backend(&self) -> &'static str;
+
+    /// Handles of the vCPUs whose gates a throttle may close; empty where there are none.
+    fn vcpus(&self) -> Vec<VcpuHandle> {
+        Vec::new()
+    }
+
+    /// Begins tracking: what is dirtied from here on will be harvested.
+    ///
+    /// # Errors
+    ///
+    /// [`TrackError::AlreadyTracking`] when started twice, or what the kernel refused. Tracking is then as before.
+    fn start(&mut self) -> Result<(), TrackError>;
+
+    /// What was dirtied since the last harvest. The pages stay writable, the guest feels nothing; only a ring that
+    /// would be full before the next look is recycled, here instead of on its vCPU's thread.
+    ///
+    /// What was seen is counted and not told, because it is not protected: its content must not be read yet.
+    ///
+    /// ```compile_fail,E0308
+    /// # fn f(source: &mut dyn ringferry::DirtySource) -> Result<ringferry::PageSet, ringferry::TrackError> {
+    /// source.observe() // which pages? Those of the next harvest.
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`TrackError::NotTracking`], or what the kernel refused.
+    fn observe(&mut self) -> Result<Observed, TrackError>;
+
+    /// [`observe`](Self::observe), and adds to `seen` the pages dirtied since the last harvest that no earlier call
+    /// told of; sooner or later all, where the backend can tell. None of them can be read from there.
+    ///
+    /// ```compile_fail,E0599
+    /// # fn f(source: &mut dyn ringferry::DirtySource, seen: &mut ringferry::SeenDirty) {
+    /// source.observe_into(seen).unwrap();
+    /// for run in seen.runs() {} // their content may change without a trace
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As for `observe`.
+    fn observe_into(&mut self, seen: &mut SeenDirty) -> Result<Observed, TrackError> {
+        let _ = seen;
+        self.observe()
+    }
+
+    /// Adds to `dirty` all pages dirtied since the last harvest, each write-protected again by the time this
+    /// returns, so that their content may be read.
+    ///
+    /// # Errors
+    ///
+    /// [`TrackError::NotTracking`], [`TrackError::SetTooSmall`], or what the kernel refused; `dirty` is then as
+    /// before, and nothing is lost: the next harvest hands it out.
+    fn harvest(&mut self, dirty: &mut PageSet) -> Result<(), TrackError>;
+
+    /// [`harvest`](Self::harvest) when nothing writes guest memory any more, neither a vCPU nor a device nor the saving of
+    /// state: the last and complete view. Rings come first, then the logs of other writers, and a bitmap beside the rings
+    /// (arm64, which logs there what no vCPU wrote) last.
+    ///
+    /// That vCPUs stand still is not enough:
+    ///
+    /// ```compile_fail,E0308
+    /// # fn f(vm: &mut dyn ringferry::Vm, source: &mut dyn ringferry::DirtySource, dirty: &mut ringferry::PageSet) {
+    /// let paused = vm.pause().unwrap();
+    /// source.harvest_final(&paused, dirty).unwrap(); // saving state would write more
+    /// # }
+    /// ```
+    ///
+    /// And the proof is gone once the VM runs again:
+    ///
+    /// ```compile_fail,E0505
+    /// # fn f(vm: &mut dyn ringferry::Vm, source: &mut dyn ringferry::DirtySource, dirty: &mut ringferry::PageSet) {
+    /// let paused = vm.pause().unwrap();
+    /// let settled = paused.declare_nothing_else_writes();
+    /// vm.resume(paused).unwrap();
+    /// source.harvest_final(&settled, dirty).unwrap();
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As for `harvest`.
+    fn harvest_final(&mut self, settled: &Settled<'_>, dirty: &mut PageSet) -> Result<(), TrackError>;
+
+    /// Marks pages dirty again that were harvested and never arrived. They come with the next harvest, also after
+    /// a stop and a new start.
+    fn give_back(&mut self, pages: &PageSet);
+
+    /// Ends tracking. Pages dirtied and not harvested are forgotten; pages given back are not.
+    ///
+    /// # Errors
+    ///
+    /// The first thing that the kernel refused; tracking is off all the same.
+    fn stop(&mut self) -> Result<(), TrackError>;
+}
