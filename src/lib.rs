@@ -10,6 +10,7 @@
 
 pub mod kvm;
 pub mod layout;
+mod os;
 pub mod page_set;
 mod pagemap;
 pub mod track;

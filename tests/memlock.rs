@@ -5,6 +5,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that fails says where")]
 #![expect(unsafe_code, reason = "guest RAM of the test is anonymous memory behind raw pointers")]
 
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
@@ -63,7 +64,7 @@ fn send_unprivileged(
             reconnect: false,
             ..SendOptions::default()
         };
-        let mut sender = Sender::connect(&[channel], token, source, options)?;
+        let mut sender = Sender::connect(&[channel], token, source, options, &AtomicBool::new(false))?;
         let mut pages = PageSet::new(PageIndex(PAGES));
         pages.insert_run(PageRun { first: PageIndex(0), pages: PAGES });
         let sent = sender.send_round(1, pages)?;

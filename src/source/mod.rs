@@ -205,7 +205,13 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Source<'a, V, D> {
             max_bandwidth: self.progress.parameters().max_bandwidth().clone(),
             ..self.options.send.clone()
         };
-        let sender = Sender::connect(&specs, MigrationToken(token), self.memory.clone(), options)?;
+        let sender = Sender::connect(
+            &specs,
+            MigrationToken(token),
+            self.memory.clone(),
+            options,
+            self.progress.parameters().cancel_flag(),
+        )?;
         self.report.channels = channels;
         self.report.memory_bytes = self.memory.pages() * PAGE_SIZE as u64;
         self.tracker.backend().clone_into(&mut self.report.backend);
