@@ -6,6 +6,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -37,9 +38,9 @@ fn connect(links: &Links, source: &AnonymousRam, target: &AnonymousRam) -> (Send
         format!("{}%v{n}={address}", Links::near_address(n)).parse().unwrap()
     });
     let options = SendOptions { stall_timeout: Duration::from_secs(1), ..SendOptions::default() };
-    let sender = links
-        .at_near(|| Sender::connect(&channels, TOKEN, source.memory().clone(), options).unwrap())
-        .unwrap();
+    let never = AtomicBool::new(false);
+    let connect = || Sender::connect(&channels, TOKEN, source.memory().clone(), options, &never).unwrap();
+    let sender = links.at_near(connect).unwrap();
     (sender, receiver)
 }
 

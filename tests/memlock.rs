@@ -4,6 +4,7 @@
 #![cfg(feature = "migrate")]
 #![expect(clippy::unwrap_used, reason = "a test that fails says where")]
 
+use std::sync::atomic::AtomicBool;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
@@ -49,7 +50,8 @@ fn send_unprivileged(
             reconnect: false,
             ..SendOptions::default()
         };
-        let mut sender = Sender::connect(&[channel], token, source.memory().clone(), options)?;
+        let memory = source.memory().clone();
+        let mut sender = Sender::connect(&[channel], token, memory, options, &AtomicBool::new(false))?;
         let sent = sender.send_round(1, source.pages())?;
         Ok((sent, sender.counters().channels().remove(0)))
     };

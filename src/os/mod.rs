@@ -12,4 +12,6 @@ pub(crate) mod membarrier;
 pub(crate) mod memory;
 pub(crate) mod pagemap;
 pub(crate) mod sched;
+#[cfg(feature = "migrate")]
+pub(crate) mod tcp;
 pub(crate) mod userfault;

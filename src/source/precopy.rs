@@ -102,7 +102,8 @@ impl<V: Vm + ?Sized, D: DirtySource + ?Sized> Precopy<'_, '_, V, D> {
                 verification.harvested(&dirty);
             }
             let totals = self.link.sender.handle().totals();
-            self.steering.set_overhead(self.besides_pages());
+            let besides_pages = self.besides_pages();
+            self.steering.set_overhead(besides_pages);
             let action = self.steering.round_ended(&observed, dirty.len(), totals);
             if self.migration.report.rounds.len() == 1 {
                 self.migration.report.prediction_after_round_1 = self.steering.prediction();

@@ -56,14 +56,14 @@ impl Estimator {
         self.waited_for_tokens = true;
     }
 
-    /// Whether a call of [`look`](Self::look) now would end a sample.
+    /// Whether a call of [`sample`](Self::sample) now would end a sample.
     pub(super) fn is_due(&self, now: Instant) -> bool {
         self.begun.is_none_or(|(begun, _)| now.saturating_duration_since(begun) >= SAMPLE_MIN)
     }
 
     /// At `now`, the peer's kernel had acknowledged `acknowledged` bytes in all; `busy` if more are under way, or
     /// wait for the limit. Samples begin and end while busy, so idle time between rounds counts for nothing.
-    pub(super) fn look(&mut self, now: Instant, acknowledged: u64, busy: bool) {
+    pub(super) fn sample(&mut self, now: Instant, acknowledged: u64, busy: bool) {
         if let Some((begun, before)) = self.begun {
             let time = now.saturating_duration_since(begun);
             // On a long link, bytes arrive in bursts a round trip apart: the pauses count, too.
@@ -124,7 +124,7 @@ mod tests {
     fn a_steady_link_is_measured_exactly_and_surely() {
         let (start, mut link) = (Instant::now(), Estimator::default());
         for i in 0..200 {
-            link.look(start + after(25 * i), 2_500_000 * i, true);
+            link.sample(start + after(25 * i), 2_500_000 * i, true);
         }
         let found = link.bandwidth();
         assert!((found.bytes_per_s - 1e8).abs() < 1.0, "{found:?}");
@@ -136,7 +136,7 @@ mod tests {
         let (start, mut link) = (Instant::now(), Estimator::default());
         // 2 MB at once, every 100 ms.
         for i in 0..2000 {
-            link.look(start + after(i), i / 100 * 2_000_000, true);
+            link.sample(start + after(i), i / 100 * 2_000_000, true);
         }
         assert!((link.bandwidth().bytes_per_s - 2e7).abs() < 2e6, "{:?}", link.bandwidth());
     }
@@ -146,13 +146,13 @@ mod tests {
         let (start, mut link) = (Instant::now(), Estimator::default());
         let (mut now, mut bytes) = (start, 0);
         for _ in 0..20 {
-            link.look(now, bytes, true);
+            link.sample(now, bytes, true);
             for _ in 0..4 {
                 now += after(25);
                 bytes += 2_500_000;
-                link.look(now, bytes, true);
+                link.sample(now, bytes, true);
             }
-            link.look(now + after(10), bytes, false);
+            link.sample(now + after(10), bytes, false);
             now += after(500);
         }
         assert!((link.bandwidth().bytes_per_s - 1e8).abs() < 1e6, "{:?}", link.bandwidth());
@@ -166,7 +166,7 @@ mod tests {
             for i in 0..samples {
                 now += after(25);
                 bytes += if i % 2 == 0 { mean / 2 } else { mean * 3 / 2 };
-                link.look(now, bytes, true);
+                link.sample(now, bytes, true);
             }
         };
         run(&mut link, 100, 2_500_000);

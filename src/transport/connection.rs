@@ -63,14 +63,14 @@ macro_rules! socket {
             fn read(&self, buffer: &mut [u8], deadline: Instant) -> io::Result<usize> {
                 again(|| {
                     self.set_read_timeout(left(deadline))?;
-                    (&*self).read(buffer)
+                    Read::read(&mut &*self, buffer)
                 })
             }
 
             fn write(&self, bytes: &[u8], deadline: Instant) -> io::Result<usize> {
                 again(|| {
                     self.set_write_timeout(left(deadline))?;
-                    (&*self).write(bytes)
+                    Write::write(&mut &*self, bytes)
                 })
             }
 

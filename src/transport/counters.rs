@@ -4,8 +4,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
 
-use crate::transport::{Bandwidth, ChannelSpec};
+use super::bandwidth::Bandwidth;
+use super::channel_spec::ChannelSpec;
 
 /// A sum that one channel thread writes and anybody reads. Relaxed: each is a figure of its own, and no reader
 /// concludes from one about another.
@@ -89,9 +91,9 @@ pub struct ChannelSnapshot {
     pub sending: Sending,
 }
 
-/// Sums since the beginning. Pages count when the destination has them in place, bytes when our kernel has taken
+/// Sums since some beginning, as every report has them. Pages count when the destination has them in place, bytes when our kernel has taken
 /// them.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Totals {
     /// Pages whose content arrived.
     pub pages_sent: u64,
@@ -143,7 +145,7 @@ impl Totals {
     }
 }
 
-/// The counters of all channels of a [`Sender`](super::Sender).
+/// The counters of all channels of a sender.
 #[derive(Debug)]
 pub struct SendCounters {
     pub(super) channels: Vec<ChannelCounters>,
@@ -224,6 +226,13 @@ impl SendCounters {
         let channels = self.channels();
         let up = channels.iter().filter(|channel| channel.connected);
         up.map(|channel| channel.bandwidth).fold(Bandwidth::default(), Bandwidth::beside)
+    }
+
+    /// What the links of all channels but `own` carry together.
+    pub(super) fn bandwidth_beside(&self, own: &ChannelCounters) -> Bandwidth {
+        let others = self.channels.iter().filter(|channel| !std::ptr::eq(*channel, own));
+        let up = others.filter(|channel| channel.connected.load(Ordering::Relaxed));
+        up.map(|channel| *channel.bandwidth.lock()).fold(Bandwidth::default(), Bandwidth::beside)
     }
 
     /// The connections that died so far, in order.

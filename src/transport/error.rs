@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use crate::layout::LayoutError;
-use crate::transport::ChannelSpec;
+use crate::transport::channel_spec::ChannelSpec;
 use crate::wire::data::{DataError, Verdict};
 
 /// Why pages did not move.
@@ -92,6 +92,36 @@ pub enum TransportError {
         /// For how long.
         after: Duration,
     },
+    /// The listener already receives a migration of this name.
+    #[error("a migration with this token is being received already")]
+    TokenInUse,
+    /// Pages came after guest RAM was complete.
+    #[error("{peer} sent pages after guest RAM was declared complete")]
+    Sealed {
+        /// The peer.
+        peer: String,
+    },
+    /// A round was begun before the one ahead of it had ended, or after it had failed.
+    #[error("round {round} cannot begin: round {unfinished} has not ended")]
+    RoundUnfinished {
+        /// The round that was to begin.
+        round: u32,
+        /// The one that has not ended.
+        unfinished: u32,
+    },
+    /// The end of a round was awaited, and none had begun.
+    #[error("no round is being sent: begin one before its end is awaited")]
+    NoRound,
+    /// A chunk of device state that fits no frame.
+    #[error(
+        "a chunk of {bytes} bytes of device state cannot be sent, only 1 to {limit}: cut the state smaller"
+    )]
+    StateChunk {
+        /// Its length.
+        bytes: usize,
+        /// The longest possible.
+        limit: u32,
+    },
     /// Every channel is gone.
     #[error("no channel is left: {}", losses.join("; "))]
     NoChannelLeft {
@@ -101,6 +131,17 @@ pub enum TransportError {
     /// The migration was cancelled.
     #[error("cancelled")]
     Cancelled,
+}
+
+impl TransportError {
+    /// Whether another attempt to connect is bound to end in the same way.
+    pub(super) fn is_final(&self) -> bool {
+        match self {
+            Self::Refused { verdict, .. } => *verdict != Verdict::Busy,
+            Self::Cancelled => true,
+            _ => false,
+        }
+    }
 }
 
 fn ring_advice(error: &io::Error) -> &'static str {

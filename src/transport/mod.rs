@@ -1,11 +1,11 @@
 //! How the bytes move: dirty pages leave over several TCP connections at once, each with a thread and an
 //! io_uring of its own, and arrive straight in the destination's guest RAM.
 //!
-//! The path of a page: [`Sender::send_round`] puts a round on the table; `deal` gives each `channel` as much
-//! as its link drains; `frame` looks for zero pages; `policy` says whether to copy; `uring` sends. At the other
-//! end [`Receiver`] checks each frame against the guest's layout before a byte of it lands, reads the pages
-//! into place, and acknowledges. When a channel dies, what it had not acknowledged is dealt to the others;
-//! `deal` says why no older page overwrites a newer one.
+//! The path of a page: [`Sender::begin_round`] puts a round before the channels; `scheduler` gives each `channel` as
+//! much as its link drains; `page::encode` says what the pages become; `policy` says whether to copy; `uring` sends. At
+//! the other end [`Receiver`] checks each frame against the guest's layout before a byte of it lands, reads the pages
+//! into place, and acknowledges. Device state goes the same way, in chunks, into a queue instead of RAM. When a channel
+//! dies, what it had not acknowledged is dealt to the others; `scheduler` says why no older page overwrites a newer one.
 //!
 //! Not here: what the control connection says (`wire::control`, `source`, `destination`), and which pages are
 //! dirty.
@@ -16,43 +16,33 @@ mod channel_spec;
 pub mod connection;
 pub mod control;
 mod counters;
-mod deal;
 pub(crate) mod dial;
 mod endpoint;
 mod error;
-mod frame;
+mod options;
 mod pacing;
 mod policy;
 mod receive;
+mod scheduler;
 mod send;
+mod session;
 pub(crate) mod socket;
+mod token;
 mod uring;
 
 #[cfg(test)]
 mod tests;
-
-use std::fmt;
 
 pub use bandwidth::Bandwidth;
 pub use channel_spec::{ChannelSpec, ChannelSpecError};
 pub use counters::{ChannelLoss, ChannelSnapshot, SendCounters, Sending, Totals};
 pub use endpoint::{Endpoint, EndpointError};
 pub use error::TransportError;
+pub use options::SendOptions;
 pub use pacing::MaxBandwidth;
 pub use policy::ZeroCopy;
 pub use receive::{DataListener, Received, Receiver};
-pub use send::{RoundSent, SendHandle, SendOptions, Sender};
+pub use send::{RoundSent, SendHandle, Sender};
+pub use socket::PEER_TIMEOUT;
+pub use token::MigrationToken;
 pub use uring::UringSupport;
-
-/// What every data connection of a migration shows at its door: 128 random bits that the source chose and
-/// said on the control connection. It keeps other migrations and strays apart; it is no protection against
-/// somebody who can read the control connection.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-pub struct MigrationToken(pub [u8; 16]);
-
-impl fmt::Debug for MigrationToken {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Whole tokens do not belong into logs.
-        write!(f, "MigrationToken({:02x}{:02x}…)", self.0[0], self.0[1])
-    }
-}

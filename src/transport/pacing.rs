@@ -1,10 +1,12 @@
 //! `max-bandwidth`: one token bucket for all channels, whose rate can be changed while they send.
 
 use std::num::NonZeroU64;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+
+use super::uring::Wake;
 
 /// The bucket holds what the rate gives in this time: long enough that timers do not matter, short enough that
 /// a link with small buffers sees no burst.
@@ -26,6 +28,8 @@ struct Bucket {
     /// Below zero after a frame that was larger than what was there.
     tokens: f64,
     filled: Option<Instant>,
+    /// Who waits for tokens, and must hear of another rate at once.
+    waiting: Vec<Weak<Wake>>,
 }
 
 impl MaxBandwidth {
@@ -41,14 +45,22 @@ impl MaxBandwidth {
         self.bucket.lock().bytes_per_s
     }
 
-    /// Changes the limit; `None` lifts it, as the final phase of a migration does. Whoever waits for tokens at
-    /// this moment waits to the end of its nap, at most 20 ms.
+    /// Changes the limit; `None` lifts it, as the final phase of a migration does. It holds at once, for channels that
+    /// wait for tokens at this moment, too.
     pub fn set(&self, bytes_per_s: Option<NonZeroU64>) {
         let mut bucket = self.bucket.lock();
         bucket.bytes_per_s = bytes_per_s;
         // Debts and savings of another rate do not count.
         bucket.tokens = 0.0;
         bucket.filled = None;
+        bucket.waiting.iter().filter_map(Weak::upgrade).for_each(|waiting| waiting.wake());
+    }
+
+    /// Wakes `wake` whenever the limit is changed, for as long as it lives.
+    pub(super) fn wake_on_change(&self, wake: &Arc<Wake>) {
+        let mut bucket = self.bucket.lock();
+        bucket.waiting.retain(|waiting| waiting.strong_count() > 0);
+        bucket.waiting.push(Arc::downgrade(wake));
     }
 
     /// Whether a frame may go now; if not, how long to wait before asking again.

@@ -1,99 +1,55 @@
-//! The outgoing data side: connects the channels, sends rounds, ends.
+//! The outgoing data side: connects the channels, sends rounds and device state, ends.
 
 use std::fmt;
 use std::num::NonZeroU64;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
+use super::channel;
+use super::channel_spec::ChannelSpec;
+use super::counters::{ChannelLoss, SendCounters, Totals};
+use super::error::TransportError;
+use super::options::SendOptions;
+use super::scheduler::{StateChunk, Waited};
+use super::session::Session;
+use super::token::MigrationToken;
 use crate::layout::GuestMemory;
 use crate::page_set::PageSet;
-use crate::transport::channel;
-use crate::transport::deal::Dealer;
-use crate::transport::{
-    ChannelLoss, ChannelSpec, MaxBandwidth, MigrationToken, SendCounters, Totals, TransportError, ZeroCopy,
-};
-use crate::wire::CHANNELS_MAX;
+use crate::wire::{CHANNELS_MAX, STATE_CHUNK_BYTES_MAX};
 
 /// The end of a sender waits no longer than this for its threads; only one that panicked takes so long.
 const END_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// How to send.
-#[derive(Clone, Debug)]
-pub struct SendOptions {
-    /// Copy or zero-copy.
-    pub zero_copy: ZeroCopy,
-    /// Whether guest RAM may be registered with the kernel where that pays. Not for a VMM that discards guest memory
-    /// (balloon, `MADV_DONTNEED`, hole punching) while it migrates: a registered page that was discarded would be
-    /// sent as it was.
-    pub register_memory: bool,
-    /// The limit over all channels; keep a clone to change it while a round is being sent.
-    pub max_bandwidth: MaxBandwidth,
-    /// How long a connection attempt, and the answer to the greeting, may take.
-    pub connect_timeout: Duration,
-    /// How long nothing may be acknowledged before a channel is given up: its pages wait that long.
-    pub stall_timeout: Duration,
-    /// Whether channels that died are connected again while the others carry on.
-    pub reconnect: bool,
-    /// Pages per frame, at most; 0 leaves it to the measured bandwidth. For experiments.
-    pub frame_pages_max: u32,
-}
-
-impl Default for SendOptions {
-    fn default() -> Self {
-        Self {
-            zero_copy: ZeroCopy::Auto,
-            register_memory: true,
-            max_bandwidth: MaxBandwidth::default(),
-            connect_timeout: Duration::from_secs(5),
-            stall_timeout: Duration::from_secs(5),
-            reconnect: true,
-            frame_pages_max: 0,
-        }
-    }
-}
-
-/// What all channels share.
-pub(super) struct Shared {
-    pub memory: GuestMemory,
-    pub token: MigrationToken,
-    pub options: SendOptions,
-    pub dealer: Dealer,
-    pub counters: Arc<SendCounters>,
-    pub cancelled: AtomicBool,
-    pub next_connection: AtomicU32,
-    pub begun: Instant,
-    pub registered: channel::SharedRegistration,
-}
-
-impl Shared {
-    /// A number that no connection of this migration had.
-    pub(super) fn connection_number(&self) -> u32 {
-        // Relaxed: only uniqueness matters.
-        self.next_connection.fetch_add(1, Ordering::Relaxed)
-    }
-
-    pub(super) fn is_cancelled(&self) -> bool {
-        // Relaxed: the flag carries no data, and is looked at again within milliseconds.
-        self.cancelled.load(Ordering::Relaxed)
-    }
-}
+/// A wait for connections looks this often whether it was cancelled.
+const CANCEL_POLL: Duration = Duration::from_millis(5);
+/// [`Sender::send_round`] asks this often for the end of the round.
+const ROUND_POLL: Duration = Duration::from_millis(100);
 
 /// The outgoing data side of a migration: one thread and one io_uring per channel. Dropping it closes the
 /// connections.
 pub struct Sender {
-    shared: Arc<Shared>,
+    session: Arc<Session>,
+    /// The round that was begun and has not ended.
+    current: Option<Round>,
+}
+
+/// What is to be known about a round when it ends.
+struct Round {
+    number: u32,
+    begun: Instant,
+    totals_before: Totals,
+    losses_before: usize,
 }
 
 impl fmt::Debug for Sender {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Sender").field("counters", &self.shared.counters).finish_non_exhaustive()
+        f.debug_struct("Sender").field("counters", &self.session.counters).finish_non_exhaustive()
     }
 }
 
 /// What another thread may do to a [`Sender`] while it sends a round.
 #[derive(Clone)]
-pub struct SendHandle(Arc<Shared>);
+pub struct SendHandle(Arc<Session>);
 
 impl fmt::Debug for SendHandle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -105,7 +61,7 @@ impl SendHandle {
     /// Lets `strike_off` take pages out of those of this round that no channel was given yet; how many it took. They
     /// will not be sent in this round: only for pages that a later one will contain.
     pub fn strike_off(&self, strike_off: impl FnOnce(&mut PageSet)) -> u64 {
-        let struck = self.0.dealer.strike_off(strike_off);
+        let struck = self.0.scheduler.strike_off(strike_off);
         self.0.counters.pages_struck_off.add(struck);
         struck
     }
@@ -117,8 +73,7 @@ impl SendHandle {
 
     /// Makes the round that is being sent, and all later ones, end with [`TransportError::Cancelled`] at once.
     pub fn cancel(&self) {
-        self.0.cancelled.store(true, Ordering::Relaxed);
-        self.0.dealer.stop();
+        self.0.cancel();
     }
 }
 
@@ -129,120 +84,196 @@ pub struct RoundSent {
     pub round: u32,
     /// What was sent: `pages_sent + zero_pages + pages_struck_off` is the number of pages in the round.
     pub totals: Totals,
-    /// From the call to the last acknowledgement.
+    /// From its begin to the last acknowledgement.
     pub duration: Duration,
     /// Connections that died during it.
     pub losses: Vec<ChannelLoss>,
 }
 
 impl Sender {
-    /// Connects every channel and greets the destination with the token.
+    /// Connects every channel, all side by side, and greets the destination with the token. All of that takes at most
+    /// [`SendOptions::connect_timeout`], and ends within 20 ms once `cancel` is raised.
     ///
     /// # Errors
     ///
     /// [`TransportError::Connect`], [`TransportError::Refused`] and their like for the first channel that
-    /// cannot be had; a channel that is lost later is no error.
+    /// cannot be had; a channel that is lost later is no error. [`TransportError::Cancelled`].
     pub fn connect(
         channels: &[ChannelSpec],
         token: MigrationToken,
         memory: GuestMemory,
         options: SendOptions,
+        cancel: &AtomicBool,
     ) -> Result<Self, TransportError> {
         if channels.is_empty() || channels.len() > usize::from(CHANNELS_MAX) {
             return Err(TransportError::ChannelCount { found: channels.len(), limit: CHANNELS_MAX });
         }
-        let shared = Arc::new(Shared {
-            memory,
-            token,
-            options,
-            dealer: Dealer::default(),
-            counters: Arc::new(SendCounters::new(channels)),
-            cancelled: AtomicBool::new(false),
-            next_connection: AtomicU32::new(1),
-            begun: Instant::now(),
-            registered: channel::SharedRegistration::default(),
-        });
-        let sender = Self { shared: Arc::clone(&shared) };
+        let session = Arc::new(Session::new(channels, token, memory, options));
+        let sender = Self { session: Arc::clone(&session), current: None };
+        let (outcome, outcomes) = mpsc::channel();
         for index in 0..channels.len() {
-            let connected = channel::connect(&shared, index, shared.options.connect_timeout)?;
-            shared.dealer.joined();
             let name = format!("ringferry-send-{index}");
-            let of_channel = Arc::clone(&shared);
-            let spawned = std::thread::Builder::new()
-                .name(name.clone())
-                .spawn(move || channel::run(&of_channel, index, connected));
+            let (of_channel, outcome) = (Arc::clone(&session), outcome.clone());
+            session.scheduler.channel_began();
+            let spawned = std::thread::Builder::new().name(name.clone()).spawn(move || {
+                channel::run(&of_channel, index, |connected| {
+                    // Nobody asks any more once one channel has failed.
+                    let _ = outcome.send(connected);
+                });
+                of_channel.scheduler.channel_ended();
+            });
             if let Err(source) = spawned {
-                shared.dealer.left();
+                session.scheduler.channel_ended();
                 return Err(TransportError::Thread { name, source });
+            }
+        }
+        drop(outcome);
+        let mut missing = channels.len();
+        while missing > 0 {
+            // Relaxed: a flag without data, read again at the next poll.
+            if cancel.load(Ordering::Relaxed) {
+                return Err(TransportError::Cancelled);
+            }
+            match outcomes.recv_timeout(CANCEL_POLL) {
+                Ok(connected) => connected.map(|()| missing -= 1)?,
+                Err(mpsc::RecvTimeoutError::Timeout) => {}
+                Err(mpsc::RecvTimeoutError::Disconnected) => return Err(sender.no_channel_left()),
             }
         }
         Ok(sender)
     }
 
-    /// Sends every page of `pages` as round `round`, zero pages as such. Returns when the destination has
-    /// acknowledged all of them, that is, when each is in place in its guest RAM: the end of a round needs no
-    /// further barrier. Rounds must have ascending numbers.
+    /// Puts every page of `pages` before the channels as round `round`, and returns at once. Rounds must have
+    /// ascending numbers.
     ///
     /// # Errors
     ///
-    /// [`TransportError::NoChannelLeft`], [`TransportError::Cancelled`], [`TransportError::Layout`]. How many
-    /// of the pages arrived is then unknown: all of them must count as dirty.
-    pub fn send_round(&mut self, round: u32, pages: PageSet) -> Result<RoundSent, TransportError> {
-        let Shared { dealer, counters, begun, .. } = &*self.shared;
-        let (start, before, losses_before) = (Instant::now(), counters.totals(), counters.losses().len());
-        if self.shared.is_cancelled() {
+    /// [`TransportError::RoundUnfinished`] if the round before has not ended, [`TransportError::Cancelled`].
+    pub fn begin_round(&mut self, round: u32, pages: PageSet) -> Result<(), TransportError> {
+        if self.session.is_cancelled() {
             return Err(TransportError::Cancelled);
         }
+        if let Some(Round { number: unfinished, .. }) = self.current {
+            return Err(TransportError::RoundUnfinished { round, unfinished });
+        }
+        let Session { scheduler, counters, .. } = &*self.session;
         tracing::debug!(round, pages = pages.len(), "round begins");
-        dealer.begin(round, pages);
+        self.current = Some(Round {
+            number: round,
+            begun: Instant::now(),
+            totals_before: counters.totals(),
+            losses_before: counters.losses().len(),
+        });
+        scheduler.begin(round, pages);
+        Ok(())
+    }
+
+    /// Waits, at most `timeout`, for the end of the round: until the destination has acknowledged all of its pages,
+    /// that is, until each is in place in its guest RAM. The end of a round needs no further barrier. `None`: not yet.
+    ///
+    /// # Errors
+    ///
+    /// [`TransportError::NoChannelLeft`] once no channel has come back within
+    /// [`SendOptions::reconnect_grace`], [`TransportError::Cancelled`], [`TransportError::Layout`]. How many of the
+    /// pages arrived is then unknown: all of them must count as dirty, and no further round can be sent.
+    /// [`TransportError::NoRound`].
+    pub fn wait_round(&mut self, timeout: Duration) -> Result<Option<RoundSent>, TransportError> {
+        let Session { scheduler, counters, options, begun, .. } = &*self.session;
+        if self.current.is_none() {
+            return Err(TransportError::NoRound);
+        }
+        match scheduler.wait(timeout, options.reconnect_grace)? {
+            Waited::Ended => {}
+            _ if self.session.is_cancelled() => return Err(TransportError::Cancelled),
+            Waited::NotYet => return Ok(None),
+            Waited::Abandoned => return Err(self.no_channel_left()),
+        }
+        let Some(round) = self.current.take() else { return Err(TransportError::NoRound) };
+        let sent = RoundSent {
+            round: round.number,
+            totals: counters.totals().since(round.totals_before),
+            duration: round.begun.elapsed(),
+            losses: counters.losses().split_off(round.losses_before),
+        };
+        tracing::debug!(round = sent.round, at = ?begun.elapsed(), totals = ?sent.totals, "round ends");
+        Ok(Some(sent))
+    }
+
+    /// [Begins](Self::begin_round) a round and [waits](Self::wait_round) for its end.
+    ///
+    /// # Errors
+    ///
+    /// As these two.
+    pub fn send_round(&mut self, round: u32, pages: PageSet) -> Result<RoundSent, TransportError> {
+        self.begin_round(round, pages)?;
         loop {
-            if dealer.wait_complete(Duration::from_millis(100))? {
-                break;
-            }
-            if self.shared.is_cancelled() {
-                return Err(TransportError::Cancelled);
-            }
-            if dealer.live_channels() == 0 {
-                let of =
-                    |loss: &ChannelLoss| format!("{} after {:.3?}: {}", loss.channel, loss.at, loss.reason);
-                return Err(TransportError::NoChannelLeft {
-                    losses: counters.losses().iter().map(of).collect(),
-                });
+            if let Some(sent) = self.wait_round(ROUND_POLL)? {
+                return Ok(sent);
             }
         }
-        let losses = counters.losses().split_off(losses_before);
-        let sent =
-            RoundSent { round, totals: counters.totals().since(before), duration: start.elapsed(), losses };
-        tracing::debug!(round, at = ?begun.elapsed(), totals = ?sent.totals, "round ends");
-        Ok(sent)
+    }
+
+    /// Takes every page that no channel has out of the current round, and hands them out: the guest has been stopped,
+    /// and they go with the last round. They count as struck off.
+    pub fn recall(&mut self) -> PageSet {
+        let recalled = self.session.scheduler.recall();
+        self.session.counters.pages_struck_off.add(recalled.len());
+        recalled
+    }
+
+    /// Queues a chunk of device state that begins at `offset` of the whole stream: any channel sends it, ahead of
+    /// pages that no channel has yet, and another sends it again if that one dies. Never blocks: the caller keeps what
+    /// is on its way below [`STATE_WINDOW_BYTES`](crate::wire::STATE_WINDOW_BYTES) beyond what the destination's VMM
+    /// has taken.
+    ///
+    /// # Errors
+    ///
+    /// [`TransportError::StateChunk`] for an empty chunk or one of more than
+    /// [`STATE_CHUNK_BYTES_MAX`], [`TransportError::Cancelled`].
+    pub fn send_state(&self, offset: u64, bytes: Vec<u8>) -> Result<(), TransportError> {
+        if self.session.is_cancelled() {
+            return Err(TransportError::Cancelled);
+        }
+        let limit = STATE_CHUNK_BYTES_MAX;
+        if bytes.is_empty() || bytes.len() as u64 > u64::from(limit) {
+            return Err(TransportError::StateChunk { bytes: bytes.len(), limit });
+        }
+        self.session.scheduler.add_state(StateChunk { offset, bytes: bytes.into() });
+        Ok(())
+    }
+
+    fn no_channel_left(&self) -> TransportError {
+        let of = |loss: &ChannelLoss| format!("{} after {:.3?}: {}", loss.channel, loss.at, loss.reason);
+        TransportError::NoChannelLeft { losses: self.session.counters.losses().iter().map(of).collect() }
     }
 
     /// Live figures; keep the `Arc` to read them from another thread.
     pub fn counters(&self) -> Arc<SendCounters> {
-        Arc::clone(&self.shared.counters)
+        Arc::clone(&self.session.counters)
     }
 
     /// Pages of the current round that are not in place at the destination yet.
     pub fn pages_left(&self) -> u64 {
-        self.shared.dealer.pages_left()
+        self.session.scheduler.pages_left()
     }
 
     /// For other threads.
     pub fn handle(&self) -> SendHandle {
-        SendHandle(Arc::clone(&self.shared))
+        SendHandle(Arc::clone(&self.session))
     }
 
     /// Changes `max_bandwidth`, in bytes per second; `None` lifts it.
     pub fn set_max_bandwidth(&self, bytes_per_s: Option<NonZeroU64>) {
-        self.shared.options.max_bandwidth.set(bytes_per_s);
+        self.session.options.max_bandwidth.set(bytes_per_s);
     }
 }
 
 impl Drop for Sender {
     fn drop(&mut self) {
-        // Whoever has a connection ends within a millisecond or two. A thread that is trying to reconnect is not
-        // awaited: it will find that there is nothing to do, and has nothing of ours until then.
-        self.shared.dealer.stop();
-        self.shared.dealer.wait_none_live(END_TIMEOUT);
+        // Threads that send or connect end within milliseconds.
+        self.session.scheduler.stop();
+        if !self.session.scheduler.wait_ended(END_TIMEOUT) {
+            tracing::error!("a channel's thread does not end");
+        }
     }
 }

@@ -117,7 +117,16 @@ fn options() -> SendOptions {
 
 fn sender(to: &[SocketAddr], source: &Ram, options: SendOptions) -> Sender {
     let channels: Vec<_> = to.iter().copied().map(ChannelSpec::to).collect();
-    Sender::connect(&channels, TOKEN, source.memory.clone(), options).unwrap()
+    connect(&channels, TOKEN, source, options).unwrap()
+}
+
+fn connect(
+    channels: &[ChannelSpec],
+    token: MigrationToken,
+    source: &Ram,
+    options: SendOptions,
+) -> Result<Sender, TransportError> {
+    Sender::connect(channels, token, source.memory.clone(), options, &AtomicBool::new(false))
 }
 
 /// A relay in front of `to` that a test can slow down, count and cut.
@@ -421,8 +430,7 @@ fn a_second_migration_on_the_same_port_is_refused_and_the_first_goes_on() {
     let (target, receiver, address) = destination(&source);
     let mut first = sender(&[address], &source, options());
     let other = MigrationToken([7; 16]);
-    let error =
-        Sender::connect(&[ChannelSpec::to(address)], other, source.memory.clone(), options()).unwrap_err();
+    let error = connect(&[ChannelSpec::to(address)], other, &source, options()).unwrap_err();
     assert!(error.to_string().contains("another migration"), "{error}");
     first.send_round(1, source.pages()).unwrap();
     assert_eq!(receiver.failures().len(), 1, "{:?}", receiver.failures());
@@ -434,12 +442,11 @@ fn a_second_migration_on_the_same_port_is_refused_and_the_first_goes_on() {
 fn nobody_listening_is_said_with_what_to_do() {
     let address = TcpListener::bind(loopback()).unwrap().local_addr().unwrap();
     let ram = Ram::new(&[(0, 1)]);
-    let error =
-        Sender::connect(&[ChannelSpec::to(address)], TOKEN, ram.memory.clone(), options()).unwrap_err();
+    let error = connect(&[ChannelSpec::to(address)], TOKEN, &ram, options()).unwrap_err();
     assert!(error.to_string().contains("start the destination first"), "{error}");
-    let error = Sender::connect(&[], TOKEN, ram.memory.clone(), options()).unwrap_err();
+    let error = connect(&[], TOKEN, &ram, options()).unwrap_err();
     assert!(matches!(error, TransportError::ChannelCount { found: 0, .. }));
     let channel = "%nosuchdevice=127.0.0.1:1".parse().unwrap();
-    let error = Sender::connect(&[channel], TOKEN, ram.memory.clone(), options()).unwrap_err();
+    let error = connect(&[channel], TOKEN, &ram, options()).unwrap_err();
     assert!(error.to_string().contains("no such network device"), "{error}");
 }

@@ -1,130 +1,21 @@
 //! io_uring, as one thread uses it for one connection: the only code of the transport that hands memory to the
 //! kernel.
 //!
-//! A [`Ring`] is made, used and dropped on one thread (single issuer, deferred task run: completions are worked
-//! off inside our own waits, nowhere else). On it stand [`SendRing`], which sends frames out of guest RAM, and
-//! [`ReceiveRing`], which reads into it. Both own every header, iovec and message that the kernel reads, give
-//! none of it out while an operation on it is in flight, and are safe to use.
+//! On a [`Ring`](ring::Ring) stand [`SendRing`], which sends frames out of guest RAM, and [`ReceiveRing`], which reads
+//! into it. Both own every header, iovec and message that the kernel reads, give none of it out while an operation on
+//! it is in flight, and are safe to use.
 #![expect(unsafe_code, reason = "submission entries carry pointers to our memory and to guest RAM")]
 
 mod probe;
 mod receive;
 mod registration;
+mod ring;
 mod send;
+mod wake;
 
-pub use probe::UringSupport;
-pub(super) use receive::{ReceiveRing, Received};
-pub(super) use registration::{RegisteredBuffers, Registration};
-pub(super) use send::{Completion, SLOTS, SendMethod, SendOutcome, SendRing};
-
-use std::io;
-use std::time::Duration;
-
-use io_uring::types::{SubmitArgs, Timespec};
-use io_uring::{IoUring, cqueue, squeue};
-
-use crate::transport::TransportError;
-
-/// Waits that have nothing to time look up at least this often, to see that they were cancelled.
-pub(super) const LOOK_UP: Duration = Duration::from_millis(20);
-
-/// Ends of rings: no operation is awaited longer than this after its connection was aborted, for none can last.
-const DRAIN: Duration = Duration::from_secs(2);
-
-/// Completions that wait for us at most, without the kernel's having to put them aside: a frame has three, and the
-/// notifications of all that are unacknowledged may come at once.
-const COMPLETIONS: u32 = 256;
-
-/// Without `CAP_IPC_LOCK`, a ring's memory counts against `RLIMIT_MEMLOCK`, and so does for a moment that of a ring
-/// that was just closed: the kernel releases it in the background. It is asked again this often.
-const SETUP_RETRIES: u32 = 50;
-const SETUP_PAUSE: Duration = Duration::from_millis(20);
-
-/// A submission and a completion queue of this thread's own.
-struct Ring {
-    io: IoUring,
-    /// Operations submitted whose last completion is outstanding, notifications not counted.
-    in_flight: u32,
-}
-
-impl Ring {
-    fn new(entries: u32) -> Result<Self, TransportError> {
-        let setup = || {
-            IoUring::builder()
-                .setup_single_issuer()
-                .setup_defer_taskrun()
-                .setup_cqsize(COMPLETIONS)
-                .build(entries)
-        };
-        let mut ring = setup();
-        for _ in 0..SETUP_RETRIES {
-            match &ring {
-                Err(error) if error.raw_os_error() == Some(libc::ENOMEM) => {}
-                _ => break,
-            }
-            std::thread::sleep(SETUP_PAUSE);
-            ring = setup();
-        }
-        let io = ring.map_err(|source| TransportError::Ring { what: "io_uring_setup", source })?;
-        Ok(Self { io, in_flight: 0 })
-    }
-
-    /// Queues entries that belong together, so that one `io_uring_enter` takes them all.
-    ///
-    /// # Safety
-    ///
-    /// Everything that the entries point to stays valid, and what the kernel reads stays unchanged, until their
-    /// completions arrived.
-    unsafe fn push(&mut self, entries: &[squeue::Entry]) -> io::Result<()> {
-        let mut queue = self.io.submission();
-        if queue.capacity() - queue.len() < entries.len() {
-            drop(queue);
-            self.io.submit()?;
-            queue = self.io.submission();
-        }
-        // SAFETY: the caller's promise is what `push_multiple` asks for.
-        let pushed = unsafe { queue.push_multiple(entries) };
-        pushed.map_err(|_| io::Error::from(io::ErrorKind::StorageFull))?;
-        self.in_flight += u32::try_from(entries.len()).unwrap_or(u32::MAX);
-        Ok(())
-    }
-
-    /// Submits what is queued.
-    fn submit(&mut self) -> io::Result<()> {
-        match self.io.submit() {
-            Ok(_) => Ok(()),
-            // The next `enter` takes them.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EBUSY | libc::EAGAIN)) => {
-                Ok(())
-            }
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Submits what is queued and waits for a completion, at most `timeout`.
-    fn enter(&mut self, timeout: Duration) -> io::Result<()> {
-        let timeout = Timespec::new().sec(timeout.as_secs()).nsec(timeout.subsec_nanos());
-        match self.io.submitter().submit_with_args(1, &SubmitArgs::new().timespec(&timeout)) {
-            Ok(_) => Ok(()),
-            Err(error) => match error.raw_os_error() {
-                // Time is up, a signal came, or completions must be worked off first: look at what there is.
-                Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN) => Ok(()),
-                _ => Err(error),
-            },
-        }
-    }
-
-    /// The next completion that is already there.
-    fn completion(&mut self) -> Option<cqueue::Entry> {
-        let entry = self.io.completion().next()?;
-        if !cqueue::notif(entry.flags()) {
-            self.in_flight = self.in_flight.saturating_sub(1);
-        }
-        Some(entry)
-    }
-}
-
-/// The result of an operation: bytes, or the error.
-fn result_of(entry: &cqueue::Entry) -> io::Result<usize> {
-    usize::try_from(entry.result()).map_err(|_| io::Error::from_raw_os_error(-entry.result()))
-}
+pub use self::probe::UringSupport;
+pub(super) use self::receive::{ReceiveRing, Received};
+pub(super) use self::registration::{RegisteredBuffers, Registration, SharedRegistration};
+pub(super) use self::ring::POLL_INTERVAL;
+pub(super) use self::send::{Completion, SLOTS, SendMethod, SendOutcome, SendRing};
+pub(super) use self::wake::Wake;

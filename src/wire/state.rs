@@ -7,7 +7,7 @@ use zerocopy::byteorder::little_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 /// Longest content of one record.
-pub const RECORD_BYTES_MAX: usize = super::STATE_CHUNK_BYTES_MAX - RECORD_HEAD_BYTES;
+pub const RECORD_BYTES_MAX: usize = super::STATE_CHUNK_BYTES_MAX as usize - RECORD_HEAD_BYTES;
 
 /// Precedes a record.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Clone, Copy, Debug)]

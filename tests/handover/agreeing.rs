@@ -60,7 +60,8 @@ fn answer_to(hello: Hello) -> Message {
 
 #[test]
 fn a_source_of_the_next_release_is_accepted_without_what_it_offers_and_we_lack() {
-    let answer = answer_to(hello_of_the_next_release(&[("teleport", false), (features::DEVICE_STATE, false)]));
+    let answer =
+        answer_to(hello_of_the_next_release(&[("teleport", false), (features::DEVICE_STATE, false)]));
     let Message::Accept(accept) = answer else { panic!("{answer:?}") };
     assert_eq!(accept.version, features::NEWEST);
     assert_eq!(accept.features, [features::DEVICE_STATE]);

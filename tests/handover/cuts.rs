@@ -92,7 +92,11 @@ fn a_destination_that_cannot_run_the_vm_after_commit_says_so_and_the_source_runs
     let mut world = World::new();
     world.destination_vm.fails = Some("resume");
     let ended = world.migrate();
-    assert!(matches!(ended.source, Err(SourceError::Aborted { reason: Reason::Vmm, .. })), "{:?}", ended.source);
+    assert!(
+        matches!(ended.source, Err(SourceError::Aborted { reason: Reason::Vmm, .. })),
+        "{:?}",
+        ended.source
+    );
     assert!(world.source_runs() && !world.destination_runs());
     assert!(world.tracker.given_back > 0 && !world.tracker.tracking);
     assert!(matches!(ended.destination, Err(DestinationError::Vm { action: "resume", .. })));
@@ -128,6 +132,9 @@ fn a_destination_with_less_ram_says_so_on_both_sides() {
     let (source, destination) = (ended.source.unwrap_err(), ended.destination.unwrap_err());
     let SourceError::Refused { reason: Reason::Layout, text } = &source else { panic!("{source}") };
     assert!(text.contains("RAM"), "{text}");
-    assert!(matches!(&destination, DestinationError::Refused { text, .. } if text.contains("RAM")), "{destination}");
+    assert!(
+        matches!(&destination, DestinationError::Refused { text, .. } if text.contains("RAM")),
+        "{destination}"
+    );
     assert!(world.source_runs() && !world.destination_runs());
 }

@@ -38,8 +38,12 @@ fn a_destination_whose_vmm_takes_no_pieces_says_so_and_the_vm_stays() {
 #[test]
 fn a_machine_state_beyond_the_limit_is_refused_and_the_vm_stays() {
     let mut world = World::new();
-    world.destination_options = DestinationOptions { machine_state_bytes_max: 3, ..world.destination_options };
+    world.destination_options =
+        DestinationOptions { machine_state_bytes_max: 3, ..world.destination_options };
     let error = world.migrate().source.unwrap_err();
-    assert!(matches!(&error, SourceError::Aborted { text, .. } if text.contains("longer than 3 bytes")), "{error}");
+    assert!(
+        matches!(&error, SourceError::Aborted { text, .. } if text.contains("longer than 3 bytes")),
+        "{error}"
+    );
     assert!(world.source_runs() && !world.destination_runs());
 }

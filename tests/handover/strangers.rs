@@ -92,7 +92,8 @@ fn one_port_takes_several_vms_at_once() {
         for id in ["a", "b", "c"] {
             scope.spawn(move || {
                 let mut world = World::new();
-                world.tracker.dirty_pages = Some(ringferry::PageRun { first: ringferry::PageIndex(3), pages: 1 });
+                world.tracker.dirty_pages =
+                    Some(ringferry::PageRun { first: ringferry::PageIndex(3), pages: 1 });
                 world.options.vm_id = id.to_owned();
                 world.send_to(address).unwrap();
             });

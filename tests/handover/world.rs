@@ -311,7 +311,8 @@ impl World {
             });
             scope.spawn(meanwhile);
             let (tracker, progress) = (&mut self.tracker, self.progress.clone());
-            let run = Source::new(&mut self.source_vm, tracker, self.source_ram.memory(), options, progress).run();
+            let run =
+                Source::new(&mut self.source_vm, tracker, self.source_ram.memory(), options, progress).run();
             let source = run.and_then(|outcome| match outcome {
                 Outcome::HandedOver(report) => Ok(*report),
                 Outcome::Unconfirmed(open) => {
@@ -343,7 +344,8 @@ impl World {
     pub fn send_to(&mut self, address: SocketAddr) -> Result<SourceReport, SourceError> {
         let options = SourceOptions { destination: address.to_string(), ..self.options.clone() };
         let (tracker, progress) = (&mut self.tracker, self.progress.clone());
-        let run = Source::new(&mut self.source_vm, tracker, self.source_ram.memory(), options, progress).run();
+        let run =
+            Source::new(&mut self.source_vm, tracker, self.source_ram.memory(), options, progress).run();
         run.map(|outcome| outcome.confirmed().unwrap())
     }
 }

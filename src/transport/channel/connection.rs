@@ -9,30 +9,30 @@ use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
 
-use super::Connected;
+use super::connect::Connected;
 use super::link::Link;
 use super::method::{Choice, Method};
-use crate::layout::{HostRun, PAGE_SIZE, PageRun};
-use crate::transport::TransportError;
+use crate::layout::{PAGE_SIZE, PageRun};
+use crate::page::Encoder;
 use crate::transport::counters::ChannelCounters;
-use crate::transport::deal::{Unacknowledged, Work};
-use crate::transport::frame::Pages;
-use crate::transport::send::Shared;
-use crate::transport::uring::{Completion, LOOK_UP, SLOTS, SendMethod, SendOutcome, SendRing};
+use crate::transport::error::TransportError;
+use crate::transport::scheduler::{StateChunk, Unacknowledged, Work};
+use crate::transport::session::Session;
+use crate::transport::uring::{Completion, POLL_INTERVAL, SLOTS, SendMethod, SendOutcome, SendRing};
 use crate::wire::FRAME_DATA_PAGES_MAX;
-use crate::wire::data::{
-    Acknowledgement, DataError, Frame, FrameHeader, FrameKind, FrameRun, WireRun, write_frame,
-};
+use crate::wire::data::{Acknowledgement, DataError, Frame, FrameKind, payload_checksum, write_frame};
 
 /// A send that the kernel has no memory for is tried again this often, a millisecond apart.
 const RETRIES_MAX: u32 = 2000;
 const RETRY_DELAY: Duration = Duration::from_millis(1);
 
-/// When a round waits for nothing but one channel, and that one has had a frame under way for this long, the
-/// others take over what it has.
+/// When a round waits for nothing but one channel, and that one has had a frame under way for this long, the others
+/// may send copies of what it has.
 const STRAGGLER: Duration = Duration::from_secs(1);
+/// Copies of what still moves are worth it if the others carry this many times as much as the channel itself does.
+const COPIES_PAY_FROM: f64 = 2.0;
 
-/// How long an idle channel sleeps before it looks whether its connection still stands.
+/// How long an idle channel sleeps before it polls whether its connection still stands.
 const IDLE: Duration = Duration::from_millis(50);
 
 /// A frame that was sent and not acknowledged.
@@ -44,7 +44,17 @@ struct InFlight {
 }
 
 enum Content {
-    Pages { runs: Vec<PageRun>, data_pages: u64, zero_pages: u64 },
+    Pages {
+        runs: Vec<PageRun>,
+        content_pages: u64,
+        zero_pages: u64,
+    },
+    /// Second copies of another channel's pages, which count as that one's.
+    Copies {
+        runs: Vec<PageRun>,
+        pages: u64,
+    },
+    State(StateChunk),
     Retirement(u32),
 }
 
@@ -64,14 +74,15 @@ struct Prepared {
 
 /// One connection while it lives.
 pub(super) struct Connection<'a> {
-    shared: &'a Shared,
+    session: &'a Session,
     counters: &'a ChannelCounters,
+    number: u32,
     stream: Arc<TcpStream>,
     ring: SendRing,
     method: Method,
     link: Link,
     /// Of the last frame prepared, until it is loaded into the ring.
-    pages: Pages,
+    encoder: Encoder,
     prepared: Option<Prepared>,
     current: Option<Current>,
     in_flight: VecDeque<InFlight>,
@@ -83,25 +94,31 @@ pub(super) struct Connection<'a> {
     /// Waiting for the limit.
     paced: bool,
     acknowledgement: Vec<u8>,
+    acknowledged_any: bool,
     last_progress: Instant,
+    /// Since when others send copies of what is under way here.
+    copied_since: Option<Instant>,
+    superseded: bool,
 }
 
 impl<'a> Connection<'a> {
     pub(super) fn new(
-        shared: &'a Shared,
+        session: &'a Session,
         counters: &'a ChannelCounters,
         connected: Connected,
     ) -> Result<Self, TransportError> {
-        let stream = connected.stream;
-        let now = Instant::now();
+        let Connected { stream, number } = connected;
+        let ring = SendRing::new(Arc::clone(&stream), &session.memory)?;
+        session.options.max_bandwidth.wake_on_change(ring.wake());
         Ok(Self {
-            shared,
+            session,
             counters,
-            ring: SendRing::new(Arc::clone(&stream), &shared.memory)?,
+            number,
+            ring,
             stream,
-            method: Method::new(shared.options.zero_copy, shared.options.register_memory),
+            method: Method::new(session.options.zero_copy, session.options.register_memory),
             link: Link::default(),
-            pages: Pages::default(),
+            encoder: Encoder::default(),
             prepared: None,
             current: None,
             in_flight: VecDeque::with_capacity(SLOTS),
@@ -111,7 +128,10 @@ impl<'a> Connection<'a> {
             full: false,
             paced: false,
             acknowledgement: Vec::with_capacity(Acknowledgement::BYTES),
-            last_progress: now,
+            acknowledged_any: false,
+            last_progress: Instant::now(),
+            copied_since: None,
+            superseded: false,
         })
     }
 
@@ -123,19 +143,20 @@ impl<'a> Connection<'a> {
         TransportError::Malformed { peer: self.counters.spec.to_string(), source }
     }
 
-    /// Sends what the dealer has until the sender ends (`Ok`) or the connection does.
+    /// Sends what the scheduler has until the sender ends (`Ok`) or the connection does.
     pub(super) fn serve(&mut self) -> Result<(), TransportError> {
         loop {
-            if self.shared.is_cancelled() || self.shared.dealer.is_stopping() {
+            if self.session.is_ending() {
                 if self.in_flight.is_empty() && self.prepared.is_none() {
                     self.ring.finish();
                 }
                 return Ok(());
             }
             self.ring.receive().map_err(|error| self.broken(error))?;
+            self.ring.await_wake().map_err(|error| self.broken(error))?;
             self.work_off()?;
             let now = Instant::now();
-            self.look(now)?;
+            self.poll(now)?;
             if self.current.is_none()
                 && let Some(prepared) = self.prepared.take()
             {
@@ -149,9 +170,9 @@ impl<'a> Connection<'a> {
             if nap.is_none() && self.in_flight.is_empty() {
                 // Idle: between two rounds, or all that is left is others' work.
                 self.wait(Duration::ZERO)?;
-                self.shared.dealer.wait_for_work(IDLE);
+                self.session.scheduler.wait_for_work(IDLE);
             } else {
-                self.wait(nap.unwrap_or(LOOK_UP))?;
+                self.wait(nap.unwrap_or(POLL_INTERVAL))?;
             }
         }
     }
@@ -172,6 +193,7 @@ impl<'a> Connection<'a> {
         while let Some(completion) = self.ring.completion() {
             match completion {
                 Completion::Sent(outcome) => self.sent(outcome)?,
+                Completion::Woken => {}
                 Completion::Notified { copied } => {
                     let counter =
                         if copied { &self.counters.copied_sends } else { &self.counters.zero_copy_sends };
@@ -212,18 +234,20 @@ impl<'a> Connection<'a> {
         if sequence > sent {
             return Err(self.malformed(DataError::AcknowledgedUnsent { found: sequence, sent }));
         }
-        let mut pages = 0;
+        let (mut pages, mut copies) = (0, 0);
         while self.in_flight.front().is_some_and(|frame| frame.sequence <= sequence)
             && let Some(frame) = self.in_flight.pop_front()
         {
+            self.acknowledged_any = true;
             self.in_flight_bytes -= frame.bytes;
             match frame.content {
-                Content::Pages { data_pages, zero_pages, .. } => {
-                    self.counters.pages_sent.add(data_pages);
-                    self.counters.zero_pages.add(zero_pages);
-                    pages += data_pages + zero_pages;
+                Content::Pages { content_pages, zero_pages, .. } => {
+                    self.arrived(content_pages, zero_pages);
+                    pages += content_pages + zero_pages;
                 }
-                Content::Retirement(_) => self.shared.dealer.retired(),
+                Content::Copies { pages, .. } => copies += pages,
+                Content::State(_) => {}
+                Content::Retirement(_) => self.session.scheduler.retired(),
             }
         }
         self.in_flight_pages -= pages;
@@ -234,35 +258,57 @@ impl<'a> Connection<'a> {
         if self.in_flight.is_empty() {
             self.sample(self.last_progress)?;
         }
-        self.shared.dealer.acknowledged(pages);
+        self.session.scheduler.acknowledged(pages, copies);
+        if self.in_flight_pages == 0 && self.copied_since.take().is_some() {
+            self.session.scheduler.end_copies(self.number);
+        }
         Ok(())
     }
 
-    /// Asks the kernel, some fifty times a second, what arrived; gives up a connection on which nothing does.
-    fn look(&mut self, now: Instant) -> Result<(), TransportError> {
+    fn arrived(&self, content_pages: u64, zero_pages: u64) {
+        self.counters.pages_sent.add(content_pages);
+        self.counters.zero_pages.add(zero_pages);
+    }
+
+    /// Asks the kernel, some fifty times a second, what arrived; gives up a connection on which nothing does, and one
+    /// that nothing depends on while it holds up everything.
+    fn poll(&mut self, now: Instant) -> Result<(), TransportError> {
         if !self.is_busy() || !self.link.is_due(now) {
             return Ok(());
         }
         self.sample(now)?;
-        if self.in_flight.is_empty() {
-            return Ok(());
-        }
-        let still = now.saturating_duration_since(self.last_progress);
-        if still > self.shared.options.stall_timeout {
+        let Some(oldest) = self.in_flight.front() else { return Ok(()) };
+        let (still, waiting) =
+            (now.saturating_duration_since(self.last_progress), now.saturating_duration_since(oldest.since));
+        if still > self.session.options.stall_timeout {
             let what = format!("channel {}, waiting for the destination to take bytes", self.counters.spec);
             return Err(TransportError::TimedOut { what, after: still });
         }
-        if let Some(oldest) = self.in_flight.front()
-            && now.saturating_duration_since(oldest.since) > STRAGGLER
-            && self.shared.dealer.waits_only_for(self.in_flight_pages)
-        {
-            let what = format!("channel {}, for which all others wait: a frame", self.counters.spec);
-            return Err(TransportError::TimedOut {
-                what,
-                after: now.saturating_duration_since(oldest.since),
+        let scheduler = &self.session.scheduler;
+        if self.copied_since.is_some() {
+            if scheduler.have_copies_arrived(self.number, self.in_flight_pages) {
+                self.superseded = true;
+                let what = format!("channel {}, for which all others wait: a frame", self.counters.spec);
+                return Err(TransportError::TimedOut { what, after: waiting });
+            }
+        } else if waiting > STRAGGLER && (still > STRAGGLER || self.others_are_faster()) {
+            let runs = self.in_flight.iter().map(|frame| &frame.content);
+            let runs = runs.chain(self.prepared.iter().map(|prepared| &prepared.content));
+            let runs = runs.filter_map(|content| match content {
+                Content::Pages { runs, .. } => Some(runs),
+                _ => None,
             });
+            let begun = scheduler.begin_copies(self.number, self.in_flight_pages, runs.flatten().copied());
+            self.copied_since = begun.then_some(now);
         }
         Ok(())
+    }
+
+    /// Whether the other channels carry so much more that copies of what is under way here would arrive well before it.
+    fn others_are_faster(&self) -> bool {
+        let others = self.session.counters.bandwidth_beside(self.counters);
+        // Links that never had enough to do to be measured have time now.
+        others.samples == 0 || others.bytes_per_s >= COPIES_PAY_FROM * self.link.bandwidth().bytes_per_s
     }
 
     /// Whether time counts: something is under way, or about to be, or would be if the limit allowed it.
@@ -272,7 +318,7 @@ impl<'a> Connection<'a> {
 
     fn sample(&mut self, now: Instant) -> Result<(), TransportError> {
         let busy = self.is_busy();
-        if self.link.look(&self.stream, now, busy).map_err(|error| self.broken(error))? {
+        if self.link.sample(&self.stream, now, busy).map_err(|error| self.broken(error))? {
             self.last_progress = now;
         }
         if let Some(reason) = self.link.make_room(&self.stream).map_err(|error| self.broken(error))? {
@@ -284,7 +330,7 @@ impl<'a> Connection<'a> {
     }
 
     fn frame_pages(&self) -> u64 {
-        let options = &self.shared.options;
+        let options = &self.session.options;
         match options.frame_pages_max {
             0 => self.link.frame_pages(options.max_bandwidth.get().map(std::num::NonZeroU64::get)),
             pages => u64::from(pages.min(FRAME_DATA_PAGES_MAX)),
@@ -294,51 +340,63 @@ impl<'a> Connection<'a> {
     /// Prepares the next frame if there is room and work for one. When the limit says wait, for how long; zero
     /// duration is never returned.
     fn prepare(&mut self, now: Instant) -> Result<Option<Duration>, TransportError> {
-        if self.prepared.is_some() {
+        // While others send copies, nothing is added to what is late.
+        if self.prepared.is_some() || self.copied_since.is_some() {
             return Ok(None);
         }
         self.full = self.in_flight.len() >= SLOTS || self.in_flight_bytes >= self.link.window_bytes();
         if self.full {
             return Ok(None);
         }
-        if let Err(wait) = self.shared.options.max_bandwidth.ask(now) {
-            self.paced = self.shared.dealer.has_work();
+        let Session { scheduler, options, memory, .. } = self.session;
+        if let Err(wait) = options.max_bandwidth.ask(now) {
+            self.paced = scheduler.has_work();
             if self.paced {
                 self.link.waited_for_tokens();
             }
             return Ok(self.paced.then_some(wait));
         }
         self.paced = false;
-        let mut runs = Vec::new();
-        let (frame, content) = match self.shared.dealer.take(self.frame_pages(), &mut runs) {
+        let (mut runs, sequence) = (Vec::new(), self.sequence + 1);
+        let (frame, content) = match scheduler.take(self.number, self.frame_pages(), &mut runs) {
             Work::Nothing => return Ok(None),
             Work::Retire(connection) => {
-                let frame = Frame {
-                    kind: FrameKind::Retire,
-                    sequence: self.sequence + 1,
-                    round: self.shared.dealer.round(),
-                    argument: connection,
-                    run_count: 0,
-                    payload_bytes: 0,
-                };
+                self.encoder.encode_bytes(&[]);
+                let frame = Frame::new(FrameKind::Retire, sequence, scheduler.round(), connection.into());
                 (frame, Content::Retirement(connection))
             }
-            Work::Pages { round } => {
-                if let Err(source) = self.pages.look_at(&self.shared.memory, &runs) {
+            Work::State(chunk) => {
+                self.encoder.encode_bytes(&chunk.bytes);
+                let frame = Frame {
+                    payload_checksum: payload_checksum(&chunk.bytes),
+                    ..Frame::new(FrameKind::State, sequence, scheduler.round(), chunk.offset)
+                };
+                (frame, Content::State(chunk))
+            }
+            Work::Pages { round, copies } => {
+                if let Err(source) = self.encoder.encode(memory, &runs) {
                     let peer = "the set of pages to send".to_owned();
-                    self.shared.dealer.fail(TransportError::Layout { peer, source });
+                    scheduler.fail(TransportError::Layout { peer, source });
                     return Ok(None);
                 }
-                let Pages { data_pages, zero_pages, .. } = self.pages;
-                self.in_flight_pages += data_pages + zero_pages;
-                (
-                    self.pages.frame(self.sequence + 1, round, self.link.held_bytes()),
-                    Content::Pages { runs, data_pages, zero_pages },
-                )
+                let (content_pages, zero_pages) = (self.encoder.content_pages(), self.encoder.zero_pages());
+                let frame = Frame::new(FrameKind::Pages, sequence, round, self.link.held_bytes().into());
+                let content = if copies {
+                    Content::Copies { runs, pages: content_pages + zero_pages }
+                } else {
+                    self.in_flight_pages += content_pages + zero_pages;
+                    Content::Pages { runs, content_pages, zero_pages }
+                };
+                (frame, content)
             }
         };
-        self.sequence += 1;
-        self.shared.options.max_bandwidth.take(bytes_of(&frame));
+        let frame = Frame {
+            run_count: u32::try_from(self.encoder.runs().len()).unwrap_or(u32::MAX),
+            payload_bytes: u32::try_from(self.encoder.payload_bytes()).unwrap_or(u32::MAX),
+            ..frame
+        };
+        self.sequence = sequence;
+        options.max_bandwidth.take(frame.bytes());
         self.prepared = Some(Prepared { frame, content });
         Ok(None)
     }
@@ -346,13 +404,11 @@ impl<'a> Connection<'a> {
     /// Gives a prepared frame to the kernel.
     fn send(&mut self, prepared: Prepared, now: Instant) -> Result<(), TransportError> {
         let Prepared { frame, content } = prepared;
-        let is_pages = frame.kind == FrameKind::Pages;
-        let (runs, payload): (&[FrameRun], &[HostRun]) =
-            if is_pages { (&self.pages.runs, &self.pages.payload) } else { (&[], &[]) };
-        self.ring.load(payload, |header| write_frame(header, &frame, runs));
-        let memory = &self.shared.memory;
-        let registered = &self.shared.registered;
-        let choice = self.method.choose(payload, &self.ring, memory, registered);
+        self.encoder.load_into(|runs, pieces, staged| {
+            self.ring.load(pieces, staged, |header| write_frame(header, &frame, runs));
+        });
+        let Session { memory, registered, .. } = self.session;
+        let choice = self.method.choose(&self.encoder, &self.ring, memory, registered);
         self.current = Some(Current {
             choice,
             payload_bytes: frame.payload_bytes.into(),
@@ -362,13 +418,9 @@ impl<'a> Connection<'a> {
         if self.in_flight.is_empty() {
             self.last_progress = now;
         }
-        self.in_flight_bytes += bytes_of(&frame);
-        self.in_flight.push_back(InFlight {
-            sequence: frame.sequence,
-            since: now,
-            bytes: bytes_of(&frame),
-            content,
-        });
+        let bytes = frame.bytes();
+        self.in_flight_bytes += bytes;
+        self.in_flight.push_back(InFlight { sequence: frame.sequence, since: now, bytes, content });
         if self.link.is_due(now) {
             self.sample(now)?;
         }
@@ -427,31 +479,39 @@ impl<'a> Connection<'a> {
             SendOutcome::Failed(error) if error.raw_os_error() == Some(libc::EFAULT) => {
                 let source =
                     self.broken(io::Error::other("guest RAM is not readable where the layout says so"));
-                self.shared.dealer.fail(source);
+                self.session.scheduler.fail(source);
                 Err(self.broken(error))
             }
             SendOutcome::Failed(error) => Err(self.broken(error)),
         }
     }
 
-    /// What must be sent again now that the connection is gone.
+    /// Whether the destination has acknowledged anything on this connection.
+    pub(super) fn carried_anything(&self) -> bool {
+        self.acknowledged_any
+    }
+
+    /// What was under way, now that the connection is gone.
     pub(super) fn unacknowledged(&mut self) -> Unacknowledged {
-        let mut back = Unacknowledged::default();
+        let mut back = Unacknowledged { superseded: self.superseded, ..Unacknowledged::default() };
         let prepared = self.prepared.take().map(|prepared| prepared.content);
-        for content in self.in_flight.drain(..).map(|frame| frame.content).chain(prepared) {
+        let in_flight: Vec<_> = self.in_flight.drain(..).map(|frame| frame.content).chain(prepared).collect();
+        for content in in_flight {
             match content {
-                Content::Pages { mut runs, .. } => back.runs.append(&mut runs),
+                Content::Pages { mut runs, content_pages, zero_pages } => {
+                    // The copies that arrived instead of these count nowhere else.
+                    if self.superseded {
+                        self.arrived(content_pages, zero_pages);
+                    }
+                    back.runs.append(&mut runs);
+                }
+                Content::Copies { mut runs, .. } => back.copies.append(&mut runs),
+                Content::State(chunk) => back.state.push(chunk),
                 Content::Retirement(connection) => back.retiring.push(connection),
             }
         }
         back
     }
-}
-
-fn bytes_of(frame: &Frame) -> u64 {
-    FrameHeader::BYTES as u64
-        + u64::from(frame.run_count) * WireRun::BYTES as u64
-        + u64::from(frame.payload_bytes)
 }
 
 /// CPU time of this thread.

@@ -11,8 +11,7 @@ use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use crate::layout::PAGE_SIZE;
-use crate::transport::Bandwidth;
-use crate::transport::bandwidth::Estimator;
+use crate::transport::bandwidth::{Bandwidth, Estimator};
 use crate::transport::socket::{self, Buffer};
 
 /// A frame holds what the link carries in this time, so that the channels end a round together.
@@ -63,7 +62,7 @@ impl Default for Link {
 }
 
 impl Link {
-    /// Whether it is time to [`look`](Self::look) again.
+    /// Whether it is time to [`sample`](Self::sample) again.
     pub(super) fn is_due(&self, now: Instant) -> bool {
         self.estimator.is_due(now)
     }
@@ -73,13 +72,13 @@ impl Link {
         self.estimator.waited_for_tokens();
     }
 
-    /// Asks the kernel what arrived; `busy` if more is under way. True if anything did since the last look.
-    pub(super) fn look(&mut self, stream: &TcpStream, now: Instant, busy: bool) -> io::Result<bool> {
+    /// Asks the kernel what arrived; `busy` if more is under way. True if anything did since the last sample.
+    pub(super) fn sample(&mut self, stream: &TcpStream, now: Instant, busy: bool) -> io::Result<bool> {
         let info = socket::tcp_info(stream)?;
         let progress = info.bytes_acked != self.bytes_acked;
         self.bytes_acked = info.bytes_acked;
         self.min_rtt = info.min_rtt;
-        self.estimator.look(now, info.bytes_acked, busy);
+        self.estimator.sample(now, info.bytes_acked, busy);
         Ok(progress)
     }
 
@@ -124,7 +123,7 @@ impl Link {
         self.carries(self.min_rtt * 2 + self.slack).unwrap_or(0).clamp(min, WINDOW_BYTES_MAX)
     }
 
-    /// The window was full, and when we came to look, `left` bytes of it were still under way, in frames of
+    /// The window was full, and when we polled, `left` bytes of it were still under way, in frames of
     /// `frame_bytes`.
     pub(super) fn emptied_to(&mut self, left: u64, frame_bytes: u64) {
         let dry = left <= self.carries(self.min_rtt).unwrap_or(0) + frame_bytes;
@@ -151,7 +150,7 @@ mod tests {
     fn link(bytes_per_s: u64, min_rtt: Duration) -> Link {
         let (start, mut link) = (Instant::now(), Link { min_rtt, ..Link::default() });
         for i in 0..20 {
-            link.estimator.look(start + Duration::from_millis(25 * i), bytes_per_s / 40 * i, true);
+            link.estimator.sample(start + Duration::from_millis(25 * i), bytes_per_s / 40 * i, true);
         }
         link
     }

@@ -4,20 +4,14 @@
 use std::io;
 use std::time::Duration;
 
-use parking_lot::Mutex;
-
 use crate::layout::{GuestMemory, HostRun, PageRun};
-use crate::page;
-use crate::transport::ZeroCopy;
+use crate::page::{self, Encoder, Piece};
 use crate::transport::counters::Sending;
-use crate::transport::policy::{self, Policy};
-use crate::transport::uring::{RegisteredBuffers, Registration, SendMethod, SendRing};
+use crate::transport::policy::{self, Policy, ZeroCopy};
+use crate::transport::uring::{RegisteredBuffers, Registration, SendMethod, SendRing, SharedRegistration};
 
 /// Holes up to this size are registered, and with that populated, rather than cut a buffer in two.
 const EXTENT_GAP_PAGES: u64 = 64;
-
-/// Guest RAM as the first channel registered it, for the others to take over; or why it could not.
-pub(in crate::transport) type SharedRegistration = Mutex<Option<Result<RegisteredBuffers, String>>>;
 
 /// How one frame leaves.
 #[derive(Clone, Copy, Debug)]
@@ -49,17 +43,19 @@ impl Method {
         }
     }
 
-    /// How a frame shall leave whose pages with content are in `payload`.
+    /// How a frame shall leave that was encoded so. Staged bytes are copied: the kernel may look at zero-copied memory
+    /// until the peer has acknowledged it, and their buffer is used again before that.
     pub(super) fn choose(
         &mut self,
-        payload: &[HostRun],
+        encoded: &Encoder,
         ring: &SendRing,
         memory: &GuestMemory,
         shared: &SharedRegistration,
     ) -> Choice {
-        let pages = payload.iter().map(|piece| piece.run.pages).sum();
-        let class = policy::class_of(pages, payload.len());
-        if payload.is_empty() || !self.policy.zero_copy(class) {
+        let payload = encoded.pieces();
+        let class = policy::class_of(encoded.content_pages(), payload.len());
+        let is_ram = |piece: &Piece| matches!(piece, Piece::Ram(_));
+        if payload.is_empty() || !payload.iter().all(is_ram) || !self.policy.zero_copy(class) {
             return Choice { method: SendMethod::Copy, class };
         }
         if self.policy.pays_to_register() && !self.registration_tried {

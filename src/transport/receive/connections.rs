@@ -1,7 +1,7 @@
-//! Which data connections there are, which were retired, and how all of them end.
+//! Which data connections of a migration there are, which were retired, and how all of them end.
 //!
-//! A connection that joined may write guest RAM until it has left; [`Connections::retire`] and
-//! [`Connections::stop`] return when that is over.
+//! A connection that joined may write guest RAM while it [places](Membership::begin_to_place) a frame, until it has
+//! left; [`Connections::retire`], [`Connections::seal`] and [`Connections::stop`] return when that is over.
 
 use std::collections::HashMap;
 use std::io;
@@ -10,17 +10,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::wire::CHANNELS_MAX;
 use crate::wire::data::Verdict;
 
 /// A retired connection's thread is awaited this long; its socket is shut down, so it ends at once.
 const RETIREMENT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Whoever waits for a retirement looks this often whether it is retired itself.
-const LOOK_UP: Duration = Duration::from_millis(50);
-/// Connections at a time, those in greeting counted.
-const THREADS_MAX: usize = 2 * CHANNELS_MAX as usize;
+/// A thread that waits for a retirement polls this often whether its own connection was retired.
+const RETIREMENT_POLL: Duration = Duration::from_millis(50);
 /// Connections of one migration, all reconnects counted.
 const NUMBERS_MAX: usize = 4096;
 /// Failures that are remembered one by one.
@@ -36,88 +34,117 @@ pub(super) struct Connections {
 
 #[derive(Default)]
 struct State {
-    /// Sockets of threads that have not ended.
-    admitted: HashMap<u64, Arc<TcpStream>>,
-    next_admission: u64,
-    /// By connection number.
-    joined: HashMap<u32, Connection>,
+    by_number: HashMap<u32, Connection>,
+    sealed: bool,
     failures: Vec<String>,
 }
 
 enum Connection {
-    /// Its thread may write guest RAM.
-    Live { retired: Arc<AtomicBool>, stream: Arc<TcpStream> },
+    /// It has a thread.
+    Live {
+        must_end: Arc<AtomicBool>,
+        stream: Arc<TcpStream>,
+        /// Whether the thread may be writing guest RAM.
+        placing: bool,
+    },
     /// Its thread will not write guest RAM any more.
     Ended,
 }
 
-/// A thread that serves a connection; ends with this value.
-pub(super) struct Admitted {
-    connections: Arc<Connections>,
-    admission: u64,
-    pub stream: Arc<TcpStream>,
+/// What a connection's thread knows of its own place among the connections.
+#[derive(Debug)]
+pub(super) struct Membership {
+    pub number: u32,
+    must_end: Arc<AtomicBool>,
 }
 
-/// A connection that may write guest RAM; leaves with this value.
-pub(super) struct Joined<'a> {
-    connections: &'a Connections,
-    pub number: u32,
-    retired: Arc<AtomicBool>,
+/// Why a frame of pages may not be placed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum NotPlaced {
+    /// Guest RAM is complete: nobody writes it any more.
+    Sealed,
+    /// The connection was retired, or this side stops.
+    Ended,
 }
 
 impl Connections {
-    /// Takes note of a connection that is about to get a thread; `None` if there are too many, or this side
-    /// stops.
-    pub(super) fn admit(self: &Arc<Self>, stream: TcpStream) -> Option<Admitted> {
-        let stream = Arc::new(stream);
-        let mut state = self.state.lock();
-        if self.is_stopping() || state.admitted.len() >= THREADS_MAX {
-            return None;
-        }
-        state.next_admission += 1;
-        let admission = state.next_admission;
-        state.admitted.insert(admission, Arc::clone(&stream));
-        Some(Admitted { connections: Arc::clone(self), admission, stream })
-    }
-
     /// Takes a connection in, unless its number was used, or retired, before.
-    pub(super) fn join(&self, number: u32, stream: &Arc<TcpStream>) -> Result<Joined<'_>, Verdict> {
+    pub(super) fn join(&self, number: u32, stream: &Arc<TcpStream>) -> Result<Membership, Verdict> {
         let mut state = self.state.lock();
-        let full = state.live() >= usize::from(CHANNELS_MAX) || state.joined.len() >= NUMBERS_MAX;
-        if full || self.is_stopping() || state.joined.contains_key(&number) {
+        let used_up = state.by_number.len() >= NUMBERS_MAX;
+        if used_up || self.is_stopping() || state.by_number.contains_key(&number) {
             return Err(Verdict::NotExpected);
         }
-        let retired = Arc::new(AtomicBool::new(false));
-        let live = Connection::Live { retired: Arc::clone(&retired), stream: Arc::clone(stream) };
-        state.joined.insert(number, live);
-        Ok(Joined { connections: self, number, retired })
+        if state.live() >= usize::from(CHANNELS_MAX) {
+            return Err(Verdict::Busy);
+        }
+        let must_end = Arc::new(AtomicBool::new(false));
+        let membership = Membership { number, must_end: Arc::clone(&must_end) };
+        let live = Connection::Live { must_end, stream: Arc::clone(stream), placing: false };
+        state.by_number.insert(number, live);
+        Ok(membership)
+    }
+
+    /// A connection's thread ends.
+    pub(super) fn leave(&self, membership: &Membership) {
+        self.state.lock().by_number.insert(membership.number, Connection::Ended);
+        self.changed.notify_all();
+    }
+
+    /// Whether a connection was retired, or this side stops.
+    pub(super) fn must_end(&self, membership: &Membership) -> bool {
+        membership.must_end.load(Ordering::Acquire) || self.is_stopping()
+    }
+
+    /// From here until [`placed`](Self::placed), a connection writes guest RAM.
+    pub(super) fn begin_to_place(&self, membership: &Membership) -> Result<(), NotPlaced> {
+        let mut state = self.state.lock();
+        if state.sealed {
+            return Err(NotPlaced::Sealed);
+        }
+        match state.by_number.get_mut(&membership.number) {
+            Some(Connection::Live { placing, .. }) if !self.must_end(membership) => {
+                *placing = true;
+                Ok(())
+            }
+            _ => Err(NotPlaced::Ended),
+        }
+    }
+
+    /// A connection writes no more for this frame.
+    pub(super) fn placed(&self, membership: &Membership) {
+        let mut state = self.state.lock();
+        if let Some(Connection::Live { placing, .. }) = state.by_number.get_mut(&membership.number) {
+            *placing = false;
+        }
+        let sealed = state.sealed;
+        drop(state);
+        if sealed {
+            self.changed.notify_all();
+        }
     }
 
     /// Returns once connection `number` can write guest RAM no more, now or ever. `asking` is the connection
     /// that asks; if it is retired itself meanwhile, it gives up.
-    pub(super) fn retire(&self, number: u32, asking: &Joined<'_>) -> io::Result<()> {
+    pub(super) fn retire(&self, number: u32, asking: &Membership) -> io::Result<()> {
         let deadline = Instant::now() + RETIREMENT_TIMEOUT;
         let mut state = self.state.lock();
-        let full = state.joined.len() >= NUMBERS_MAX;
-        match state.joined.get(&number) {
-            Some(Connection::Live { retired, stream }) => {
-                retired.store(true, Ordering::Release);
-                // Wakes its thread. A socket that cannot be shut down is down already.
-                let _ = stream.shutdown(Shutdown::Both);
-            }
+        let used_up = state.by_number.len() >= NUMBERS_MAX;
+        match state.by_number.get(&number) {
+            Some(live @ Connection::Live { .. }) => live.end(),
             Some(Connection::Ended) => return Ok(()),
             // It never came this far; should it still come, its number is taken.
-            None if !full => {
-                state.joined.insert(number, Connection::Ended);
+            None if !used_up => {
+                state.by_number.insert(number, Connection::Ended);
                 return Ok(());
             }
             None => return Err(io::Error::other("too many connections were retired")),
         }
-        while !matches!(state.joined.get(&number), Some(Connection::Ended)) {
-            if asking.must_end() {
+        while !matches!(state.by_number.get(&number), Some(Connection::Ended)) {
+            if self.must_end(asking) {
                 return Err(io::Error::other("retired while retiring another connection"));
             }
-            let next = deadline.min(Instant::now() + LOOK_UP);
+            let next = deadline.min(Instant::now() + RETIREMENT_POLL);
             if self.changed.wait_until(&mut state, next).timed_out() && Instant::now() >= deadline {
                 return Err(io::ErrorKind::TimedOut.into());
             }
@@ -125,25 +152,39 @@ impl Connections {
         Ok(())
     }
 
-    /// Ends all connections, and returns when the last of their threads has.
-    pub(super) fn stop(&self) {
+    /// Lets nobody write guest RAM any more, and ends the connections that are about it. Whether the last of them had
+    /// stopped before `deadline`.
+    pub(super) fn seal(&self, deadline: Instant) -> bool {
         let mut state = self.state.lock();
-        // Release, read with Acquire: who sees it and ends, ends after whatever this thread did before.
-        self.stopping.store(true, Ordering::Release);
-        for stream in state.admitted.values() {
-            // Wakes its thread. A socket that cannot be shut down is down already.
-            let _ = stream.shutdown(Shutdown::Both);
-        }
-        while !state.admitted.is_empty() {
-            self.changed.wait(&mut state);
-        }
+        state.sealed = true;
+        state.by_number.values().filter(|connection| connection.is_placing()).for_each(Connection::end);
+        self.wait_until(state, deadline, |state| !state.by_number.values().any(Connection::is_placing))
     }
 
-    pub(super) fn is_stopping(&self) -> bool {
+    /// Ends all connections; whether the last of their threads had ended before `deadline`.
+    pub(super) fn stop(&self, deadline: Instant) -> bool {
+        let state = self.state.lock();
+        // Release, read with Acquire: who sees it and ends, ends after whatever this thread did before.
+        self.stopping.store(true, Ordering::Release);
+        state.by_number.values().for_each(Connection::end);
+        self.wait_until(state, deadline, |state| state.live() == 0)
+    }
+
+    fn wait_until(
+        &self,
+        mut state: MutexGuard<'_, State>,
+        deadline: Instant,
+        holds: impl Fn(&State) -> bool,
+    ) -> bool {
+        while !holds(&state) && !self.changed.wait_until(&mut state, deadline).timed_out() {}
+        holds(&state)
+    }
+
+    fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::Acquire)
     }
 
-    /// Connections that may write guest RAM.
+    /// Connections that have a thread.
     pub(super) fn live(&self) -> usize {
         self.state.lock().live()
     }
@@ -151,7 +192,7 @@ impl Connections {
     /// Whether there were connections, and none is left.
     pub(super) fn is_abandoned(&self) -> bool {
         let state = self.state.lock();
-        !state.joined.is_empty() && state.live() == 0
+        !state.by_number.is_empty() && state.live() == 0
     }
 
     /// Puts a failure on record, unless it is only this side's own stopping.
@@ -173,27 +214,21 @@ impl Connections {
 
 impl State {
     fn live(&self) -> usize {
-        self.joined.values().filter(|connection| matches!(connection, Connection::Live { .. })).count()
+        self.by_number.values().filter(|connection| matches!(connection, Connection::Live { .. })).count()
     }
 }
 
-impl Joined<'_> {
-    /// Whether the connection was retired, or this side stops.
-    pub(super) fn must_end(&self) -> bool {
-        self.retired.load(Ordering::Acquire) || self.connections.is_stopping()
+impl Connection {
+    fn is_placing(&self) -> bool {
+        matches!(self, Self::Live { placing: true, .. })
     }
-}
 
-impl Drop for Joined<'_> {
-    fn drop(&mut self) {
-        self.connections.state.lock().joined.insert(self.number, Connection::Ended);
-        self.connections.changed.notify_all();
-    }
-}
-
-impl Drop for Admitted {
-    fn drop(&mut self) {
-        self.connections.state.lock().admitted.remove(&self.admission);
-        self.connections.changed.notify_all();
+    /// Makes the connection's thread end.
+    fn end(&self) {
+        if let Self::Live { must_end, stream, .. } = self {
+            must_end.store(true, Ordering::Release);
+            // Wakes the thread. A socket that cannot be shut down is down already.
+            let _ = stream.shutdown(Shutdown::Both);
+        }
     }
 }

@@ -6,7 +6,7 @@ use zerocopy::IntoBytes;
 
 use super::*;
 use crate::wire::data::{
-    Acknowledgement, DataHello, DataWelcome, Frame, FrameHeader, FrameKind, FrameRun, RunKind, Verdict,
+    Acknowledgement, DataHello, DataWelcome, Frame, FrameHeader, FrameKind, FrameRun, Role, RunKind, Verdict,
     write_frame,
 };
 
@@ -20,25 +20,19 @@ impl Source {
     fn connect(address: SocketAddr, connection: u32) -> Self {
         let mut stream = TcpStream::connect(address).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        stream.write_all(DataHello::new(TOKEN.0, 0, connection).as_bytes()).unwrap();
+        stream.write_all(DataHello::new(TOKEN.0, 0, connection, Role::Bulk).as_bytes()).unwrap();
         let mut answer = [0; DataWelcome::BYTES];
         stream.read_exact(&mut answer).unwrap();
-        assert_eq!(DataWelcome::read(&answer), Ok(Verdict::Welcome));
+        assert_eq!(DataWelcome::read(&answer), Ok((Verdict::Welcome, 0)));
         Self { stream, sequence: 0 }
     }
 
     fn frame(&mut self, runs: &[FrameRun]) -> Frame {
         self.sequence += 1;
-        let pages = runs.iter().filter(|run| run.kind == RunKind::Data).map(|run| run.pages).sum::<u32>();
+        let pages = runs.iter().filter(|run| run.kind == RunKind::Raw).map(|run| run.pages).sum::<u32>();
         let run_count = u32::try_from(runs.len()).unwrap();
-        Frame {
-            kind: FrameKind::Pages,
-            sequence: self.sequence,
-            round: 5,
-            argument: 0,
-            run_count,
-            payload_bytes: pages * 4096,
-        }
+        let payload_bytes = pages * 4096;
+        Frame { run_count, payload_bytes, ..Frame::new(FrameKind::Pages, self.sequence, 5, 0) }
     }
 
     fn send(&mut self, frame: &Frame, runs: &[FrameRun], payload: usize) {
@@ -61,7 +55,7 @@ fn run(first: u64, pages: u32, kind: RunKind) -> FrameRun {
 }
 
 fn data(first: u64, pages: u32) -> FrameRun {
-    run(first, pages, RunKind::Data)
+    run(first, pages, RunKind::Raw)
 }
 
 fn wait_for(what: &str, holds: impl Fn() -> bool) {
@@ -165,7 +159,7 @@ enum Piece {
     Frame {
         kind: FrameKind,
         sequence: u64,
-        argument: u32,
+        argument: u64,
         stated: u32,
         runs: Vec<FrameRun>,
         payload: usize,
@@ -174,12 +168,12 @@ enum Piece {
 
 fn pieces() -> impl Strategy<Value = Piece> {
     let run = (0..120_u64, prop_oneof![0..4_u32, any::<u32>()], any::<bool>())
-        .prop_map(|(first, pages, zero)| run(first, pages, if zero { RunKind::Zero } else { RunKind::Data }));
+        .prop_map(|(first, pages, zero)| run(first, pages, if zero { RunKind::Zero } else { RunKind::Raw }));
     let kind = prop_oneof![4 => Just(FrameKind::Pages), 1 => Just(FrameKind::Retire)];
     let frame = (
         kind,
         0..4_u64,
-        any::<u32>(),
+        any::<u64>(),
         prop_oneof![0..5_u32, any::<u32>()],
         prop::collection::vec(run, 0..4),
         0..20_000_usize,
@@ -201,12 +195,9 @@ fn bytes_of(pieces: &[Piece]) -> Vec<u8> {
             Piece::Frame { kind, sequence, argument, stated, runs, payload } => {
                 let mut bytes = Vec::new();
                 let frame = Frame {
-                    kind: *kind,
-                    sequence: *sequence,
-                    round: 1,
-                    argument: *argument,
                     run_count: u32::try_from(runs.len()).unwrap(),
                     payload_bytes: *stated,
+                    ..Frame::new(*kind, *sequence, 1, *argument)
                 };
                 write_frame(&mut bytes, &frame, runs);
                 all.append(&mut bytes);
@@ -249,7 +240,7 @@ proptest! {
         let _ = stranger.write_all(&bytes).and_then(|()| stranger.shutdown(Shutdown::Write));
         let mut answer = Vec::new();
         let _ = stranger.read_to_end(&mut answer);
-        prop_assert!(answer.first_chunk().is_none_or(|answer| DataWelcome::read(answer) != Ok(Verdict::Welcome)));
+        prop_assert!(answer.first_chunk().is_none_or(|answer| DataWelcome::read(answer) != Ok((Verdict::Welcome, 0))));
         wait_for("a failure on record", || receiver.failures().len() == 1);
         prop_assert_eq!((receiver.received().connections, target.resident_bytes()), (0, 0));
     }
@@ -318,10 +309,10 @@ fn a_connection_number_serves_once_and_a_retired_one_never() {
     assert!(first.is_acknowledged());
     for connection in [1, 2] {
         let mut stream = TcpStream::connect(address).unwrap();
-        stream.write_all(DataHello::new(TOKEN.0, 0, connection).as_bytes()).unwrap();
+        stream.write_all(DataHello::new(TOKEN.0, 0, connection, Role::Bulk).as_bytes()).unwrap();
         let mut answer = [0; DataWelcome::BYTES];
         stream.read_exact(&mut answer).unwrap();
-        assert_eq!(DataWelcome::read(&answer), Ok(Verdict::NotExpected));
+        assert_eq!(DataWelcome::read(&answer), Ok((Verdict::NotExpected, 0)));
     }
 }
 
@@ -360,7 +351,7 @@ fn fake_destination(welcome: Vec<u8>, serve: impl Fn(&mut TcpStream) + Send + 's
 }
 
 fn welcome() -> Vec<u8> {
-    DataWelcome::new(Verdict::Welcome).as_bytes().to_vec()
+    DataWelcome::new((Verdict::Welcome, 0)).as_bytes().to_vec()
 }
 
 #[test]
@@ -368,12 +359,12 @@ fn destinations_that_answer_nonsense_are_refused_at_the_greeting() {
     let ram = Ram::new(&[(0, 10)]);
     let connect = |to| {
         let options = SendOptions { connect_timeout: Duration::from_millis(300), ..options() };
-        Sender::connect(&[ChannelSpec::to(to)], TOKEN, ram.memory.clone(), options).unwrap_err()
+        super::connect(&[ChannelSpec::to(to)], TOKEN, &ram, options).unwrap_err()
     };
     let garbage = connect(fake_destination(vec![9; DataWelcome::BYTES], |_| ()));
     assert!(matches!(garbage, TransportError::Malformed { .. }), "{garbage}");
     let refused =
-        connect(fake_destination(DataWelcome::new(Verdict::WrongVersion).as_bytes().to_vec(), |_| ()));
+        connect(fake_destination(DataWelcome::new((Verdict::WrongVersion, 9)).as_bytes().to_vec(), |_| ()));
     assert!(matches!(refused, TransportError::Refused { verdict: Verdict::WrongVersion, .. }), "{refused}");
     let silent = connect(fake_destination(Vec::new(), |_| thread::sleep(PATIENCE)));
     assert!(matches!(silent, TransportError::Connect { .. }), "{silent}");

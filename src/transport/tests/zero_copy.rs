@@ -13,7 +13,7 @@ use ringferry_testvm::links::{Links, MTU};
 use ringferry_testvm::skip;
 
 use super::*;
-use crate::layout::HostRun;
+use crate::page::Piece;
 use crate::transport::socket;
 use crate::transport::uring::{Completion, RegisteredBuffers, SendMethod, SendOutcome, SendRing};
 
@@ -58,8 +58,8 @@ impl Bridge {
 
 /// Sends a frame with these pages, and aborts the connection once it is queued; whether the kernel says that it
 /// copied them, where it says anything. Returns when it has let go of them.
-fn copied(ring: &mut SendRing, stream: &TcpStream, payload: &[HostRun], method: SendMethod) -> Option<bool> {
-    ring.load(payload, |header| header.extend_from_slice(b"header"));
+fn copied(ring: &mut SendRing, stream: &TcpStream, payload: &[Piece], method: SendMethod) -> Option<bool> {
+    ring.load(payload, &mut Vec::new(), |header| header.extend_from_slice(b"header"));
     ring.send(method).unwrap();
     let deadline = Instant::now() + PATIENCE;
     let mut aborted = false;
@@ -87,7 +87,7 @@ fn copied(ring: &mut SendRing, stream: &TcpStream, payload: &[HostRun], method: 
 }
 
 /// The two ways of zero-copy for `payload`.
-fn methods(ring: &SendRing, ram: &Ram, payload: &[HostRun]) -> [SendMethod; 2] {
+fn methods(ring: &SendRing, ram: &Ram, payload: &[Piece]) -> [SendMethod; 2] {
     let whole = ram.pages().runs().flat_map(|run| ram.memory.host_runs(run).unwrap()).collect::<Vec<_>>();
     let buffers = RegisteredBuffers::new(&ram.memory, &whole).unwrap();
     let buffer = ring.register(&buffers).unwrap().buffer_of(payload).unwrap();
@@ -98,8 +98,8 @@ fn methods(ring: &SendRing, ram: &Ram, payload: &[HostRun]) -> [SendMethod; 2] {
 fn sends_into_a_bridge_without_ports_are_reported_as_zero_copied_and_the_same_on_loopback_as_copied() {
     let ram = Ram::new(&[(0, PAGES)]);
     ram.fill(1);
-    let payload: Vec<HostRun> =
-        ram.pages().runs().flat_map(|run| ram.memory.host_runs(run).unwrap()).collect();
+    let runs = ram.pages().runs().flat_map(|run| ram.memory.host_runs(run).unwrap()).collect::<Vec<_>>();
+    let payload: Vec<Piece> = runs.into_iter().map(Piece::Ram).collect();
     for which in [0, 1] {
         let listener = TcpListener::bind(loopback()).unwrap();
         let stream = Arc::new(TcpStream::connect(listener.local_addr().unwrap()).unwrap());
@@ -142,8 +142,8 @@ fn frames_of_every_run_length_are_zero_copied_out_of_plain_and_registered_memory
     for run_pages in [1, 4, 16, 256, 1024] {
         let runs = (0..CONTENT_PAGES / run_pages).map(|n| n * run_pages * 2);
         let run = |first| PageRun { first: PageIndex(first), pages: run_pages };
-        let payload: Vec<HostRun> =
-            runs.flat_map(|first| ram.memory.host_runs(run(first)).unwrap()).collect();
+        let payload: Vec<Piece> =
+            runs.flat_map(|first| ram.memory.host_runs(run(first)).unwrap()).map(Piece::Ram).collect();
         let costs = [None, Some(0), Some(1)].map(|zero_copy| {
             let sample = |_| {
                 let (stream, _listener) = bridge.connect();

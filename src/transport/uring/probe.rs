@@ -8,9 +8,9 @@ use std::time::Duration;
 use io_uring::types::Fd;
 use io_uring::{Probe, cqueue, opcode};
 
-use super::Ring;
+use super::ring::Ring;
 use super::send::REPORT_USAGE;
-use crate::transport::TransportError;
+use crate::transport::error::TransportError;
 
 /// Loopback answers at once; a kernel that does not is not waited for.
 const ANSWER: Duration = Duration::from_secs(1);

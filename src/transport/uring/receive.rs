@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::TcpStream;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -9,13 +10,15 @@ use std::time::{Duration, Instant};
 use io_uring::{opcode, types};
 use rustix::mm::{Advice, madvise};
 
-use super::{DRAIN, LOOK_UP, Ring, result_of};
+use super::ring::{DRAIN, POLL_INTERVAL, Ring, result_of};
 use crate::layout::{GuestMemory, HostRun, PAGE_SIZE};
-use crate::transport::{TransportError, socket};
-use crate::wire::data::{FrameHeader, WireRun};
-use crate::wire::{FRAME_DATA_PAGES_MAX, FRAME_RUNS_MAX};
+use crate::transport::error::TransportError;
+use crate::transport::socket;
+use crate::wire::data::FrameHeader;
+use crate::wire::{FRAME_DATA_PAGES_MAX, STATE_CHUNK_BYTES_MAX};
 
-const BUFFER_BYTES: usize = FrameHeader::BYTES + FRAME_RUNS_MAX as usize * WireRun::BYTES;
+/// The head of a frame, and a payload that is no pages. What is never used is never touched.
+const BUFFER_BYTES: usize = FrameHeader::HEAD_BYTES_MAX + STATE_CHUNK_BYTES_MAX as usize;
 
 /// A receive that the kernel has no memory for is asked again this often, a millisecond apart.
 const RETRIES_MAX: u32 = 1000;
@@ -59,20 +62,19 @@ impl ReceiveRing {
         })
     }
 
-    /// The first `length` bytes of what was read into the buffer.
-    pub(in crate::transport) fn bytes(&self, length: usize) -> &[u8] {
-        &self.buffer[..length]
+    /// What was read into this part of the buffer.
+    pub(in crate::transport) fn bytes(&self, part: Range<usize>) -> &[u8] {
+        &self.buffer[part]
     }
 
-    /// Fills the buffer from `from` up to `to`. `stop` is asked about fifty times a second.
+    /// Fills a part of the buffer. `stop` is asked about fifty times a second.
     pub(in crate::transport) fn read_bytes(
         &mut self,
-        from: usize,
-        to: usize,
+        part: Range<usize>,
         stop: &dyn Fn() -> bool,
     ) -> io::Result<Received> {
         self.pieces.clear();
-        let wanted = &mut self.buffer[from..to];
+        let wanted = &mut self.buffer[part];
         self.pieces.push(libc::iovec { iov_base: wanted.as_mut_ptr().cast(), iov_len: wanted.len() });
         self.read_pieces(stop)
     }
@@ -101,14 +103,6 @@ impl ReceiveRing {
             // SAFETY: guest RAM, mapped as long as `_memory` lives; populating changes no content.
             let _ = unsafe { madvise(run.host.cast(), run.len_bytes(), Advice::LinuxPopulateWrite) };
         }
-    }
-
-    /// Fills guest RAM with zeros.
-    pub(in crate::transport) fn clear(&mut self, run: &HostRun) {
-        // SAFETY:
-        // * The run is guest RAM, mapped as long as `_memory` lives.
-        // * No guest runs at the destination of a migration, and no other frame of the round has these pages.
-        unsafe { run.host.write_bytes(0, run.len_bytes()) };
     }
 
     fn read_pieces(&mut self, stop: &dyn Fn() -> bool) -> io::Result<Received> {
@@ -156,7 +150,7 @@ impl ReceiveRing {
                 self.drain();
                 return Ok(None);
             }
-            if let Err(error) = self.ring.enter(LOOK_UP) {
+            if let Err(error) = self.ring.enter(POLL_INTERVAL) {
                 self.drain();
                 return Err(error);
             }
@@ -183,7 +177,7 @@ impl ReceiveRing {
         let deadline = Instant::now() + DRAIN;
         while self.ring.in_flight > 0 && Instant::now() < deadline {
             while self.ring.completion().is_some() {}
-            if self.ring.in_flight == 0 || self.ring.enter(LOOK_UP).is_err() {
+            if self.ring.in_flight == 0 || self.ring.enter(POLL_INTERVAL).is_err() {
                 break;
             }
         }

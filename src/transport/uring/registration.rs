@@ -10,9 +10,11 @@ use std::io;
 use std::os::fd::AsRawFd;
 
 use io_uring::IoUring;
+use parking_lot::Mutex;
 
-use super::Ring;
+use super::ring::Ring;
 use crate::layout::{GuestMemory, HostRun};
+use crate::page::Piece;
 
 /// Bytes in one registered buffer, at most: the kernel's own limit (`io_buffer_validate`).
 pub(in crate::transport) const BUFFER_BYTES_MAX: usize = 1 << 30;
@@ -36,6 +38,9 @@ impl fmt::Debug for RegisteredBuffers {
     }
 }
 
+/// Guest RAM as the first channel registered it, for the others to take over; or why it could not.
+pub(in crate::transport) type SharedRegistration = Mutex<Option<Result<RegisteredBuffers, String>>>;
+
 /// Which buffer holds an address: the buffers in ascending order, by first address and length.
 #[derive(Clone, Debug)]
 struct Table(Vec<(usize, usize)>);
@@ -46,15 +51,21 @@ pub(in crate::transport) struct Registration(Table);
 
 impl Registration {
     /// The buffer that holds all of `pieces`, if there is one.
-    pub(in crate::transport) fn buffer_of(&self, pieces: &[HostRun]) -> Option<u16> {
-        let first = pieces.first()?.host.addr();
+    pub(in crate::transport) fn buffer_of(&self, pieces: &[Piece]) -> Option<u16> {
+        let runs = || {
+            pieces.iter().map(|piece| match piece {
+                Piece::Ram(run) => Some(run),
+                Piece::Staged(_) => None,
+            })
+        };
+        let first = runs().next()??.host.addr();
         let Table(buffers) = &self.0;
         let index = buffers.partition_point(|(start, _)| *start <= first).checked_sub(1)?;
         let (start, length) = buffers[index];
         let inside = |piece: &HostRun| {
             piece.host.addr() >= start && piece.host.addr() + piece.len_bytes() <= start + length
         };
-        pieces.iter().all(inside).then(|| u16::try_from(index).ok()).flatten()
+        runs().all(|run| run.is_some_and(inside)).then(|| u16::try_from(index).ok()).flatten()
     }
 }
 

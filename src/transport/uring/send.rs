@@ -15,16 +15,18 @@ use std::time::{Duration, Instant};
 
 use io_uring::{cqueue, opcode, squeue, types};
 
-use super::{DRAIN, RegisteredBuffers, Registration, Ring, result_of};
-use crate::layout::{GuestMemory, HostRun};
-use crate::transport::{TransportError, socket};
-use crate::wire::data::{Acknowledgement, FrameHeader, WireRun};
-use crate::wire::{FRAME_DATA_PAGES_MAX, FRAME_RUNS_MAX};
+use super::registration::{RegisteredBuffers, Registration};
+use super::ring::{DRAIN, POLL_INTERVAL, Ring, result_of};
+use super::wake::Wake;
+use crate::layout::GuestMemory;
+use crate::page::Piece;
+use crate::transport::error::TransportError;
+use crate::transport::socket;
+use crate::wire::FRAME_DATA_PAGES_MAX;
+use crate::wire::data::{Acknowledgement, FrameHeader};
 
 /// Frames that may wait for their acknowledgement on one connection.
 pub(in crate::transport) const SLOTS: usize = 64;
-
-const HEADER_BYTES_MAX: usize = FrameHeader::BYTES + FRAME_RUNS_MAX as usize * WireRun::BYTES;
 
 /// Acknowledgements that one receive can take.
 const ACKNOWLEDGEMENT_BYTES: usize = SLOTS * Acknowledgement::BYTES;
@@ -68,6 +70,8 @@ pub(in crate::transport) enum Completion {
         /// Whether it had copied them.
         copied: bool,
     },
+    /// Somebody used the [`Wake`].
+    Woken,
     /// Bytes from the peer are in [`SendRing::received`]; 0 if it closed.
     Received(io::Result<usize>),
 }
@@ -76,6 +80,8 @@ pub(in crate::transport) enum Completion {
 struct Outgoing {
     header: Vec<u8>,
     header_sent: usize,
+    /// Payload that is not guest RAM.
+    staged: Vec<u8>,
     pieces: Vec<libc::iovec>,
     piece: usize,
     message: libc::msghdr,
@@ -94,6 +100,8 @@ pub(in crate::transport) struct SendRing {
     outgoing: Box<Outgoing>,
     received: Box<[u8; ACKNOWLEDGEMENT_BYTES]>,
     receiving: bool,
+    wake: Arc<Wake>,
+    wake_awaited: bool,
     finished: bool,
 }
 
@@ -103,6 +111,7 @@ enum Operation {
     Header = 1,
     Payload = 2,
     Receive = 3,
+    Wake = 4,
 }
 
 impl SendRing {
@@ -110,17 +119,20 @@ impl SendRing {
         stream: Arc<TcpStream>,
         memory: &GuestMemory,
     ) -> Result<Self, TransportError> {
+        let wake = Wake::new().map_err(|source| TransportError::Ring { what: "eventfd", source })?;
         Ok(Self {
             ring: Ring::new(8)?,
             stream,
             _memory: memory.clone(),
             outgoing: Box::new(Outgoing {
-                header: Vec::with_capacity(HEADER_BYTES_MAX),
+                header: Vec::with_capacity(FrameHeader::HEAD_BYTES_MAX),
                 pieces: Vec::with_capacity(FRAME_DATA_PAGES_MAX as usize),
                 ..Outgoing::default()
             }),
             received: Box::new([0; ACKNOWLEDGEMENT_BYTES]),
             receiving: false,
+            wake: Arc::new(wake),
+            wake_awaited: false,
             finished: false,
         })
     }
@@ -135,18 +147,33 @@ impl SendRing {
         self.outgoing.pending > 0
     }
 
-    /// Takes up the next frame: `write` fills in header and run list; `pages` is its payload. No frame may be
-    /// on its way.
-    pub(in crate::transport) fn load(&mut self, pages: &[HostRun], write: impl FnOnce(&mut Vec<u8>)) {
+    /// What ends this ring's waits from outside.
+    pub(in crate::transport) fn wake(&self) -> &Arc<Wake> {
+        &self.wake
+    }
+
+    /// Takes up the next frame: `write` fills in header and run list; `pieces` is its payload, the staged ones in
+    /// `staged`, which is exchanged for another buffer. No frame may be on its way.
+    pub(in crate::transport) fn load(
+        &mut self,
+        pieces: &[Piece],
+        staged: &mut Vec<u8>,
+        write: impl FnOnce(&mut Vec<u8>),
+    ) {
         assert!(!self.is_sending(), "the kernel still reads the frame before");
-        let outgoing = &mut *self.outgoing;
-        write(&mut outgoing.header);
-        outgoing.header_sent = 0;
-        outgoing.pieces.clear();
-        outgoing.piece = 0;
-        outgoing.pieces.extend(
-            pages.iter().map(|run| libc::iovec { iov_base: run.host.cast(), iov_len: run.len_bytes() }),
-        );
+        let Outgoing { header, header_sent, staged: own, pieces: vectors, piece, .. } = &mut *self.outgoing;
+        write(header);
+        *header_sent = 0;
+        std::mem::swap(own, staged);
+        vectors.clear();
+        *piece = 0;
+        vectors.extend(pieces.iter().map(|piece| match piece {
+            Piece::Ram(run) => libc::iovec { iov_base: run.host.cast(), iov_len: run.len_bytes() },
+            Piece::Staged(range) => {
+                let bytes = &mut own[range.clone()];
+                libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }
+            }
+        }));
     }
 
     /// Sends what is left of the loaded frame.
@@ -191,7 +218,7 @@ impl SendRing {
                 // SAFETY:
                 // * `outgoing` is boxed and not touched while `pending` counts these operations: `load` and
                 //   `send` refuse, and drop drains the ring first.
-                // * The pieces are guest RAM, mapped as long as `_memory` lives.
+                // * The pieces are guest RAM, mapped as long as `_memory` lives, or in `outgoing.staged`.
                 // * The socket is open as long as `stream` is held.
                 unsafe { self.ring.push(&[header, payload]) }
             }
@@ -221,6 +248,21 @@ impl SendRing {
         // SAFETY: `received` is boxed, and read only after `receiving` turned false; drop drains the ring first.
         unsafe { self.ring.push(&[entry]) }?;
         self.receiving = true;
+        Ok(())
+    }
+
+    /// Waits for the [`Wake`], unless that is already so.
+    pub(in crate::transport) fn await_wake(&mut self) -> io::Result<()> {
+        if self.wake_awaited {
+            return Ok(());
+        }
+        let events = u32::try_from(libc::POLLIN).unwrap_or(0);
+        let entry = opcode::PollAdd::new(types::Fd(self.wake.as_raw_fd()), events)
+            .build()
+            .user_data(Operation::Wake as u64);
+        // SAFETY: the entry points to nothing; the descriptor is open as long as `wake` is held.
+        unsafe { self.ring.push(&[entry]) }?;
+        self.wake_awaited = true;
         Ok(())
     }
 
@@ -255,6 +297,11 @@ impl SendRing {
                 self.receiving = false;
                 return Some(Completion::Received(result_of(&entry)));
             }
+            if entry.user_data() == Operation::Wake as u64 {
+                self.wake_awaited = false;
+                self.wake.reset();
+                return Some(Completion::Woken);
+            }
             let of_header = entry.user_data() == Operation::Header as u64;
             self.outgoing.advance(of_header, result_of(&entry));
             if self.outgoing.pending == 0 {
@@ -270,6 +317,7 @@ impl Default for Outgoing {
         Self {
             header: Vec::new(),
             header_sent: 0,
+            staged: Vec::new(),
             pieces: Vec::new(),
             piece: 0,
             // SAFETY: a `msghdr` of zeros is one without address, data and control message.
@@ -332,11 +380,12 @@ impl Drop for SendRing {
         } else {
             socket::abort(&self.stream);
         }
+        self.wake.wake();
         let deadline = Instant::now() + DRAIN;
         // Sends and receives on an aborted connection end at once. Notifications need not be awaited: they
         // concern guest pages, which the kernel itself holds, and no memory of ours.
         while self.ring.in_flight > 0 && Instant::now() < deadline {
-            if self.ring.enter(super::LOOK_UP).is_err() {
+            if self.ring.enter(POLL_INTERVAL).is_err() {
                 break;
             }
             while self.ring.completion().is_some() {}

@@ -10,21 +10,18 @@ fn run_lists() -> impl Strategy<Value = Vec<FrameRun>> {
         let run = |(gap, pages, zero): (u64, u32, bool)| {
             let first = PageIndex(next + gap);
             next = first.0 + u64::from(pages);
-            FrameRun { first, pages, kind: if zero { RunKind::Zero } else { RunKind::Data } }
+            FrameRun { first, pages, kind: if zero { RunKind::Zero } else { RunKind::Raw } }
         };
         parts.into_iter().map(run).collect()
     })
 }
 
 fn frame_of(runs: &[FrameRun]) -> Frame {
-    let data = runs.iter().filter(|run| run.kind == RunKind::Data).map(|run| run.pages).sum::<u32>();
+    let data = runs.iter().filter(|run| run.kind == RunKind::Raw).map(|run| run.pages).sum::<u32>();
     Frame {
-        kind: FrameKind::Pages,
-        sequence: 7,
-        round: 3,
-        argument: 0,
         run_count: u32::try_from(runs.len()).unwrap(),
         payload_bytes: data * 4096,
+        ..Frame::new(FrameKind::Pages, 7, 3, 0)
     }
 }
 
@@ -96,7 +93,7 @@ proptest! {
             bytes.extend_from_slice(run.as_bytes());
         }
         if let Ok((frame, runs)) = read(&signed(bytes)) {
-            let data: u64 = runs.iter().filter(|r| r.kind == RunKind::Data).map(|r| u64::from(r.pages)).sum();
+            let data: u64 = runs.iter().filter(|r| r.kind == RunKind::Raw).map(|r| u64::from(r.pages)).sum();
             prop_assert_eq!(data * 4096, u64::from(frame.payload_bytes));
             prop_assert!(data <= u64::from(FRAME_DATA_PAGES_MAX));
             prop_assert!(runs.iter().all(|run| run.pages > 0));
@@ -106,7 +103,7 @@ proptest! {
 }
 
 fn data(first: u64, pages: u32) -> FrameRun {
-    FrameRun { first: PageIndex(first), pages, kind: RunKind::Data }
+    FrameRun { first: PageIndex(first), pages, kind: RunKind::Raw }
 }
 
 #[test]

@@ -370,7 +370,8 @@ fn send(
         frame_pages_max: args.frame_pages,
         ..SendOptions::default()
     };
-    let mut sender = Sender::connect(&channels, remote.token(), memory.guest().clone(), options)
+    let never = AtomicBool::new(false);
+    let mut sender = Sender::connect(&channels, remote.token(), memory.guest().clone(), options, &never)
         .context("connecting the channels")?;
     let (pages, content_bytes) = (memory.pages(), memory.content_bytes());
     let (begun, cpu) = (Instant::now(), Cpu::of_this_process());

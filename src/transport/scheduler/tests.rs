@@ -21,9 +21,9 @@ proptest! {
         pages in prop::collection::btree_set(prop_oneof![0..3000_u64, 0..4_000_000_u64], 1..300),
         steps in prop::collection::vec((0..3_usize, 0..10_u8, 1..40_u64), 0..400),
     ) {
-        let dealer = Dealer::default();
-        (0..3).for_each(|_| dealer.joined());
-        dealer.begin(1, set(pages.iter().copied()));
+        let scheduler = Scheduler::default();
+        (0..3).for_each(|_| scheduler.joined());
+        scheduler.begin(1, set(pages.iter().copied()));
         let mut in_flight: [Unacknowledged; 3] = Default::default();
         let mut arrived = BTreeSet::new();
         let mut next_connection = 100;
@@ -40,20 +40,20 @@ proptest! {
                         prop_assert!(arrived.insert(page), "page {} twice", page);
                     }
                     flying.runs.clear();
-                    dealer.acknowledged(count);
-                    flying.retiring.drain(..).for_each(|_| dealer.retired());
+                    scheduler.acknowledged(count);
+                    flying.retiring.drain(..).for_each(|_| scheduler.retired());
                 }
                 // Die and come back.
                 0 => {
-                    dealer.lost(next_connection, std::mem::take(flying));
+                    scheduler.lost(next_connection, std::mem::take(flying));
                     next_connection += 1;
-                    dealer.joined();
+                    scheduler.joined();
                 }
                 // The guest dirties pages again.
                 4 => {
                     let first = pages.iter().nth(usize::try_from(count).unwrap() * 7).copied().unwrap_or(0);
                     let run = PageRun { first: PageIndex(first), pages: count * 3 };
-                    let counted = dealer.strike_off(|undealt| {
+                    let counted = scheduler.strike_off(|undealt| {
                         struck_off.extend(undealt.runs_within(run).flat_map(|run| run.first.0..run.end().0));
                         undealt.remove_run(run);
                     });
@@ -63,7 +63,7 @@ proptest! {
                 _ => {}
             }
             let mut runs = Vec::new();
-            match dealer.take(count, &mut runs) {
+            match scheduler.take(count, &mut runs) {
                 Work::Pages { round } => {
                     prop_assert_eq!(round, 1);
                     prop_assert!(runs.iter().map(|run| run.pages).sum::<u64>() <= count);
@@ -77,56 +77,56 @@ proptest! {
         prop_assert!(arrived.is_disjoint(&struck_off));
         arrived.append(&mut struck_off);
         prop_assert_eq!(arrived, pages);
-        prop_assert!(dealer.wait_complete(Duration::ZERO).unwrap());
-        prop_assert_eq!(dealer.pages_left(), 0);
+        prop_assert!(scheduler.wait_complete(Duration::ZERO).unwrap());
+        prop_assert_eq!(scheduler.pages_left(), 0);
     }
 }
 
 #[test]
 fn a_round_ends_only_when_the_dead_connection_is_retired() {
-    let dealer = Dealer::default();
-    dealer.joined();
-    dealer.joined();
-    dealer.begin(1, set(0..10));
+    let scheduler = Scheduler::default();
+    scheduler.joined();
+    scheduler.joined();
+    scheduler.begin(1, set(0..10));
     let mut runs = Vec::new();
-    assert_eq!(dealer.take(10, &mut runs), Work::Pages { round: 1 });
-    dealer.lost(77, Unacknowledged { runs, retiring: Vec::new() });
+    assert_eq!(scheduler.take(10, &mut runs), Work::Pages { round: 1 });
+    scheduler.lost(77, Unacknowledged { runs, retiring: Vec::new() });
     let mut runs = Vec::new();
-    assert_eq!(dealer.take(10, &mut runs), Work::Retire(77));
-    assert_eq!(dealer.take(10, &mut runs), Work::Pages { round: 1 });
-    dealer.acknowledged(10);
-    assert!(!dealer.wait_complete(Duration::ZERO).unwrap());
-    dealer.retired();
-    assert!(dealer.wait_complete(Duration::ZERO).unwrap());
+    assert_eq!(scheduler.take(10, &mut runs), Work::Retire(77));
+    assert_eq!(scheduler.take(10, &mut runs), Work::Pages { round: 1 });
+    scheduler.acknowledged(10);
+    assert!(!scheduler.wait_complete(Duration::ZERO).unwrap());
+    scheduler.retired();
+    assert!(scheduler.wait_complete(Duration::ZERO).unwrap());
 }
 
 #[test]
 fn a_connection_that_dies_with_nothing_in_flight_needs_no_retirement() {
-    let dealer = Dealer::default();
-    dealer.joined();
-    dealer.begin(1, set([]));
-    dealer.lost(5, Unacknowledged::default());
-    assert!(dealer.wait_complete(Duration::ZERO).unwrap());
+    let scheduler = Scheduler::default();
+    scheduler.joined();
+    scheduler.begin(1, set([]));
+    scheduler.lost(5, Unacknowledged::default());
+    assert!(scheduler.wait_complete(Duration::ZERO).unwrap());
 }
 
 #[test]
 fn pages_are_dealt_from_the_top_and_those_struck_off_are_not() {
-    let dealer = Dealer::default();
-    dealer.joined();
-    dealer.begin(1, set((0..10).chain(3_000_000..3_000_004)));
+    let scheduler = Scheduler::default();
+    scheduler.joined();
+    scheduler.begin(1, set((0..10).chain(3_000_000..3_000_004)));
     let mut runs = Vec::new();
     let run = |first, pages| PageRun { first: PageIndex(first), pages };
-    assert_eq!(dealer.take(6, &mut runs), Work::Pages { round: 1 });
+    assert_eq!(scheduler.take(6, &mut runs), Work::Pages { round: 1 });
     assert_eq!(runs, [run(8, 2), run(3_000_000, 4)]);
     // What is dealt already cannot be struck off any more.
-    assert_eq!(dealer.strike_off(|undealt| undealt.remove_run(run(5, 4))), 3);
-    assert_eq!(dealer.take(6, &mut runs), Work::Pages { round: 1 });
+    assert_eq!(scheduler.strike_off(|undealt| undealt.remove_run(run(5, 4))), 3);
+    assert_eq!(scheduler.take(6, &mut runs), Work::Pages { round: 1 });
     assert_eq!(runs, [run(0, 5)]);
-    dealer.acknowledged(11);
-    assert!(dealer.wait_complete(Duration::ZERO).unwrap());
+    scheduler.acknowledged(11);
+    assert!(scheduler.wait_complete(Duration::ZERO).unwrap());
     // The last pages of a round may be struck off.
-    dealer.begin(2, set([1, 2]));
-    assert!(!dealer.wait_complete(Duration::ZERO).unwrap());
-    assert_eq!(dealer.strike_off(PageSet::clear), 2);
-    assert!(dealer.wait_complete(Duration::ZERO).unwrap());
+    scheduler.begin(2, set([1, 2]));
+    assert!(!scheduler.wait_complete(Duration::ZERO).unwrap());
+    assert_eq!(scheduler.strike_off(PageSet::clear), 2);
+    assert!(scheduler.wait_complete(Duration::ZERO).unwrap());
 }

@@ -1,0 +1,48 @@
+//! How to send.
+
+use std::time::Duration;
+
+use super::pacing::MaxBandwidth;
+use super::policy::ZeroCopy;
+use super::socket::PEER_TIMEOUT;
+
+/// How to send.
+#[derive(Clone, Debug)]
+pub struct SendOptions {
+    /// Copy or zero-copy.
+    pub zero_copy: ZeroCopy,
+    /// Whether guest RAM may be registered with the kernel where that pays. Not for a VMM that discards guest memory
+    /// (balloon, `MADV_DONTNEED`, hole punching) while it migrates: a registered page that was discarded would be
+    /// sent as it was.
+    pub register_memory: bool,
+    /// The limit over all channels; keep a clone to change it while a round is being sent.
+    pub max_bandwidth: MaxBandwidth,
+    /// How long it may take until every channel is connected and its greeting answered.
+    pub connect_timeout: Duration,
+    /// How long nothing may be acknowledged before a channel is given up: its pages wait that long.
+    pub stall_timeout: Duration,
+    /// How long the destination's kernel may keep silent before a connection counts as dead.
+    pub peer_timeout: Duration,
+    /// Whether channels that died are connected again while the others carry on.
+    pub reconnect: bool,
+    /// How long a round waits for a channel to come back when all are gone, with `reconnect`.
+    pub reconnect_grace: Duration,
+    /// Pages per frame, at most; 0 leaves it to the measured bandwidth. For experiments.
+    pub frame_pages_max: u32,
+}
+
+impl Default for SendOptions {
+    fn default() -> Self {
+        Self {
+            zero_copy: ZeroCopy::Auto,
+            register_memory: true,
+            max_bandwidth: MaxBandwidth::default(),
+            connect_timeout: Duration::from_secs(5),
+            stall_timeout: Duration::from_secs(5),
+            peer_timeout: PEER_TIMEOUT,
+            reconnect: true,
+            reconnect_grace: Duration::from_secs(10),
+            frame_pages_max: 0,
+        }
+    }
+}
