@@ -145,7 +145,8 @@ impl Door {
                 return Err(DestinationError::Cancelled);
             }
             if let Some(waited) = limit.filter(|limit| since.elapsed() > *limit) {
-                return Err(DestinationError::NobodyCame { address: self.shared.options.address, waited });
+                let address = self.local_addr().unwrap_or(self.shared.options.address);
+                return Err(DestinationError::NobodyCame { address, waited });
             }
             self.shared.changed.wait_for(&mut state, CANCEL_POLL);
         }

@@ -3,7 +3,6 @@
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::thread;
-use std::time::Duration;
 
 use ringferry::wire::control::{HEAD_BYTES, Head, Message};
 
@@ -16,8 +15,6 @@ pub enum Fault {
     Half,
     /// From here on nothing is forwarded in either direction, and nothing is closed.
     Stall,
-    /// It is forwarded so much later, and everything behind it too.
-    Delay(Duration),
 }
 
 /// The fault of one migration, if it has one.
@@ -59,10 +56,6 @@ fn forward(mut from: TcpStream, mut to: TcpStream, proxied: Proxied) {
                 // Whatever comes is swallowed until the source has had enough.
                 while from.read(&mut [0; 1024]).is_ok_and(|read| read > 0) {}
                 None
-            }
-            Some((_, Fault::Delay(time))) => {
-                thread::sleep(time);
-                to.write_all(&bytes).ok()
             }
             None => to.write_all(&bytes).ok(),
         }

@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -365,10 +365,4 @@ pub fn wait_until(what: &str, done: impl Fn() -> bool) {
         assert!(Instant::now() < deadline, "not in 20 s: {what}");
         thread::sleep(Duration::from_millis(1));
     }
-}
-
-/// A number that no two calls give.
-pub fn unique() -> u64 {
-    static NEXT: AtomicU64 = AtomicU64::new(1);
-    NEXT.fetch_add(1, Ordering::Relaxed)
 }
