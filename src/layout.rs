@@ -162,6 +162,13 @@ pub enum LayoutError {
     Aliased(SlotId, SlotId),
     /// A run of pages that is not wholly inside guest RAM; the first page outside.
     NotRam(PageIndex),
+    /// A name was given to a block that does not begin here: no region does.
+    NoBlock(PageIndex),
+    /// The block at this page was to have a name that is empty, longer than [`BLOCK_NAME_BYTES_MAX`], or has control
+    /// characters.
+    BlockName(PageIndex),
+    /// The block at this page has a name already, or was to have that of another block.
+    BlockNamed(PageIndex),
 }
 
 impl fmt::Display for LayoutError {
@@ -173,16 +180,33 @@ impl fmt::Display for LayoutError {
             Self::Overlap(page) => write!(f, "two regions of guest RAM claim the page at {}", page.address()),
             Self::Aliased(a, b) => write!(f, "{a:?} and {b:?} are mapped to the same host memory"),
             Self::NotRam(page) => write!(f, "the page at {} is not guest RAM", page.address()),
+            Self::NoBlock(page) => write!(f, "no region begins at {page:?}, so no block there can be named"),
+            Self::BlockName(page) => write!(
+                f,
+                "the name of the block at {page:?} must have 1 to {BLOCK_NAME_BYTES_MAX} bytes and no control characters"
+            ),
+            Self::BlockNamed(page) => {
+                write!(f, "the block at {page:?} has a name already, or another block has this one")
+            }
         }
     }
 }
 
 impl std::error::Error for LayoutError {}
 
+/// The longest name of a block, in bytes.
+pub const BLOCK_NAME_BYTES_MAX: usize = 64;
+
 /// All of a guest's RAM as this process maps it, in guest-physical order.
+///
+/// A VMM may have memory that moves with the VM and has no place in guest-physical space, or a changing one: VRAM behind a
+/// BAR, a ROM, a device's own buffers. It is a region like any other, at page indexes that no guest RAM has and that the VMM
+/// chooses, and it has a name besides: [`name_block`](Self::name_block). Source and destination give it the same of both.
 #[derive(Clone, Debug)]
 pub struct GuestMemory {
     regions: Vec<Region>,
+    /// First page and name of each region that has one.
+    names: Vec<(PageIndex, String)>,
     /// Dropped with the last clone.
     owner: Option<Arc<dyn Any + Send + Sync>>,
 }
@@ -239,7 +263,7 @@ impl GuestMemory {
         {
             return Err(LayoutError::Aliased(pair[0].slot, pair[1].slot));
         }
-        Ok(Self { regions, owner: None })
+        Ok(Self { regions, names: Vec::new(), owner: None })
     }
 
     /// Keeps `owner`, which holds the mappings, for as long as the value and its clones live: the easy way to fulfil
@@ -247,6 +271,37 @@ impl GuestMemory {
     pub fn kept_by(mut self, owner: Arc<dyn Any + Send + Sync>) -> Self {
         self.owner = Some(owner);
         self
+    }
+
+    /// Names the region that begins at `first`, as a block of memory outside guest-physical space.
+    ///
+    /// The name is its identity, for people and for the peer: `vga.vram`, `bios`. A block that no memory slot of KVM maps
+    /// has no writes that KVM knows of: it is left out of what [`DirtyTracker::add_memory`](crate::track::DirtyTracker::add_memory)
+    /// is given, and whoever writes it is an [external source](crate::track::external) of dirty pages.
+    ///
+    /// # Errors
+    ///
+    /// [`LayoutError::NoBlock`], [`LayoutError::BlockName`] or [`LayoutError::BlockNamed`]; nothing has changed then.
+    pub fn name_block(&mut self, first: PageIndex, name: &str) -> Result<(), LayoutError> {
+        if !self.regions.iter().any(|region| region.pages.first == first) {
+            return Err(LayoutError::NoBlock(first));
+        }
+        if !(1..=BLOCK_NAME_BYTES_MAX).contains(&name.len()) || name.chars().any(char::is_control) {
+            return Err(LayoutError::BlockName(first));
+        }
+        if self.names.iter().any(|(page, known)| *page == first || known == name) {
+            return Err(LayoutError::BlockNamed(first));
+        }
+        self.names.push((first, name.to_owned()));
+        Ok(())
+    }
+
+    /// Name and pages of each named block, in the order of their pages.
+    pub fn blocks(&self) -> impl Iterator<Item = (&str, PageRun)> {
+        self.regions.iter().filter_map(|region| {
+            let (_, name) = self.names.iter().find(|(first, _)| *first == region.pages.first)?;
+            Some((name.as_str(), region.pages))
+        })
     }
 
     /// The regions in guest-physical order.
@@ -398,6 +453,38 @@ mod tests {
         assert_eq!(runs(u64::MAX, 2), Some(LayoutError::NotRam(PageIndex(u64::MAX))));
         assert_eq!(runs(u64::MAX, u64::MAX), Some(LayoutError::NotRam(PageIndex(u64::MAX))));
         assert_eq!(runs(3, 0), Some(LayoutError::Empty));
+    }
+
+    #[test]
+    fn blocks_outside_guest_physical_space_are_listed_by_name() {
+        let mut memory = memory(vec![
+            region(0, 0, 16, 0x1000),
+            region(1, 0x100, 4, 0x2_0000),
+            region(2, 0x200, 8, 0x4_0000),
+        ])
+        .unwrap();
+        assert_eq!(memory.blocks().count(), 0);
+        memory.name_block(PageIndex(0x200), "vga.vram").unwrap();
+        memory.name_block(PageIndex(0x100), &"b".repeat(BLOCK_NAME_BYTES_MAX)).unwrap();
+        let blocks: Vec<_> =
+            memory.blocks().map(|(name, run)| (name.len(), run.first.0, run.pages)).collect();
+        assert_eq!(blocks, [(64, 0x100, 4), (8, 0x200, 8)]);
+        assert_eq!(memory.clone().blocks().count(), 2);
+    }
+
+    #[test]
+    fn a_name_that_is_no_name_or_names_no_block_is_refused_and_changes_nothing() {
+        let mut memory = memory(vec![region(0, 0, 16, 0x1000), region(1, 0x100, 4, 0x2_0000)]).unwrap();
+        let (first, second) = (PageIndex(0), PageIndex(0x100));
+        assert_eq!(memory.name_block(PageIndex(1), "rom"), Err(LayoutError::NoBlock(PageIndex(1))));
+        for name in ["", &"n".repeat(BLOCK_NAME_BYTES_MAX + 1), "ro\nm"] {
+            assert_eq!(memory.name_block(second, name), Err(LayoutError::BlockName(second)));
+        }
+        assert_eq!(memory.blocks().count(), 0);
+        memory.name_block(second, "rom").unwrap();
+        assert_eq!(memory.name_block(second, "other"), Err(LayoutError::BlockNamed(second)));
+        assert_eq!(memory.name_block(first, "rom"), Err(LayoutError::BlockNamed(first)));
+        assert_eq!(memory.blocks().count(), 1);
     }
 
     #[test]
