@@ -72,6 +72,8 @@ pub struct Status {
     pub round_pages_done: u64,
     /// Data bytes sent since the start.
     pub bytes_sent: u64,
+    /// Bytes of device and machine state sent since the start.
+    pub state_bytes: u64,
     /// Bandwidth as last measured on the wire.
     pub wire_bytes_per_s: f64,
     /// Pages dirtied in the current round so far, per vCPU; empty if the backend cannot tell vCPUs apart.

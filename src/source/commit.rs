@@ -19,6 +19,8 @@ use crate::wire::control::Message;
 #[derive(Debug)]
 pub(super) struct Prepared {
     pub standstill: Standstill,
+    /// When the last page and the last piece of state were in place there.
+    pub copied_at: Instant,
 }
 
 /// The VM is not this side's any more.
@@ -64,11 +66,10 @@ impl Prepared {
         Ok(HandedOver::Unconfirmed(self.standstill.paused, cause))
     }
 
-    /// The VM is gone. Its RAM is still here, exactly as it was left: what was never dirty by tracking and has changed all
-    /// the same can be found now, when it costs the guest nothing.
+    /// The VM is gone from here.
     fn confirmed<V: Vm + ?Sized, D: DirtySource + ?Sized>(self, migration: &mut Migration<'_, V, D>) {
-        migration.stop_tracking();
         let report = &mut migration.report;
+        report.handover_ms = millis(self.copied_at.elapsed());
         report.downtime_ms = millis(self.standstill.since.elapsed());
         report.total_ms = millis(migration.started.elapsed());
         report.downtime_limit_kept = report.downtime_ms <= report.downtime_limit_ms;
@@ -79,15 +80,7 @@ impl Prepared {
                 "the guest stood still for longer than the downtime limit"
             );
         }
-        if let Some(verification) = migration.verification.take() {
-            let audit = verification.audit();
-            report.ram_digest_match = Some(audit.differing_pages == 0);
-            report.untracked_pages = audit.differing_pages;
-            if let Some(first) = audit.first {
-                let pages = audit.differing_pages;
-                tracing::error!(pages, first = %first.address(), "pages changed without having been tracked: they are lost");
-            }
-        }
+        migration.stop_tracking();
     }
 }
 

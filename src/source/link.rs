@@ -1,5 +1,6 @@
 //! The way to the destination: its control connection and its data connections, which outlive every phase.
 
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use super::error::SourceError;
@@ -13,6 +14,8 @@ use crate::wire::control::Message;
 const PING_EVERY: Duration = Duration::from_millis(100);
 /// Before the guest is stopped, the destination must have answered a ping that is no older than this.
 const ALIVE_WITHIN: Duration = Duration::from_millis(250);
+/// How long the destination is told about a failure at most: the guest runs here already.
+const TELL_TIMEOUT: Duration = Duration::from_secs(1);
 /// A wait for the answer to a ping looks this often whether it has come.
 const ALIVE_POLL: Duration = Duration::from_micros(200);
 
@@ -88,13 +91,16 @@ impl Link {
             _ => error,
         }
     }
+}
 
-    /// Tells the destination that the VM stays here. The connection may be what failed; then it notices by itself.
-    pub fn tell_of_the_end(&self, error: &SourceError, timeout: Duration) {
-        let never = std::sync::atomic::AtomicBool::new(false);
-        let wait = Wait { deadline: Instant::now() + timeout, cancel: &never };
-        let _ = self.control.send(&Message::Abort(error.reason(), error.to_string()), wait);
+/// Tells the destination that the VM stays here. The connection may be what failed; then it notices by itself.
+pub(super) fn tell_of_the_end(control: &ControlConnection, error: &SourceError) {
+    if matches!(error, SourceError::Aborted { .. } | SourceError::Refused { .. }) {
+        return;
     }
+    let never = AtomicBool::new(false);
+    let wait = Wait { deadline: Instant::now() + TELL_TIMEOUT, cancel: &never };
+    let _ = control.send(&Message::Abort(error.reason(), error.to_string()), wait);
 }
 
 /// The error that a message is which ends the migration, or comes when it must not.

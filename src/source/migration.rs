@@ -1,9 +1,9 @@
 //! What all phases of a migration share: the VM, its tracker, what was harvested, and the report.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::error::SourceError;
-use super::link::Link;
+use super::link::{Link, tell_of_the_end};
 use super::report::SourceReport;
 use super::verification::Verification;
 use super::{SourceOptions, as_u32, commit, millis};
@@ -14,9 +14,6 @@ use crate::track::DirtySource;
 use crate::transport::control::ControlError;
 use crate::transport::{RoundSent, TransportError};
 use crate::vm::{Paused, Vm};
-
-/// How long the destination is told about a failure at most: the guest runs here already.
-const TELL_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// One migration.
 #[derive(Debug)]
@@ -99,9 +96,7 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Migration<'a, V, D> {
         self.tracker.give_back(&self.taken);
         self.stop_tracking();
         let error = link.cause(self.cancelled_or(error));
-        if !matches!(error, SourceError::Aborted { .. }) {
-            link.tell_of_the_end(&error, TELL_TIMEOUT);
-        }
+        tell_of_the_end(&link.control, &error);
         error
     }
 
@@ -119,6 +114,19 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Migration<'a, V, D> {
     pub fn stop_tracking(&mut self) {
         if let Err(error) = self.tracker.stop() {
             tracing::warn!(%error, "tracking could not be stopped");
+        }
+    }
+
+    /// The VM is gone. Its RAM is still here, exactly as it was left: what was never dirty by tracking and has changed all
+    /// the same can be found now, when it costs the guest nothing.
+    pub fn audit(&mut self) {
+        let Some(verification) = self.verification.take() else { return };
+        let audit = verification.audit();
+        self.report.ram_digest_match = Some(audit.differing_pages == 0);
+        self.report.untracked_pages = audit.differing_pages;
+        if let Some(first) = audit.first {
+            let pages = audit.differing_pages;
+            tracing::error!(pages, first = %first.address(), "pages changed without having been tracked: they are lost");
         }
     }
 

@@ -145,6 +145,9 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Source<'a, V, D> {
         let mut migration = self.migration;
         migration.started = Instant::now();
         let handed_over = attempt(&mut migration);
+        if let Ok(commit::HandedOver::Confirmed) = &handed_over {
+            migration.audit();
+        }
         migration.publish_end(&handed_over);
         Ok(match handed_over? {
             commit::HandedOver::Confirmed => Outcome::HandedOver(Box::new(migration.report)),

@@ -202,7 +202,7 @@ impl<V: Vm + ?Sized, D: DirtySource + ?Sized> Precopy<'_, '_, V, D> {
         // The guest runs: what bounds this is the peer's sign of life, which the control connection watches.
         let wait =
             Wait { deadline: Instant::now() + Duration::from_secs(3600), cancel: parameters.cancel_flag() };
-        let mut writer = StateWriter::new(self.link, wait);
+        let mut writer = StateWriter::new(self.link, &self.migration.progress, wait);
         let saved = self.migration.vm.save_device_state(Moment::Running, &mut writer);
         writer.finish(saved)
     }

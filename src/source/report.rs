@@ -33,6 +33,8 @@ pub struct SourceReport {
     pub downtime_limit_kept: bool,
     /// Of the downtime: until devices stood still and state was saved.
     pub save_state_ms: f64,
+    /// Of the downtime: from the last page's being in place there to the word that the destination runs.
+    pub handover_ms: f64,
     /// Bytes of device and machine state.
     pub state_bytes: u64,
     /// Every round; the last ones were sent while the guest stood still.

@@ -1,12 +1,13 @@
 //! The first phase: both sides agree on a version, features and the VM's shape, and the data connections are made. The
 //! guest runs, and nothing has to be undone yet.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
 use super::as_u32;
 use super::error::SourceError;
-use super::link::{Link, refusal};
+use super::link::{Link, refusal, tell_of_the_end};
 use super::migration::Migration;
 use crate::layout::{PAGE_SIZE, PageRun};
 use crate::track::DirtySource;
@@ -21,17 +22,34 @@ use crate::wire::hello::{Accept, Hello, Token};
 pub(super) fn run<V: Vm + ?Sized, D: DirtySource + ?Sized>(
     migration: &mut Migration<'_, V, D>,
 ) -> Result<Link, SourceError> {
-    let options = &migration.options;
-    let parameters = migration.progress.parameters();
-    let cancel = parameters.cancel_flag();
+    let (options, progress) = (&migration.options, migration.progress.clone());
+    let cancel = progress.parameters().cancel_flag();
     let wait = Wait { deadline: Instant::now() + options.answer_timeout, cancel };
     let unreachable = |source| ControlError::Connect { address: options.destination.clone(), source };
     let stream = dial::dial(&options.destination, options.answer_timeout, cancel).map_err(unreachable)?;
     let peer = stream.peer_addr().map_err(unreachable)?;
     socket::prepare(&stream, options.peer_timeout).map_err(unreachable)?;
     let control = ControlConnection::keep(Arc::new(stream), options.peer_timeout)?;
+    match offer(migration, &control, peer, wait) {
+        Ok(sender) => Ok(Link::new(control, sender, migration.options.peer_timeout)),
+        Err(error) => {
+            let error = migration.cancelled_or(error);
+            tell_of_the_end(&control, &error);
+            Err(error)
+        }
+    }
+}
 
-    let token = random_token().map_err(unreachable)?;
+/// Offers the destination the VM, and makes the data connections that it asks for.
+fn offer<V: Vm + ?Sized, D: DirtySource + ?Sized>(
+    migration: &mut Migration<'_, V, D>,
+    control: &ControlConnection,
+    peer: SocketAddr,
+    wait: Wait<'_>,
+) -> Result<Sender, SourceError> {
+    let options = &migration.options;
+    let parameters = migration.progress.parameters();
+    let token = random_token()?;
     let channels = match options.channel_specs.len() {
         0 => options.channels,
         given => as_u32(given),
@@ -67,12 +85,11 @@ pub(super) fn run<V: Vm + ?Sized, D: DirtySource + ?Sized>(
         options.channel_specs.clone()
     };
     let send = SendOptions { max_bandwidth: parameters.max_bandwidth().clone(), ..options.send.clone() };
-    let sender = Sender::connect(&specs, MigrationToken(token), migration.memory.clone(), send, cancel)?;
-    let link = Link::new(control, sender, options.peer_timeout);
+    let sender = Sender::connect(&specs, MigrationToken(token), migration.memory.clone(), send, wait.cancel)?;
     migration.report.channels = channels;
     migration.report.memory_bytes = migration.memory.pages() * PAGE_SIZE as u64;
     migration.tracker.backend().clone_into(&mut migration.report.backend);
-    Ok(link)
+    Ok(sender)
 }
 
 fn agree(ours: &[Feature], accept: &Accept) -> Result<(), SourceError> {
@@ -87,8 +104,11 @@ fn agree(ours: &[Feature], accept: &Accept) -> Result<(), SourceError> {
 }
 
 /// A migration's name on its connections.
-fn random_token() -> std::io::Result<Token> {
+fn random_token() -> Result<Token, SourceError> {
     let mut token = Token::default();
-    getrandom::fill(&mut token).map_err(std::io::Error::from)?;
+    getrandom::fill(&mut token).map_err(|error| ControlError::Connect {
+        address: "the kernel's random numbers".to_owned(),
+        source: error.into(),
+    })?;
     Ok(token)
 }

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use super::error::SourceError;
 use super::link::{Link, refusal};
-use crate::transport::control::Wait;
+use crate::progress::Progress;
+use crate::transport::control::{ControlError, Wait};
 use crate::vm::VmError;
 use crate::wire::STATE_WINDOW_BYTES;
 use crate::wire::state::{RECORD_BYTES_MAX, RecordKind, record};
@@ -32,6 +33,7 @@ impl StateStream {
 /// rest.
 pub(super) struct StateWriter<'l> {
     link: &'l mut Link,
+    progress: &'l Progress,
     wait: Wait<'l>,
     buffer: Vec<u8>,
     /// Why the stream stopped, which an [`io::Error`] cannot carry through the VMM.
@@ -39,8 +41,8 @@ pub(super) struct StateWriter<'l> {
 }
 
 impl<'l> StateWriter<'l> {
-    pub fn new(link: &'l mut Link, wait: Wait<'l>) -> Self {
-        Self { link, wait, buffer: Vec::new(), failure: None }
+    pub fn new(link: &'l mut Link, progress: &'l Progress, wait: Wait<'l>) -> Self {
+        Self { link, progress, wait, buffer: Vec::new(), failure: None }
     }
 
     /// The VMM has written its devices' state, or failed to.
@@ -72,6 +74,7 @@ impl<'l> StateWriter<'l> {
         self.wait_for_room(bytes)?;
         self.link.sender.send_state(self.link.state.sent, record)?;
         self.link.state.sent += bytes;
+        self.progress.update(|status| status.state_bytes = self.link.state.sent);
         Ok(())
     }
 
@@ -81,8 +84,7 @@ impl<'l> StateWriter<'l> {
                 return Err(SourceError::Cancelled);
             }
             if Instant::now() >= self.wait.deadline {
-                let expected = "room for device state";
-                return Err(crate::transport::control::ControlError::Timeout { expected }.into());
+                return Err(ControlError::Timeout { expected: "room for device state" }.into());
             }
             if let Some(message) = self.link.control.poll("StateTaken")? {
                 return Err(refusal(message, "StateTaken"));

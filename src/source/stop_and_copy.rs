@@ -62,7 +62,7 @@ impl Standstill {
         link: &mut Link,
     ) -> Result<Prepared, SourceError> {
         match self.bring_over(migration, link) {
-            Ok(()) => Ok(Prepared { standstill: self }),
+            Ok(copied_at) => Ok(Prepared { standstill: self, copied_at }),
             Err(error) => Err(self.undo(migration, link, error)),
         }
     }
@@ -88,7 +88,7 @@ impl Standstill {
         &mut self,
         migration: &mut Migration<'_, V, D>,
         link: &mut Link,
-    ) -> Result<(), SourceError> {
+    ) -> Result<Instant, SourceError> {
         let progress = migration.progress.clone();
         let wait = self.wait(progress.parameters().cancel_flag());
         // Nothing holds bytes back while the guest stands still.
@@ -117,8 +117,10 @@ impl Standstill {
             let sent = in_place(link, wait)?;
             migration.round_sent(&sent, pages, RoundReport::default());
         }
+        let copied_at = Instant::now();
         migration.report.channel_reports = super::report::channel_reports(&link.sender.counters());
-        prepare(migration, link, wait)
+        prepare(migration, link, wait)?;
+        Ok(copied_at)
     }
 
     /// Devices stand still, state is saved; then comes what was written until then.
@@ -131,7 +133,7 @@ impl Standstill {
         let begun = Instant::now();
         let failed = |action| move |source| SourceError::Vm { action, source };
         let quiesced = migration.vm.quiesce(&self.paused).map_err(failed("stop its devices"))?;
-        let mut writer = StateWriter::new(link, wait);
+        let mut writer = StateWriter::new(link, &migration.progress, wait);
         let saved = migration.vm.save_device_state(Moment::Stopped(&quiesced), &mut writer);
         writer.finish(saved)?;
         let saved = migration.vm.save_state(&quiesced);
@@ -141,7 +143,7 @@ impl Standstill {
         migration.tracker.harvest_final(&settled, &mut rest)?;
         migration.taken.union(&rest);
         migration.report.save_state_ms = millis(begun.elapsed());
-        StateWriter::new(link, wait).machine(&machine)?;
+        StateWriter::new(link, &migration.progress, wait).machine(&machine)?;
         migration.report.state_bytes = link.state.bytes();
         Ok(rest)
     }
