@@ -8,7 +8,7 @@ use crate::converge::{
 };
 use crate::layout::{GuestMemory, PAGE_SIZE};
 use crate::progress::{self, Event, Progress};
-use crate::track::{self, DirtySource, Observed, SeenDirty, TrackError, VcpuHandle};
+use crate::track::{self, DirtySource, Observed, Redirtied, TrackError, VcpuHandle};
 use crate::transport::{SendHandle, Totals};
 use crate::vm::Vm;
 
@@ -21,7 +21,7 @@ pub(super) struct Steering {
     terms_version: u64,
     vcpus: Vec<SteeredVcpu>,
     samples: Vec<VcpuSample>,
-    seen: SeenDirty,
+    redirtied: Redirtied,
     /// The last two.
     looks_took: [Duration; 2],
     last_look: (Duration, Vec<u64>),
@@ -80,7 +80,7 @@ impl Steering {
             started,
             terms_version,
             samples: Vec::with_capacity(vcpus.len()),
-            seen: SeenDirty::new(memory.end()),
+            redirtied: Redirtied::new(memory.end()),
             looks_took: [Duration::ZERO; 2],
             vcpus: vcpus.into_iter().map(steered).collect(),
             last_look: (Duration::ZERO, Vec::new()),
@@ -119,9 +119,9 @@ impl Steering {
         }
         let began = Instant::now();
         let observed = if self.controller.leaves_redirtied() {
-            let observed = tracker.observe_into(&mut self.seen)?;
-            sender.strike_off(|undealt| self.seen.strike_off(undealt));
-            self.seen.clear();
+            let observed = tracker.observe_into(&mut self.redirtied)?;
+            sender.strike_off(|undealt| self.redirtied.strike_off(undealt));
+            self.redirtied.clear();
             observed
         } else {
             tracker.observe()?
