@@ -1,4 +1,4 @@
-//! The one who decides: takes what is seen, keeps the model, and says who is held back and when it ends.
+//! The part that decides: takes what is observed, keeps the model, and says who is held back and when it ends.
 //!
 //! Owns the order of things within a round and what is learned in it; `planning` turns that into quotas, and the
 //! arithmetic is in its neighbours. Before it comes `track`, whose counts it is given; after it `source`, which does what
@@ -9,9 +9,9 @@ mod planning;
 use std::time::Duration;
 
 use super::curve::Curve;
-use super::looks::Looks;
+use super::events::EventLog;
 use super::model::{AIM, Model, Round};
-use super::news::News;
+use super::sampling::Sampling;
 use super::throttle::{LONGEST_STALL, LONGEST_STALL_EVER, Throttle};
 use super::{
     Action, AtTimeout, Change, Event, Gate, LastCheck, Observation, Pages, Policy, Prediction, Settings,
@@ -40,7 +40,7 @@ struct Current {
     start: f64,
     pages: f64,
     done: f64,
-    skipped: f64,
+    struck_off: f64,
     /// It is expected to leave markedly less than it began with, with nobody held back.
     shrinks: bool,
     /// How long the round before went on with nobody held back.
@@ -83,20 +83,20 @@ pub struct Controller {
     throttled_seen: Vec<f64>,
     next_plan: f64,
     prediction: Option<Prediction>,
-    looks: Looks,
+    sampling: Sampling,
     longest_stall: Duration,
     /// Since when braking wants longer stalls, or shorter ones again.
     other_stalls_wanted: Option<Duration>,
     called_off: u32,
-    news: News,
+    events: EventLog,
 }
 
 impl Controller {
     /// A controller for a migration that starts now.
     pub fn new(settings: Settings) -> Self {
         Self {
-            news: News::new(settings.limits.downtime),
-            looks: Looks::new(settings.gate_latency),
+            events: EventLog::new(settings.limits.downtime),
+            sampling: Sampling::new(settings.gate_latency),
             settings,
             model: Model::default(),
             round: Current::default(),
@@ -131,11 +131,11 @@ impl Controller {
         change(&mut self.settings);
         if self.settings.policy != before.policy {
             (self.target, self.level) = (None, None);
-            self.news.tell(now, Change::Policy(self.settings.policy));
+            self.events.record(now, Change::Policy(self.settings.policy));
         }
         if self.settings.limits != before.limits {
-            self.news.limits_set(self.settings.limits.downtime_at(now));
-            self.news.tell(now, Change::Limits(self.settings.limits.clone()));
+            self.events.limits_set(self.settings.limits.downtime_at(now));
+            self.events.record(now, Change::Limits(self.settings.limits.clone()));
         }
         self.next_plan = 0.0;
     }
@@ -157,14 +157,14 @@ impl Controller {
     /// Not in a round that is not braked and does not shrink by itself: it would end as soon as the guest had dirtied
     /// all of it again, and another like it would begin, each at the price of a fault per page. And not under the
     /// older policies, which are there to be compared with.
-    pub fn leaves_redirtied(&self) -> bool {
+    pub fn strikes_off_redirtied(&self) -> bool {
         let gets_anywhere = self.round.number <= 1 || self.target.is_some() || self.round.shrinks;
         matches!(self.settings.policy, Policy::FairShare(_)) && gets_anywhere
     }
 
     /// How long to wait until the next observation.
-    pub fn next_look(&self) -> Duration {
-        self.looks.next(&self.shares, &self.throttles, &self.gates)
+    pub fn next_sample(&self) -> Duration {
+        self.sampling.next(&self.shares, &self.throttles, &self.gates)
     }
 
     /// λ of the current round, if it is braked.
@@ -196,7 +196,7 @@ impl Controller {
 
     /// What has happened since this was last called.
     pub fn take_events(&mut self) -> impl Iterator<Item = Event> + '_ {
-        self.news.take()
+        self.events.take()
     }
 
     /// A round starts with so many pages: everything dirty has been harvested and counts start at 0 again.
@@ -208,7 +208,7 @@ impl Controller {
         self.model.bandwidth.start(at, self.bytes_acked);
         self.counts.fill(Pages(0));
         self.throttles.iter_mut().for_each(Throttle::recycled);
-        self.looks.round_started(now);
+        self.sampling.round_started(now);
         self.round = Current {
             number: self.round.number.saturating_add(1),
             start: at,
@@ -228,7 +228,7 @@ impl Controller {
     /// Something has been seen in the middle of a round.
     pub fn observed(&mut self, now: Duration, seen: &Observation<'_>) -> Action {
         self.learn(now, seen);
-        self.looks.begins(now, self.settings.gate_latency);
+        self.sampling.begins(now, self.settings.gate_latency);
         if let Some(action) = self.must_end(now, false) {
             return action;
         }
@@ -238,15 +238,16 @@ impl Controller {
         }
         for (index, (throttle, gate)) in self.throttles.iter_mut().zip(&mut self.gates).enumerate() {
             let longest = self.longest_stall.mul_f64(self.stretches[index]).min(LONGEST_STALL_EVER);
-            *gate = throttle.look(now, self.counts[index], longest);
+            *gate = throttle.poll(now, self.counts[index], longest);
             if let (Some(pages), Some(vcpu)) = (throttle.take_overrun(), self.model.overruns.get_mut(index)) {
-                let mean = vcpu.unwrap_or_else(|| self.model.curves[index].overrun_in(self.looks.gate_s()));
+                let mean =
+                    vcpu.unwrap_or_else(|| self.model.curves[index].overrun_in(self.sampling.gate_s()));
                 let pages = pages.as_f64().min(MOST_OVERRUN * mean.max(1.0));
                 *vcpu = Some(mean + NEWEST_OVERRUN * (pages - mean));
             }
         }
-        self.looks.ends(now, &self.shares, &self.throttles, &self.gates);
-        self.news.downtime_limit(now, self.settings.limits.downtime_at(now));
+        self.sampling.ends(now, &self.shares, &self.throttles, &self.gates);
+        self.events.downtime_limit(now, self.settings.limits.downtime_at(now));
         let left = (self.round.pages - self.round.done).max(0.0) + self.dirty_now();
         self.switch_if_it_fits(now, left + self.dirtied_until_stopped())
     }
@@ -256,7 +257,7 @@ impl Controller {
         self.learn(now, seen);
         let at = now.as_secs_f64();
         self.model.bandwidth.stop(at, seen.bytes_acked);
-        let sent = self.round.done - self.round.skipped;
+        let sent = self.round.done - self.round.struck_off;
         if self.round.number > 1 && sent >= 1.0 {
             let bytes = self.bytes_acked.saturating_sub(self.round.bytes_at_start) as f64;
             let weight = (sent / ENOUGH_PAGES).min(1.0);
@@ -285,7 +286,7 @@ impl Controller {
         let check = switchover::last_check(left, fits, self.called_off);
         if check == LastCheck::CallOff {
             self.called_off += 1;
-            self.news.tell(now, Change::CalledOff { left, fits });
+            self.events.record(now, Change::CalledOff { left, fits });
         }
         check
     }
@@ -335,8 +336,8 @@ impl Controller {
         self.model.bandwidth.observe(at, seen.bytes_acked);
         self.bytes_acked = self.bytes_acked.max(seen.bytes_acked);
         self.round.done = seen.pages_done.as_f64();
-        self.round.skipped = seen.pages_skipped.as_f64().min(self.round.done);
-        let sent = self.round.done - self.round.skipped;
+        self.round.struck_off = seen.pages_struck_off.as_f64().min(self.round.done);
+        let sent = self.round.done - self.round.struck_off;
         let bytes = self.bytes_acked.saturating_sub(self.round.bytes_at_start) as f64;
         // Bytes lag behind pages by what is on the way: only a long stretch of pages says what a page costs.
         if sent >= ENOUGH_PAGES {
@@ -356,7 +357,7 @@ impl Controller {
         let round = Round { current: true, ..Round::coming(0.0, 0.0) };
         let all = self.model.curves.iter().chain([&self.model.others]);
         let more =
-            |curve: &Curve| curve.by_the_end(round, self.looks.gate_s().max(STOPPING_S)) - curve.last().1;
+            |curve: &Curve| curve.by_the_end(round, self.sampling.gate_s().max(STOPPING_S)) - curve.last().1;
         all.map(more).sum::<f64>().max(0.0)
     }
 
@@ -365,10 +366,10 @@ impl Controller {
         let ram_bytes = self.settings.ram.0.saturating_mul(PAGE_SIZE as u64);
         let reached = self.settings.limits.reached(now, rounds, self.bytes_acked, ram_bytes)?;
         if reached == stop::Reached::Timeout(AtTimeout::Cancel) {
-            self.news.tell(now, Change::GaveUp(reached));
+            self.events.record(now, Change::GaveUp(reached));
             return Some(Action::GiveUp(reached));
         }
-        self.news.tell(now, Change::SwitchOver(Why::Limit(reached)));
+        self.events.record(now, Change::SwitchOver(Why::Limit(reached)));
         Some(Action::SwitchOver(Why::Limit(reached)))
     }
 
@@ -378,7 +379,7 @@ impl Controller {
         if left > 0.0 && left > self.fits(now).as_f64() * room {
             return Action::Continue;
         }
-        self.news.tell(now, Change::SwitchOver(Why::Fits));
+        self.events.record(now, Change::SwitchOver(Why::Fits));
         Action::SwitchOver(Why::Fits)
     }
 }

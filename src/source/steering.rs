@@ -118,7 +118,7 @@ impl Steering {
             });
         }
         let began = Instant::now();
-        let observed = if self.controller.leaves_redirtied() {
+        let observed = if self.controller.strikes_off_redirtied() {
             let observed = tracker.observe_into(&mut self.redirtied)?;
             sender.strike_off(|undealt| self.redirtied.strike_off(undealt));
             self.redirtied.clear();
@@ -148,7 +148,7 @@ impl Steering {
     /// took long is one that had to wait for a CPU.
     pub fn next_look(&self) -> Duration {
         let [before, last] = self.looks_took;
-        self.controller.next_look().max(before.min(last) * 2)
+        self.controller.next_sample().max(before.min(last) * 2)
     }
 
     /// What was expected at the last look.
@@ -186,7 +186,7 @@ impl Steering {
             vcpus: &self.samples,
             others: Pages(others),
             pages_done: Pages(pages_done),
-            pages_skipped: Pages(round.pages_struck_off),
+            pages_struck_off: Pages(round.pages_struck_off),
             bytes_acked: totals.bytes_sent,
         };
         let action = match harvested {

@@ -79,8 +79,8 @@ impl Controller {
             spread,
         };
         self.prediction = Some(prediction);
-        self.news.prediction(now, prediction);
-        self.news.throttling(now, &self.shares, self.level);
+        self.events.prediction(now, prediction);
+        self.events.throttling(now, &self.shares, self.level);
     }
 
     /// The same quota for every vCPU.
@@ -185,15 +185,15 @@ impl Controller {
                 if wanted > self.longest_stall { LONGER_STALLS_WANTED } else { SHORTER_STALLS_WANTED };
             if now.saturating_sub(since) >= enough {
                 self.longest_stall = wanted;
-                self.news.tell(now, Change::LongestStall(wanted));
+                self.events.record(now, Change::LongestStall(wanted));
             }
         }
         if target.is_some() && fair_share.min_share.is_none() {
-            self.news.min_share(now, terms.min_share);
+            self.events.min_share(now, terms.min_share);
         }
         let late = remaining.is_some() && plan.is_some_and(|plan| !plan.in_time) && (seen || later_round);
         if late {
-            self.news.deadline_out_of_reach(now);
+            self.events.deadline_out_of_reach(now);
         }
         plan.map(|plan| plan.forecast)
     }
@@ -235,7 +235,7 @@ impl Controller {
             round_overhead_s: ROUND_OVERHEAD_S,
             longest_stall_s: LONGEST_STALL.as_secs_f64(),
             fair: FAIR,
-            gate_s: self.looks.gate_s(),
+            gate_s: self.sampling.gate_s(),
             min_share: FairShare::USUAL_MIN_SHARE,
             ram: self.settings.ram.as_f64(),
         })
