@@ -14,7 +14,7 @@ use super::model::{AIM, Model, Round};
 use super::sampling::Sampling;
 use super::throttle::{LONGEST_STALL, LONGEST_STALL_EVER, Throttle};
 use super::{
-    Action, AtTimeout, Change, Event, Gate, LastCheck, Observation, Pages, Policy, Prediction, Settings,
+    Action, AtTimeout, Change, Event, GateState, LastCheck, Observation, Pages, Policy, Prediction, Settings,
     Share, Why, auto_converge, stop, switchover,
 };
 use crate::PAGE_SIZE;
@@ -67,7 +67,7 @@ pub struct Controller {
     round: Current,
     rule: auto_converge::Rule,
     throttles: Vec<Throttle>,
-    gates: Vec<Gate>,
+    gates: Vec<GateState>,
     shares: Vec<Share>,
     /// By how much the stalls of each vCPU may be longer than the longest.
     stretches: Vec<f64>,
@@ -142,7 +142,7 @@ impl Controller {
 
     /// Where each vCPU's gate is to be, as of the last observation. A closed gate opens by itself; a vCPU that
     /// runs while its gate is closed has to be kicked.
-    pub fn gates(&self) -> &[Gate] {
+    pub fn gates(&self) -> &[GateState] {
         &self.gates
     }
 
@@ -295,7 +295,7 @@ impl Controller {
         let at = now.as_secs_f64();
         let vcpus = seen.vcpus.len().max(self.gates.len());
         self.throttles.resize(vcpus, Throttle::default());
-        self.gates.resize(vcpus, Gate::Open);
+        self.gates.resize(vcpus, GateState::Open);
         self.shares.resize(vcpus, Share::default());
         self.stretches.resize(vcpus, 1.0);
         self.counts.resize(vcpus, Pages(0));

@@ -39,7 +39,7 @@ pub use controller::Controller;
 pub use policy::{AutoConverge, DirtyLimit, FairShare, POLICY_NAMES, Policy, UnknownPolicy};
 pub use stop::{AtTimeout, ConvergenceTimeout, Limits};
 pub use switchover::LastCheck;
-pub use throttle::{Gate, PagesPerSlice, Quota};
+pub use throttle::{GateState, PagesPerSlice, Quota};
 pub use units::Pages;
 
 /// What the controller is told before the start; all of it may be changed while it runs.

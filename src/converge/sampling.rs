@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::throttle::{SHORTEST_RUN, Throttle};
-use super::{Gate, Quota, Share};
+use super::{GateState, Quota, Share};
 
 /// Time between two samples, and while vCPUs are held back by pages.
 const INTERVAL: Duration = Duration::from_millis(1);
@@ -50,22 +50,29 @@ impl Sampling {
     }
 
     /// It was taken, with these gates.
-    pub(super) fn ends(&mut self, now: Duration, shares: &[Share], throttles: &[Throttle], gates: &[Gate]) {
+    pub(super) fn ends(
+        &mut self,
+        now: Duration,
+        shares: &[Share],
+        throttles: &[Throttle],
+        gates: &[GateState],
+    ) {
         self.last = now;
         self.due = now + self.next(shares, throttles, gates);
     }
 
     /// How long to wait until the next one. While a vCPU is held back by pages, what it overdraws is what it dirties
     /// between two samples.
-    pub(super) fn next(&self, shares: &[Share], throttles: &[Throttle], gates: &[Gate]) -> Duration {
-        let of_vcpu = |((share, throttle), gate): ((&Share, &Throttle), &Gate)| match (share.quota, gate) {
-            (Some(Quota::Pages(_)), Gate::ClosedUntil(until)) => {
+    pub(super) fn next(&self, shares: &[Share], throttles: &[Throttle], gates: &[GateState]) -> Duration {
+        let of_vcpu = |((share, throttle), gate): ((&Share, &Throttle), &GateState)| match (share.quota, gate)
+        {
+            (Some(Quota::Pages(_)), GateState::ClosedUntil(until)) => {
                 until.saturating_sub(self.last) + SHORTEST_RUN
             }
-            (Some(Quota::Pages(_)), Gate::Open) if throttle.is_between_stalls(self.last) => {
+            (Some(Quota::Pages(_)), GateState::Open) if throttle.is_between_stalls(self.last) => {
                 INTERVAL_BETWEEN_STALLS
             }
-            (Some(Quota::Pages(_)), Gate::Open) => INTERVAL_WHILE_BRAKING,
+            (Some(Quota::Pages(_)), GateState::Open) => INTERVAL_WHILE_BRAKING,
             _ => INTERVAL,
         };
         shares.iter().zip(throttles).zip(gates).map(of_vcpu).fold(INTERVAL, Duration::min)

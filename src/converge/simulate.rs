@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use super::units::{duration, sane, whole};
 use super::{
-    Action, Controller, Event, Gate, LastCheck, Observation, Pages, Prediction, Settings, VcpuSample, Why,
+    Action, Controller, Event, GateState, LastCheck, Observation, Pages, Prediction, Settings, VcpuSample,
+    Why,
 };
 use crate::PAGE_SIZE;
 
@@ -454,7 +455,7 @@ impl Simulation<'_> {
         let kick = self.machine.kick.as_secs_f64();
         for (vcpu, gate) in self.vcpus.iter_mut().zip(self.controller.gates()) {
             match gate {
-                Gate::ClosedUntil(until) if until.as_secs_f64() > vcpu.closed_until => {
+                GateState::ClosedUntil(until) if until.as_secs_f64() > vcpu.closed_until => {
                     vcpu.closed_from = now.as_secs_f64() + kick;
                     vcpu.closed_until = until.as_secs_f64();
                 }

@@ -409,7 +409,7 @@ proptest! {
                 _ => drop(controller.round_ended(now, &seen)),
             }
             for gate in controller.gates() {
-                if let Gate::ClosedUntil(until) = gate {
+                if let GateState::ClosedUntil(until) = gate {
                     prop_assert!(policy == 1 || *until <= now + throttle::LONGEST_STALL_EVER);
                 }
             }

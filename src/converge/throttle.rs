@@ -69,7 +69,7 @@ pub enum Quota {
 
 /// Whether a vCPU may run.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Gate {
+pub enum GateState {
     /// It may.
     Open,
     /// Not before this time, on the caller's clock; then without being told.
@@ -194,8 +194,8 @@ impl Throttle {
     /// Where the gate is to be now, given the pages that the vCPU has dirtied since the last recycle. Call after
     /// each observation; an answer already given is repeated until it is over. `longest_stall` is
     /// [`LONGEST_STALL`], unless that does not do.
-    pub fn poll(&mut self, now: Duration, dirtied: Pages, longest_stall: Duration) -> Gate {
-        let Some(quota) = self.quota else { return Gate::Open };
+    pub fn poll(&mut self, now: Duration, dirtied: Pages, longest_stall: Duration) -> GateState {
+        let Some(quota) = self.quota else { return GateState::Open };
         let wanted = match (quota, &mut self.bucket) {
             (Quota::Pages(_), Some(bucket)) => bucket.closed_until(now, dirtied),
             (Quota::Pages(_), None) => None,
@@ -209,10 +209,10 @@ impl Throttle {
         if let Some(stall) = &mut self.stall {
             if now < stall.until {
                 stall.dirtied = dirtied;
-                return Gate::ClosedUntil(stall.until);
+                return GateState::ClosedUntil(stall.until);
             }
             if !stall.is_past(now, dirtied, matches!(quota, Quota::Pages(_))) {
-                return Gate::Open;
+                return GateState::Open;
             }
         }
         match wanted {
@@ -225,11 +225,11 @@ impl Throttle {
                 }
                 self.measure(dirtied, until < wanted);
                 self.stall = Some(Stall { until, dirtied, over_since: None });
-                Gate::ClosedUntil(until)
+                GateState::ClosedUntil(until)
             }
             _ => {
                 self.full_stall = None;
-                Gate::Open
+                GateState::Open
             }
         }
     }
@@ -283,7 +283,7 @@ mod tests {
             } else {
                 pages += rate * step.as_secs_f64();
             }
-            if let Gate::ClosedUntil(until) = throttle.poll(now, Pages::floor(pages), LONGEST_STALL) {
+            if let GateState::ClosedUntil(until) = throttle.poll(now, Pages::floor(pages), LONGEST_STALL) {
                 if closed_until < now {
                     closed_since = now;
                 }
@@ -335,9 +335,9 @@ mod tests {
     fn a_quota_that_is_lifted_opens_the_gate() {
         let mut throttle = bucket(0.0);
         let now = Duration::from_millis(1);
-        assert_ne!(throttle.poll(now, Pages(1000), LONGEST_STALL), Gate::Open);
+        assert_ne!(throttle.poll(now, Pages(1000), LONGEST_STALL), GateState::Open);
         throttle.set(None, now, Pages(1000));
-        assert_eq!(throttle.poll(now, Pages(2000), LONGEST_STALL), Gate::Open);
+        assert_eq!(throttle.poll(now, Pages(2000), LONGEST_STALL), GateState::Open);
     }
 
     proptest! {

@@ -4,7 +4,8 @@
 use std::time::{Duration, Instant};
 
 use crate::converge::{
-    Action, Change, Controller, Gate, LastCheck, Observation, Pages, Prediction, Settings, VcpuSample, Why,
+    Action, Change, Controller, GateState, LastCheck, Observation, Pages, Prediction, Settings, VcpuSample,
+    Why,
 };
 use crate::layout::{GuestMemory, PAGE_SIZE};
 use crate::progress::{self, Event, Progress};
@@ -32,7 +33,7 @@ pub(super) struct Steering {
 struct SteeredVcpu {
     handle: VcpuHandle,
     throttled_before: Duration,
-    gate: Gate,
+    gate: GateState,
     /// When its gate opens by itself, which is no later than 10 ms after it was closed.
     opens_at: Duration,
 }
@@ -70,7 +71,7 @@ impl Steering {
         };
         let steered = |handle: VcpuHandle| SteeredVcpu {
             throttled_before: handle.gate().throttled(),
-            gate: Gate::Open,
+            gate: GateState::Open,
             opens_at: Duration::ZERO,
             handle,
         };
@@ -159,7 +160,7 @@ impl Steering {
     /// Lets every vCPU run.
     pub fn open_gates(&mut self) {
         for vcpu in &mut self.vcpus {
-            vcpu.gate = Gate::Open;
+            vcpu.gate = GateState::Open;
             vcpu.handle.gate().open();
         }
     }
@@ -206,7 +207,7 @@ impl Steering {
             match *wanted {
                 // A gate opens by itself after a while: a longer stall is renewed shortly before. Who comes too late
                 // for that finds the vCPU inside the guest again.
-                Gate::ClosedUntil(until) if *wanted == vcpu.gate => {
+                GateState::ClosedUntil(until) if *wanted == vcpu.gate => {
                     if until > vcpu.opens_at && now + RENEW_BEFORE > vcpu.opens_at {
                         let has_opened = now >= vcpu.opens_at;
                         vcpu.close(until, now);
@@ -216,8 +217,8 @@ impl Steering {
                     }
                 }
                 wanted if wanted == vcpu.gate => {}
-                Gate::Open => vcpu.handle.gate().open(),
-                Gate::ClosedUntil(until) => {
+                GateState::Open => vcpu.handle.gate().open(),
+                GateState::ClosedUntil(until) => {
                     vcpu.close(until, now);
                     vm.kick(index);
                 }
