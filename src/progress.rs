@@ -229,7 +229,7 @@ impl Parameters {
     /// Changes the terms; takes effect with the next observation.
     pub fn change(&self, change: impl FnOnce(&mut Terms)) {
         change(&mut self.terms.lock());
-        // Release, pairs with the acquire in `changed_since`: who sees the version finds the terms changed.
+        // Release, pairs with the acquire in `changed_since`: a thread that sees the version finds the terms changed.
         self.version.fetch_add(1, Ordering::Release);
     }
 

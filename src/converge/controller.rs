@@ -374,7 +374,7 @@ impl Controller {
     }
 
     fn switch_if_it_fits(&mut self, now: Duration, left: f64) -> Action {
-        // Who was wrong before leaves more room.
+        // A controller that was wrong before leaves more room.
         let room = CAREFUL.powi(i32::try_from(self.called_off).unwrap_or(i32::MAX));
         if left > 0.0 && left > self.fits(now).as_f64() * room {
             return Action::Continue;

@@ -8,7 +8,7 @@
 //! the next one.
 //!
 //! What it does not see: writes through another mapping of a shared file, in this process or another, and pages
-//! that `madvise` threw away; who does that marks them, see [`external`](super::external). It knows no vCPUs, so what
+//! that `madvise` threw away; the code that does that marks them, see [`external`](super::external). It knows no vCPUs, so what
 //! it observes is a total, and not of this very moment. A scan walks the page tables: it costs what is populated, not
 //! what is dirty (`cargo bench --bench pagemap`).
 

@@ -177,7 +177,7 @@ impl Controller {
         self.level = fair.level.is_finite().then(|| Pages::floor(fair.level));
         self.set_shares(now, &conditions, &fair);
         if plan.is_some() && later_round {
-            // Whether for now or for the rounds to come: who waits for those would say the same again then.
+            // Whether for now or for the rounds to come: a wait for those would end in the same wish.
             let wanted = duration(conditions.longest_stall_s);
             let since = self.other_stalls_wanted.filter(|_| wanted != self.longest_stall).unwrap_or(now);
             self.other_stalls_wanted = (wanted != self.longest_stall).then_some(since);

@@ -83,7 +83,7 @@ impl Vcpu {
     /// The same for a vCPU that is not to run again soon: it need not wait for its throttle either.
     pub fn call_out(&self) {
         self.kick.kick();
-        // After the kick: who is woken by this sees it.
+        // After the kick: a vCPU that is woken by this sees it.
         if let Some(tracked) = &self.tracked {
             tracked.gate().open();
         }
