@@ -36,7 +36,7 @@ impl GuestKind {
 /// A VM of either kind.
 #[derive(Debug)]
 pub enum Machine {
-    Kvm(TestVm),
+    Kvm(Box<TestVm>),
     Threads(Box<ThreadVm>),
 }
 
@@ -44,7 +44,7 @@ impl Machine {
     /// Builds the VM; nothing runs yet.
     pub fn new(kind: GuestKind, config: Config) -> Result<Self> {
         Ok(match kind {
-            GuestKind::Kvm => Self::Kvm(TestVm::new(config)?),
+            GuestKind::Kvm => Self::Kvm(Box::new(TestVm::new(config)?)),
             GuestKind::Threads => Self::Threads(Box::new(ThreadVm::new(config)?)),
         })
     }
@@ -119,7 +119,7 @@ impl Machine {
 
     fn vm(&mut self) -> &mut dyn Vm {
         match self {
-            Self::Kvm(vm) => vm,
+            Self::Kvm(vm) => vm.as_mut(),
             Self::Threads(vm) => vm.as_mut(),
         }
     }
