@@ -10,7 +10,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use ringferry::kvm::RingSize;
 use ringferry::testing::FakeKernel;
 use ringferry::track::DirtyTracker;
-use ringferry::{DirtySource, PageIndex, PageRun, PageSet, SeenDirty, SlotId};
+use ringferry::{DirtySource, PageIndex, PageRun, PageSet, Redirtied, SlotId};
 
 const ENTRIES: u64 = 60_000;
 const SLOT: SlotId = SlotId(1);
@@ -19,7 +19,7 @@ struct Rig {
     kernel: FakeKernel,
     tracker: DirtyTracker,
     dirty: PageSet,
-    seen: SeenDirty,
+    redirtied: Redirtied,
 }
 
 impl Rig {
@@ -31,23 +31,23 @@ impl Rig {
         tracker.attach_fake_vcpu(0, &kernel, 0, 0).unwrap();
         tracker.start().unwrap();
         let end = memory.end();
-        Self { kernel, tracker, dirty: PageSet::new(end), seen: SeenDirty::new(end) }
+        Self { kernel, tracker, dirty: PageSet::new(end), redirtied: Redirtied::new(end) }
     }
 
     fn fill(&self, stride: u64) {
         (0..ENTRIES).for_each(|i| assert!(self.kernel.write(0, SLOT, i * stride)));
     }
 
-    /// The time of a look that tells of every page.
-    fn tell(&mut self, stride: u64) -> Duration {
+    /// The time of an observation that reports every page.
+    fn report(&mut self, stride: u64) -> Duration {
         self.dirty.clear();
         self.tracker.harvest(&mut self.dirty).unwrap();
         self.fill(stride);
-        self.seen.clear();
+        self.redirtied.clear();
         let started = Instant::now();
-        self.tracker.observe_into(&mut self.seen).unwrap();
+        self.tracker.observe_into(&mut self.redirtied).unwrap();
         let took = started.elapsed();
-        assert_eq!(self.seen.len(), ENTRIES);
+        assert_eq!(self.redirtied.len(), ENTRIES);
         took
     }
 
@@ -70,8 +70,8 @@ fn tracking(c: &mut Criterion) {
         group.bench_function(BenchmarkId::new("take", pattern), |b| {
             b.iter_custom(|times| (0..times).map(|_| rig.take(stride)).sum());
         });
-        group.bench_function(BenchmarkId::new("tell", pattern), |b| {
-            b.iter_custom(|times| (0..times).map(|_| rig.tell(stride)).sum());
+        group.bench_function(BenchmarkId::new("report", pattern), |b| {
+            b.iter_custom(|times| (0..times).map(|_| rig.report(stride)).sum());
         });
     }
     let mut rig = Rig::new(ENTRIES);

@@ -34,5 +34,5 @@ pub mod wire;
 
 pub use layout::{GuestAddress, GuestMemory, PAGE_SIZE, PageIndex, PageRun, RAM_END_MAX, Region, SlotId};
 pub use page_set::{AtomicPageSet, PageSet};
-pub use track::{DirtySource, SeenDirty, TrackError};
+pub use track::{DirtySource, Redirtied, TrackError};
 pub use vm::{Paused, Quiesced, Settled, Vm};

@@ -152,6 +152,13 @@ pub enum Event {
     },
     /// No plan keeps the deadline; the fastest one is followed.
     DeadlineOutOfReach,
+    /// The downtime limit cannot be kept, because the switchover takes longer even without a page to send.
+    DowntimeLimitOutOfReach {
+        /// The limit.
+        downtime_limit_ms: f64,
+        /// What the switchover takes besides pages.
+        fixed_ms: f64,
+    },
     /// More was dirty than expected when the guest stood still: it runs on.
     SwitchoverCalledOff {
         /// What was left.
@@ -229,7 +236,7 @@ impl Parameters {
     /// Changes the terms; takes effect with the next observation.
     pub fn change(&self, change: impl FnOnce(&mut Terms)) {
         change(&mut self.terms.lock());
-        // Release, pairs with the acquire in `changed_since`: who sees the version finds the terms changed.
+        // Release, pairs with the acquire in `changed_since`: a thread that sees the version finds the terms changed.
         self.version.fetch_add(1, Ordering::Release);
     }
 

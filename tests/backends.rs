@@ -12,7 +12,7 @@ use ringferry::testing::{AnonymousRam, Backing};
 use ringferry::track::external::RegionLog;
 use ringferry::track::{DirtyTracker, Observed, PagemapTracker, VcpuHandle};
 use ringferry::{
-    DirtySource, GuestMemory, PAGE_SIZE, PageIndex, PageRun, PageSet, Paused, SeenDirty, SlotId, TrackError,
+    DirtySource, GuestMemory, PAGE_SIZE, PageIndex, PageRun, PageSet, Paused, Redirtied, SlotId, TrackError,
 };
 
 /// Two regions that touch each other, neither a multiple of 64 pages.
@@ -158,14 +158,14 @@ fn test_backend<G: Guest>(mut guest: G) {
         round.extend(pages.iter().copied());
         for _ in 0..2 {
             // Looking does not take.
-            let mut seen = SeenDirty::new(end);
-            match guest.source().observe_into(&mut seen).unwrap() {
+            let mut redirtied = Redirtied::new(end);
+            match guest.source().observe_into(&mut redirtied).unwrap() {
                 Observed::PerVcpu(counts) => assert!(G::PER_VCPU && counts == [count], "{counts:?}, {count}"),
                 Observed::Total(total) => assert!(!G::PER_VCPU && total == count, "{total}, {count}"),
-                Observed::Unobservable => assert!(G::UNOBSERVABLE && seen.is_empty()),
+                Observed::Unobservable => assert!(G::UNOBSERVABLE && redirtied.is_empty()),
             }
-            assert!(seen.len() <= count, "{seen:?}");
-            seen.strike_off(&mut round);
+            assert!(redirtied.len() <= count, "{redirtied:?}");
+            redirtied.strike_off(&mut round);
         }
         // It tells which pages, or not at all.
         assert!(round.is_empty() != G::UNOBSERVABLE, "{round:?}");

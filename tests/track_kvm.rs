@@ -10,7 +10,7 @@ use bare::{BareVcpu, BareVm, DATA, Exit, Pages, Privilege, Work, kvm, take_and_g
 use kvm_ioctls::Kvm;
 use ringferry::kvm::{KvmError, RingSize};
 use ringferry::track::{DirtyTracker, Observed, VcpuHandle};
-use ringferry::{DirtySource, PageIndex, PageRun, PageSet, Paused, SeenDirty, SlotId, TrackError};
+use ringferry::{DirtySource, PageIndex, PageRun, PageSet, Paused, Redirtied, SlotId, TrackError};
 
 const SLOT_PAGES: [u64; 2] = [4096, 1000];
 
@@ -123,7 +123,7 @@ fn writes_of_the_vmm_are_harvested_with_those_of_the_guest() {
 }
 
 #[test]
-fn looking_costs_the_guest_nothing_and_counts_by_vcpu() {
+fn observing_costs_the_guest_nothing_and_counts_by_vcpu() {
     let Some(kvm) = kvm() else { return };
     let mut guest = Guest::new(&kvm, Backend::Ring, RingSize::default());
     guest.tracker.start().unwrap();
@@ -144,11 +144,11 @@ fn a_page_that_the_host_took_away_and_gave_back_counts_once() {
     let Some(kvm) = kvm() else { return };
     let mut guest = Guest::new(&kvm, Backend::Ring, RingSize::default());
     guest.tracker.start().unwrap();
-    let mut seen = SeenDirty::new(guest.vm.memory().end());
+    let mut redirtied = Redirtied::new(guest.vm.memory().end());
     let all = every(1, 0);
     for _ in 0..3 {
         guest.write(&all);
-        let counted = guest.tracker.observe_into(&mut seen).unwrap();
+        let counted = guest.tracker.observe_into(&mut redirtied).unwrap();
         assert_eq!(counted, Observed::PerVcpu(vec![all.len() as u64]));
         for region in guest.vm.memory().regions() {
             take_and_give_back(guest.vm.memory(), region.pages);

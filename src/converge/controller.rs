@@ -1,4 +1,4 @@
-//! The one who decides: takes what is seen, keeps the model, and says who is held back and when it ends.
+//! The part that decides: takes what is observed, keeps the model, and says who is held back and when it ends.
 //!
 //! Owns the order of things within a round and what is learned in it; `planning` turns that into quotas, and the
 //! arithmetic is in its neighbours. Before it comes `track`, whose counts it is given; after it `source`, which does what
@@ -9,12 +9,12 @@ mod planning;
 use std::time::Duration;
 
 use super::curve::Curve;
-use super::looks::Looks;
+use super::events::EventLog;
 use super::model::{AIM, Model, Round};
-use super::news::News;
+use super::sampling::Sampling;
 use super::throttle::{LONGEST_STALL, LONGEST_STALL_EVER, Throttle};
 use super::{
-    Action, AtTimeout, Change, Event, Gate, LastCheck, Observation, Pages, Policy, Prediction, Settings,
+    Action, AtTimeout, Change, Event, GateState, LastCheck, Observation, Pages, Policy, Prediction, Settings,
     Share, Why, auto_converge, stop, switchover,
 };
 use crate::PAGE_SIZE;
@@ -33,6 +33,13 @@ const STOPPING_S: f64 = 0.6e-3;
 const HARDLY_HELD: f64 = 0.1;
 /// A switchover that had to be called off lowers the next one's limit to this share.
 const CAREFUL: f64 = 0.9;
+/// A downtime limit that is out of reach is exceeded by what it is, and by pages for this share of what the switchover
+/// takes besides: enough for the last pages of a guest that hardly writes.
+const UNREACHABLE_SHARE: f64 = 0.25;
+/// A round of this length counts as one against the limit of rounds, a shorter one in proportion: thirty rounds of a
+/// millisecond say nothing about a guest.
+const WHOLE_ROUND_S: f64 = 20e-3;
+
 /// The current round.
 #[derive(Clone, Debug, Default)]
 struct Current {
@@ -40,7 +47,7 @@ struct Current {
     start: f64,
     pages: f64,
     done: f64,
-    skipped: f64,
+    struck_off: f64,
     /// It is expected to leave markedly less than it began with, with nobody held back.
     shrinks: bool,
     /// How long the round before went on with nobody held back.
@@ -67,7 +74,7 @@ pub struct Controller {
     round: Current,
     rule: auto_converge::Rule,
     throttles: Vec<Throttle>,
-    gates: Vec<Gate>,
+    gates: Vec<GateState>,
     shares: Vec<Share>,
     /// By how much the stalls of each vCPU may be longer than the longest.
     stretches: Vec<f64>,
@@ -83,20 +90,22 @@ pub struct Controller {
     throttled_seen: Vec<f64>,
     next_plan: f64,
     prediction: Option<Prediction>,
-    looks: Looks,
+    sampling: Sampling,
     longest_stall: Duration,
     /// Since when braking wants longer stalls, or shorter ones again.
     other_stalls_wanted: Option<Duration>,
     called_off: u32,
-    news: News,
+    /// Rounds that count against the limit.
+    rounds_spent: f64,
+    events: EventLog,
 }
 
 impl Controller {
     /// A controller for a migration that starts now.
     pub fn new(settings: Settings) -> Self {
         Self {
-            news: News::new(settings.limits.downtime),
-            looks: Looks::new(settings.gate_latency),
+            events: EventLog::new(settings.limits.downtime),
+            sampling: Sampling::new(settings.gate_latency),
             settings,
             model: Model::default(),
             round: Current::default(),
@@ -117,6 +126,7 @@ impl Controller {
             longest_stall: LONGEST_STALL,
             other_stalls_wanted: None,
             called_off: 0,
+            rounds_spent: 0.0,
         }
     }
 
@@ -131,18 +141,18 @@ impl Controller {
         change(&mut self.settings);
         if self.settings.policy != before.policy {
             (self.target, self.level) = (None, None);
-            self.news.tell(now, Change::Policy(self.settings.policy));
+            self.events.record(now, Change::Policy(self.settings.policy));
         }
         if self.settings.limits != before.limits {
-            self.news.limits_set(self.settings.limits.downtime_at(now));
-            self.news.tell(now, Change::Limits(self.settings.limits.clone()));
+            self.events.limits_set(self.settings.limits.downtime_at(now));
+            self.events.record(now, Change::Limits(self.settings.limits.clone()));
         }
         self.next_plan = 0.0;
     }
 
     /// Where each vCPU's gate is to be, as of the last observation. A closed gate opens by itself; a vCPU that
     /// runs while its gate is closed has to be kicked.
-    pub fn gates(&self) -> &[Gate] {
+    pub fn gates(&self) -> &[GateState] {
         &self.gates
     }
 
@@ -157,14 +167,14 @@ impl Controller {
     /// Not in a round that is not braked and does not shrink by itself: it would end as soon as the guest had dirtied
     /// all of it again, and another like it would begin, each at the price of a fault per page. And not under the
     /// older policies, which are there to be compared with.
-    pub fn leaves_redirtied(&self) -> bool {
+    pub fn strikes_off_redirtied(&self) -> bool {
         let gets_anywhere = self.round.number <= 1 || self.target.is_some() || self.round.shrinks;
         matches!(self.settings.policy, Policy::FairShare(_)) && gets_anywhere
     }
 
     /// How long to wait until the next observation.
-    pub fn next_look(&self) -> Duration {
-        self.looks.next(&self.shares, &self.throttles, &self.gates)
+    pub fn next_sample(&self) -> Duration {
+        self.sampling.next(&self.shares, &self.throttles, &self.gates)
     }
 
     /// λ of the current round, if it is braked.
@@ -190,13 +200,14 @@ impl Controller {
     }
 
     fn fits_at(&self, now: Duration, bandwidth: f64) -> Pages {
-        let limit = self.settings.limits.downtime_at(now);
-        switchover::fit(limit, self.settings.switchover_overhead, bandwidth, self.page_bytes)
+        let overhead = self.settings.switchover_overhead;
+        let limit = self.settings.limits.downtime_at(now).max(overhead.mul_f64(1.0 + UNREACHABLE_SHARE));
+        switchover::fit(limit, overhead, bandwidth, self.page_bytes)
     }
 
     /// What has happened since this was last called.
     pub fn take_events(&mut self) -> impl Iterator<Item = Event> + '_ {
-        self.news.take()
+        self.events.take()
     }
 
     /// A round starts with so many pages: everything dirty has been harvested and counts start at 0 again.
@@ -208,7 +219,7 @@ impl Controller {
         self.model.bandwidth.start(at, self.bytes_acked);
         self.counts.fill(Pages(0));
         self.throttles.iter_mut().for_each(Throttle::recycled);
-        self.looks.round_started(now);
+        self.sampling.round_started(now);
         self.round = Current {
             number: self.round.number.saturating_add(1),
             start: at,
@@ -222,14 +233,18 @@ impl Controller {
         self.target = self.target.map(|target| target.min(aim));
         self.model.held.clear();
         self.round_page_bytes = self.page_bytes;
+        let (limit, overhead) = (self.settings.limits.downtime_at(now), self.settings.switchover_overhead);
+        if limit <= overhead {
+            self.events.downtime_out_of_reach(now, limit, overhead);
+        }
         self.plan(now);
     }
 
     /// Something has been seen in the middle of a round.
     pub fn observed(&mut self, now: Duration, seen: &Observation<'_>) -> Action {
         self.learn(now, seen);
-        self.looks.begins(now, self.settings.gate_latency);
-        if let Some(action) = self.must_end(now, false) {
+        self.sampling.begins(now, self.settings.gate_latency);
+        if let Some(action) = self.must_end(now) {
             return action;
         }
         let at = now.as_secs_f64();
@@ -238,15 +253,16 @@ impl Controller {
         }
         for (index, (throttle, gate)) in self.throttles.iter_mut().zip(&mut self.gates).enumerate() {
             let longest = self.longest_stall.mul_f64(self.stretches[index]).min(LONGEST_STALL_EVER);
-            *gate = throttle.look(now, self.counts[index], longest);
+            *gate = throttle.poll(now, self.counts[index], longest);
             if let (Some(pages), Some(vcpu)) = (throttle.take_overrun(), self.model.overruns.get_mut(index)) {
-                let mean = vcpu.unwrap_or_else(|| self.model.curves[index].overrun_in(self.looks.gate_s()));
+                let mean =
+                    vcpu.unwrap_or_else(|| self.model.curves[index].overrun_in(self.sampling.gate_s()));
                 let pages = pages.as_f64().min(MOST_OVERRUN * mean.max(1.0));
                 *vcpu = Some(mean + NEWEST_OVERRUN * (pages - mean));
             }
         }
-        self.looks.ends(now, &self.shares, &self.throttles, &self.gates);
-        self.news.downtime_limit(now, self.settings.limits.downtime_at(now));
+        self.sampling.ends(now, &self.shares, &self.throttles, &self.gates);
+        self.events.downtime_limit(now, self.settings.limits.downtime_at(now));
         let left = (self.round.pages - self.round.done).max(0.0) + self.dirty_now();
         self.switch_if_it_fits(now, left + self.dirtied_until_stopped())
     }
@@ -255,8 +271,9 @@ impl Controller {
     pub fn round_ended(&mut self, now: Duration, seen: &Observation<'_>) -> Action {
         self.learn(now, seen);
         let at = now.as_secs_f64();
+        self.rounds_spent += ((at - self.round.start) / WHOLE_ROUND_S).clamp(0.0, 1.0);
         self.model.bandwidth.stop(at, seen.bytes_acked);
-        let sent = self.round.done - self.round.skipped;
+        let sent = self.round.done - self.round.struck_off;
         if self.round.number > 1 && sent >= 1.0 {
             let bytes = self.bytes_acked.saturating_sub(self.round.bytes_at_start) as f64;
             let weight = (sent / ENOUGH_PAGES).min(1.0);
@@ -269,7 +286,7 @@ impl Controller {
         }
         self.plan(now);
         match self.switch_if_it_fits(now, self.dirty_now() + self.dirtied_until_stopped()) {
-            Action::Continue => self.must_end(now, true).unwrap_or(Action::Continue),
+            Action::Continue => self.must_end(now).unwrap_or(Action::Continue),
             action => action,
         }
     }
@@ -285,7 +302,7 @@ impl Controller {
         let check = switchover::last_check(left, fits, self.called_off);
         if check == LastCheck::CallOff {
             self.called_off += 1;
-            self.news.tell(now, Change::CalledOff { left, fits });
+            self.events.record(now, Change::CalledOff { left, fits });
         }
         check
     }
@@ -294,7 +311,7 @@ impl Controller {
         let at = now.as_secs_f64();
         let vcpus = seen.vcpus.len().max(self.gates.len());
         self.throttles.resize(vcpus, Throttle::default());
-        self.gates.resize(vcpus, Gate::Open);
+        self.gates.resize(vcpus, GateState::Open);
         self.shares.resize(vcpus, Share::default());
         self.stretches.resize(vcpus, 1.0);
         self.counts.resize(vcpus, Pages(0));
@@ -335,8 +352,8 @@ impl Controller {
         self.model.bandwidth.observe(at, seen.bytes_acked);
         self.bytes_acked = self.bytes_acked.max(seen.bytes_acked);
         self.round.done = seen.pages_done.as_f64();
-        self.round.skipped = seen.pages_skipped.as_f64().min(self.round.done);
-        let sent = self.round.done - self.round.skipped;
+        self.round.struck_off = seen.pages_struck_off.as_f64().min(self.round.done);
+        let sent = self.round.done - self.round.struck_off;
         let bytes = self.bytes_acked.saturating_sub(self.round.bytes_at_start) as f64;
         // Bytes lag behind pages by what is on the way: only a long stretch of pages says what a page costs.
         if sent >= ENOUGH_PAGES {
@@ -356,29 +373,29 @@ impl Controller {
         let round = Round { current: true, ..Round::coming(0.0, 0.0) };
         let all = self.model.curves.iter().chain([&self.model.others]);
         let more =
-            |curve: &Curve| curve.by_the_end(round, self.looks.gate_s().max(STOPPING_S)) - curve.last().1;
+            |curve: &Curve| curve.by_the_end(round, self.sampling.gate_s().max(STOPPING_S)) - curve.last().1;
         all.map(more).sum::<f64>().max(0.0)
     }
 
-    fn must_end(&mut self, now: Duration, at_round_end: bool) -> Option<Action> {
-        let rounds = self.round.number.saturating_sub(u32::from(!at_round_end));
+    fn must_end(&mut self, now: Duration) -> Option<Action> {
+        let rounds = u32::try_from(whole(self.rounds_spent)).unwrap_or(u32::MAX);
         let ram_bytes = self.settings.ram.0.saturating_mul(PAGE_SIZE as u64);
         let reached = self.settings.limits.reached(now, rounds, self.bytes_acked, ram_bytes)?;
         if reached == stop::Reached::Timeout(AtTimeout::Cancel) {
-            self.news.tell(now, Change::GaveUp(reached));
+            self.events.record(now, Change::GaveUp(reached));
             return Some(Action::GiveUp(reached));
         }
-        self.news.tell(now, Change::SwitchOver(Why::Limit(reached)));
+        self.events.record(now, Change::SwitchOver(Why::Limit(reached)));
         Some(Action::SwitchOver(Why::Limit(reached)))
     }
 
     fn switch_if_it_fits(&mut self, now: Duration, left: f64) -> Action {
-        // Who was wrong before leaves more room.
+        // A controller that was wrong before leaves more room.
         let room = CAREFUL.powi(i32::try_from(self.called_off).unwrap_or(i32::MAX));
         if left > 0.0 && left > self.fits(now).as_f64() * room {
             return Action::Continue;
         }
-        self.news.tell(now, Change::SwitchOver(Why::Fits));
+        self.events.record(now, Change::SwitchOver(Why::Fits));
         Action::SwitchOver(Why::Fits)
     }
 }

@@ -12,21 +12,21 @@
 //! 3. [`round_ended`](Controller::round_ended) when its pages are done; then harvest and 1, or switch over;
 //! 4. [`last_check`](Controller::last_check) when the guest stands still and what is left is known exactly.
 //!
-//! `curve` and `bandwidth` measure, `model` predicts, `plan` and `fair_share` decide; `looks` says when to look at the
-//! vCPUs and `throttle` turns a decision into gates; `switchover` and `stop` end it; `news` is what those who watch are
-//! told; `auto_converge` is the older rule, `policy` has all the names; `controller` ties them together.
+//! `curve` and `bandwidth` measure, `model` predicts, `plan` and `fair_share` decide; `sampling` says when to sample the
+//! vCPUs and `throttle` turns a decision into gates; `switchover` and `stop` end it; `events` is the log for those who
+//! watch; `auto_converge` is the older rule, `policy` has all the names; `controller` ties them together.
 
 pub mod auto_converge;
 pub mod bandwidth;
 mod controller;
 pub mod curve;
+mod events;
 pub mod fair_share;
-mod looks;
 mod model;
-mod news;
 mod plan;
 pub mod policy;
 mod redirtied;
+mod sampling;
 pub mod simulate;
 pub mod stop;
 pub mod switchover;
@@ -39,7 +39,7 @@ pub use controller::Controller;
 pub use policy::{AutoConverge, DirtyLimit, FairShare, POLICY_NAMES, Policy, UnknownPolicy};
 pub use stop::{AtTimeout, ConvergenceTimeout, Limits};
 pub use switchover::LastCheck;
-pub use throttle::{Gate, PagesPerSlice, Quota};
+pub use throttle::{GateState, PagesPerSlice, Quota};
 pub use units::Pages;
 
 /// What the controller is told before the start; all of it may be changed while it runs.
@@ -99,10 +99,10 @@ pub struct Observation<'a> {
     pub vcpus: &'a [VcpuSample],
     /// Different pages dirtied since the last recycle by others than a known vCPU.
     pub others: Pages,
-    /// Pages of this round that need nothing more: sent, found zero, or left because they are dirty again.
+    /// Pages of this round that need nothing more: sent, found zero, or struck off because they are dirty again.
     pub pages_done: Pages,
     /// Of these, pages that were struck off unsent because they are dirty again.
-    pub pages_skipped: Pages,
+    pub pages_struck_off: Pages,
     /// Bytes that the peer's kernel has taken off our hands since the migration's start.
     pub bytes_acked: u64,
 }
@@ -184,6 +184,14 @@ pub enum Change {
     MinShare(f64),
     /// No plan keeps the deadline; the fastest one is followed.
     DeadlineOutOfReach,
+    /// The downtime limit is shorter than what the switchover takes besides pages: it cannot be kept, and as little as
+    /// possible is added to that.
+    DowntimeOutOfReach {
+        /// The limit.
+        limit: Duration,
+        /// What the switchover takes besides pages.
+        overhead: Duration,
+    },
     /// The guest is to be switched over.
     SwitchOver(Why),
     /// More was dirty than expected when the guest stood still: it runs on.

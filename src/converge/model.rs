@@ -47,12 +47,12 @@ const UNKNOWN_DEMAND: f64 = 1e18;
 
 /// What a forecast needs besides the curves. All rates in pages per second.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Terms {
+pub(crate) struct Conditions {
     /// B, for rounds to come, and for the current one: its pages may be cheaper (zero, never touched).
     pub pages_per_s: f64,
     pub current_pages_per_s: f64,
     /// Pages that are dirty again are struck off the round that was to send them.
-    pub strikes: bool,
+    pub strikes_off: bool,
     /// B_switch.
     pub switch_pages_per_s: f64,
     /// P*, in pages.
@@ -179,7 +179,7 @@ impl Curve {
     }
 }
 
-impl Terms {
+impl Conditions {
     /// How long `round` takes.
     pub fn seconds(&self, round: Round) -> f64 {
         let pages_per_s = if round.current { self.current_pages_per_s } else { self.pages_per_s };
@@ -244,19 +244,19 @@ impl Model {
     }
 
     /// What `round` would do under a brake that treats all vCPUs alike.
-    pub fn round(&self, terms: &Terms, round: Round, brake: Brake) -> Outcome {
-        let outcome = self.round_of(terms, round, round.pages, brake);
-        let strikes = terms.strikes && matches!(brake, Brake::Off);
-        if !strikes || !(round.is_first() || shrinks(round, &outcome)) {
+    pub fn round(&self, conditions: &Conditions, round: Round, brake: Brake) -> Outcome {
+        let outcome = self.round_of(conditions, round, round.pages, brake);
+        let strikes_off = conditions.strikes_off && matches!(brake, Brake::Off);
+        if !strikes_off || !(round.is_first() || shrinks(round, &outcome)) {
             return outcome;
         }
-        self.round_of(terms, round, self.sent(terms, round, |_| 1.0), brake)
+        self.round_of(conditions, round, self.sent(conditions, round, |_| 1.0), brake)
     }
 
-    fn round_of(&self, terms: &Terms, round: Round, sent: f64, brake: Brake) -> Outcome {
-        let seconds = terms.seconds(Round { pages: sent, ..round });
+    fn round_of(&self, conditions: &Conditions, round: Round, sent: f64, brake: Brake) -> Outcome {
+        let seconds = conditions.seconds(Round { pages: sent, ..round });
         let struck_off = round.pages - sent + self.counted(round);
-        let left = self.dirtied(round, seconds, brake).max(struck_off).min(terms.ram);
+        let left = self.dirtied(round, seconds, brake).max(struck_off).min(conditions.ram);
         let lost = |curve: &Curve| seconds - curve.time_left_to(round, brake.dirtied(curve, round, seconds));
         let lost_s = match brake {
             Brake::Off => 0.0,
@@ -270,7 +270,7 @@ impl Model {
     /// is dirty again add up to a concave curve, which falls below P* once.
     pub fn end(
         &self,
-        terms: &Terms,
+        conditions: &Conditions,
         so_far: Forecast,
         round: Round,
         outcome: &Outcome,
@@ -278,33 +278,33 @@ impl Model {
     ) -> Forecast {
         let left_at = |seconds: f64| {
             let unsent = round.pages * (1.0 - seconds / outcome.seconds.max(1e-9)).clamp(0.0, 1.0);
-            (unsent + self.dirtied(round, seconds, brake)).min(terms.ram)
+            (unsent + self.dirtied(round, seconds, brake)).min(conditions.ram)
         };
-        if left_at(0.0) <= terms.fits {
-            return terms.end(so_far, round, 0.0, outcome, left_at(0.0));
+        if left_at(0.0) <= conditions.fits {
+            return conditions.end(so_far, round, 0.0, outcome, left_at(0.0));
         }
         let (mut too_early, mut late_enough) = (0.0, outcome.seconds);
         for _ in 0..BISECTIONS {
             let middle = (too_early + late_enough) / 2.0;
-            if left_at(middle) > terms.fits {
+            if left_at(middle) > conditions.fits {
                 too_early = middle;
             } else {
                 late_enough = middle;
             }
         }
-        terms.end(so_far, round, late_enough, outcome, terms.fits.max(outcome.left))
+        conditions.end(so_far, round, late_enough, outcome, conditions.fits.max(outcome.left))
     }
 
     /// What `round` would do, and whether it is the last one, if fair share braked it down to `target` pages.
     pub fn fair_round(
         &self,
-        terms: &Terms,
+        conditions: &Conditions,
         so_far: Forecast,
         round: Round,
         target: f64,
     ) -> (Outcome, Option<Forecast>) {
-        let fair = self.fair(terms, round, target);
-        let seconds = terms.seconds(fair.round);
+        let fair = self.fair(conditions, round, target);
+        let seconds = conditions.seconds(fair.round);
         let mut left = self.others.by_the_end(round, seconds);
         let mut lost_s = 0.0f64;
         for (curve, held) in self.curves.iter().zip(fair.held) {
@@ -312,48 +312,53 @@ impl Model {
             let lost = |held: Held| seconds - curve.time_left_to(round, held.dirties);
             lost_s = lost_s.max(held.map_or(0.0, lost));
         }
-        let outcome = Outcome { seconds, sent: fair.round.pages, left: left.min(terms.ram), lost_s };
-        let end = (outcome.left <= terms.fits).then(|| {
+        let outcome = Outcome { seconds, sent: fair.round.pages, left: left.min(conditions.ram), lost_s };
+        let end = (outcome.left <= conditions.fits).then(|| {
             // Quotas are even: what is left falls along a line.
             let at_first = round.pages + self.counted(round);
-            let above = (at_first - terms.fits).max(0.0);
+            let above = (at_first - conditions.fits).max(0.0);
             let until = if above > 0.0 { seconds * above / (at_first - outcome.left) } else { 0.0 };
-            terms.end(so_far, round, until, &outcome, at_first.min(terms.fits))
+            conditions.end(so_far, round, until, &outcome, at_first.min(conditions.fits))
         });
         (outcome, end)
     }
 
     /// Who is held back, and how far, if `round` is to leave `target` pages.
-    pub fn fair(&self, terms: &Terms, round: Round, target: f64) -> Fair {
-        let fair = self.fair_of(terms, round, target);
-        if !terms.strikes || round.after_s <= 0.0 {
+    pub fn fair(&self, conditions: &Conditions, round: Round, target: f64) -> Fair {
+        let fair = self.fair_of(conditions, round, target);
+        if !conditions.strikes_off || round.after_s <= 0.0 {
             return fair;
         }
-        let seconds = terms.seconds(round);
+        let seconds = conditions.seconds(round);
         let runs = |index: usize| match (self.curves.get(index), fair.held.get(index)) {
             (Some(curve), Some(Some(held))) => (curve.time_left_to(round, held.dirties) / seconds).min(1.0),
             _ => 1.0,
         };
-        let sent = self.sent(terms, round, runs);
-        if sent < round.pages { self.fair_of(terms, Round { pages: sent, ..round }, target) } else { fair }
+        let sent = self.sent(conditions, round, runs);
+        if sent < round.pages {
+            self.fair_of(conditions, Round { pages: sent, ..round }, target)
+        } else {
+            fair
+        }
     }
 
-    fn fair_of(&self, terms: &Terms, round: Round, target: f64) -> Fair {
-        let seconds = terms.seconds(round);
+    fn fair_of(&self, conditions: &Conditions, round: Round, target: f64) -> Fair {
+        let seconds = conditions.seconds(round);
         let others = self.others.by_the_end(round, seconds);
         let held = |index: usize| round.current && self.held.get(index).is_some_and(|held| *held);
         let demand = |(index, curve): (usize, &Curve)| {
             if held(index) { UNKNOWN_DEMAND } else { curve.by_the_end(round, seconds) }
         };
         let demands: Vec<f64> = self.curves.iter().enumerate().map(demand).collect();
-        let levels = Levels::new(&demands, others, target, (terms.fits * AIM).max(round.of * terms.fair));
+        let levels =
+            Levels::new(&demands, others, target, (conditions.fits * AIM).max(round.of * conditions.fair));
         let is_held = |demand: f64| demand > levels.fair;
         let wanted = self.curves.iter().zip(&demands).filter(|(_, demand)| is_held(**demand));
         let wanted: Vec<f64> = wanted.map(|(curve, _)| curve.by_the_end(round, seconds)).collect();
-        let least = water_fill(&wanted, terms.min_share * wanted.iter().sum::<f64>());
+        let least = water_fill(&wanted, conditions.min_share * wanted.iter().sum::<f64>());
         let held = |(index, demand): (usize, f64)| {
             let overrun = self.overruns.get(index).copied().flatten();
-            let held = || terms.held(&self.curves[index], overrun, round, levels.quota.max(least));
+            let held = || conditions.held(&self.curves[index], overrun, round, levels.quota.max(least));
             is_held(demand).then(held)
         };
         let held = demands.into_iter().enumerate().map(held).collect();
@@ -364,7 +369,7 @@ impl Model {
     /// shrinking before they fit.
     pub fn forecast(
         &self,
-        terms: &Terms,
+        conditions: &Conditions,
         first: Round,
         mut brake: Brake,
         mut next: impl FnMut(&Outcome, f64) -> Option<Brake>,
@@ -372,9 +377,9 @@ impl Model {
         let mut so_far = Forecast::NOTHING;
         let mut round = first;
         for _ in 0..MOST_ROUNDS {
-            let outcome = self.round(terms, round, brake);
-            if outcome.left <= terms.fits {
-                return Some(self.end(terms, so_far, round, &outcome, brake));
+            let outcome = self.round(conditions, round, brake);
+            if outcome.left <= conditions.fits {
+                return Some(self.end(conditions, so_far, round, &outcome, brake));
             }
             so_far = so_far.after(round, &outcome);
             let changed = next(&outcome, round.pages);

@@ -4,7 +4,7 @@
 
 use std::cmp::Ordering;
 
-use super::model::{AIM, Brake, Forecast, Model, Round, Terms, no_progress, shrinks};
+use super::model::{AIM, Brake, Conditions, Forecast, Model, Round, no_progress, shrinks};
 use super::policy::FairShare;
 use super::throttle::LONGEST_STALL_EVER;
 use super::units::sane;
@@ -85,52 +85,57 @@ struct Candidate {
     forecast: Forecast,
 }
 
-/// The best plan from here, and the terms that it needs.
+/// The best plan from here, and the conditions that it needs.
 ///
 /// Longer stalls, if nothing else ends, or ends much later: a guest that cannot be held within short ones would
 /// never arrive. A smaller minimum share, if only that ends. And less than a fair share, if only that keeps the
 /// deadline: whoever sets one wants it kept.
-pub(crate) fn plan_on_terms(
+pub(crate) fn plan_under(
     model: &Model,
-    mut terms: Terms,
+    mut conditions: Conditions,
     now: Round,
     rules: &Rules,
-) -> (Option<Plan>, Terms) {
-    let mut best = plan_on_longer_stalls(model, &mut terms, now, rules);
+) -> (Option<Plan>, Conditions) {
+    let mut best = plan_on_longer_stalls(model, &mut conditions, now, rules);
     for share in LESS_THAN_MINIMUM {
         if best.is_some() || rules.fair_share.min_share.is_some() {
             break;
         }
-        terms.min_share = FairShare::USUAL_MIN_SHARE * share;
-        best = plan_on_longer_stalls(model, &mut terms, now, rules);
+        conditions.min_share = FairShare::USUAL_MIN_SHARE * share;
+        best = plan_on_longer_stalls(model, &mut conditions, now, rules);
     }
     for fair in LESS_THAN_FAIR {
         if rules.deadline_s.is_none() || best.is_some_and(|plan| plan.in_time) {
             break;
         }
-        terms.fair = fair;
-        best = plan(model, &terms, now, rules);
+        conditions.fair = fair;
+        best = plan(model, &conditions, now, rules);
     }
-    (best, terms)
+    (best, conditions)
 }
 
-fn plan_on_longer_stalls(model: &Model, terms: &mut Terms, now: Round, rules: &Rules) -> Option<Plan> {
-    let mut best = plan(model, terms, now, rules);
+fn plan_on_longer_stalls(
+    model: &Model,
+    conditions: &mut Conditions,
+    now: Round,
+    rules: &Rules,
+) -> Option<Plan> {
+    let mut best = plan(model, conditions, now, rules);
     let brakes = |plan: Plan| plan.forecast.lost_s > plan.forecast.downtime_s;
     if best.is_none_or(brakes) {
         let longest_s = LONGEST_STALL_EVER.as_secs_f64();
-        let ideal = plan(model, &Terms { longest_stall_s: longest_s, ..*terms }, now, rules);
+        let ideal = plan(model, &Conditions { longest_stall_s: longest_s, ..*conditions }, now, rules);
         let finish = |plan: Option<Plan>| plan.map_or(f64::INFINITY, |plan| plan.forecast.finish_s);
-        while finish(ideal) < WORTH_LONGER * finish(best) && terms.longest_stall_s < longest_s {
-            terms.longest_stall_s = (terms.longest_stall_s * 2.0).min(longest_s);
-            best = plan(model, terms, now, rules);
+        while finish(ideal) < WORTH_LONGER * finish(best) && conditions.longest_stall_s < longest_s {
+            conditions.longest_stall_s = (conditions.longest_stall_s * 2.0).min(longest_s);
+            best = plan(model, conditions, now, rules);
         }
     }
     best
 }
 
 /// The best plan from here; `None` if no plan ends.
-fn plan(model: &Model, terms: &Terms, now: Round, rules: &Rules) -> Option<Plan> {
+fn plan(model: &Model, conditions: &Conditions, now: Round, rules: &Rules) -> Option<Plan> {
     let mut plans = Vec::new();
     let mut consider = |free: u32, braked: bool, target: Option<f64>, forecast: Option<Forecast>| {
         let Some(forecast) = forecast else { return };
@@ -141,12 +146,12 @@ fn plan(model: &Model, terms: &Terms, now: Round, rules: &Rules) -> Option<Plan>
         let cost = (late, if late { cost } else { cost + hurry * forecast.lost_s });
         plans.push(Candidate { cost, target, forecast });
     };
-    let aim = terms.fits * AIM;
+    let aim = conditions.fits * AIM;
     let mut so_far = Forecast::NOTHING;
     let mut round = now;
     let mut shrinking = 0;
     for free in 0..=MOST_FREE_ROUNDS {
-        let outcome = model.round(terms, round, Brake::Off);
+        let outcome = model.round(conditions, round, Brake::Off);
         if free > 0 || rules.brake_now {
             let above = (outcome.left - aim).max(0.0);
             let (shares_below, shares_above) =
@@ -154,12 +159,17 @@ fn plan(model: &Model, terms: &Terms, now: Round, rules: &Rules) -> Option<Plan>
             let below = shares_below.iter().map(|share| share * aim);
             let targets = below.chain(shares_above.iter().map(|share| aim + share * above));
             for target in targets {
-                let forecast = brake_down_after(so_far, model, terms, round, target);
+                let forecast = brake_down_after(so_far, model, conditions, round, target);
                 consider(shrinking, true, (free == 0).then_some(target), forecast);
             }
         }
-        if outcome.left <= terms.fits {
-            consider(shrinking, false, None, Some(model.end(terms, so_far, round, &outcome, Brake::Off)));
+        if outcome.left <= conditions.fits {
+            consider(
+                shrinking,
+                false,
+                None,
+                Some(model.end(conditions, so_far, round, &outcome, Brake::Off)),
+            );
             break;
         }
         so_far = so_far.after(round, &outcome);
@@ -175,20 +185,25 @@ fn plan(model: &Model, terms: &Terms, now: Round, rules: &Rules) -> Option<Plan>
 
 /// The end, if the current `round` is braked to `target` and each further one at least to what fits; `None` if that
 /// does not end.
-pub(crate) fn brake_down(model: &Model, terms: &Terms, round: Round, target: f64) -> Option<Forecast> {
-    brake_down_after(Forecast::NOTHING, model, terms, round, target)
+pub(crate) fn brake_down(
+    model: &Model,
+    conditions: &Conditions,
+    round: Round,
+    target: f64,
+) -> Option<Forecast> {
+    brake_down_after(Forecast::NOTHING, model, conditions, round, target)
 }
 
 /// The end of a plan: `round` is braked to `target`, each further one at least to what fits.
 fn brake_down_after(
     mut so_far: Forecast,
     model: &Model,
-    terms: &Terms,
+    conditions: &Conditions,
     mut round: Round,
     mut target: f64,
 ) -> Option<Forecast> {
     for _ in 0..MOST_BRAKED_ROUNDS {
-        let (outcome, end) = model.fair_round(terms, so_far, round, target);
+        let (outcome, end) = model.fair_round(conditions, so_far, round, target);
         if end.is_some() {
             return end;
         }
@@ -197,7 +212,7 @@ fn brake_down_after(
             return None;
         }
         round = Round::coming(outcome.left, 0.0);
-        target = target.min(terms.fits * AIM);
+        target = target.min(conditions.fits * AIM);
     }
     None
 }

@@ -7,7 +7,7 @@
 //! the round that is dirtied again is struck off it if it has not been sent by then.
 
 use super::curve::Curve;
-use super::model::{Model, Round, Terms};
+use super::model::{Conditions, Model, Round};
 
 /// Steps in which a round is walked through.
 const STEPS: u32 = 4;
@@ -27,8 +27,8 @@ impl Curve {
 impl Model {
     /// How many of the pages of `round` will be sent, if each writer runs for the share of the time that `runs` says
     /// (the last index is that of the others).
-    pub(crate) fn sent(&self, terms: &Terms, round: Round, runs: impl Fn(usize) -> f64) -> f64 {
-        let step_s = terms.seconds(round) / f64::from(STEPS);
+    pub(crate) fn sent(&self, conditions: &Conditions, round: Round, runs: impl Fn(usize) -> f64) -> f64 {
+        let step_s = conditions.seconds(round) / f64::from(STEPS);
         let sent_in_step = round.pages / f64::from(STEPS);
         let again_until = |seconds: f64| {
             let again = |(index, curve): (usize, &Curve)| {

@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use super::units::{duration, sane, whole};
 use super::{
-    Action, Controller, Event, Gate, LastCheck, Observation, Pages, Prediction, Settings, VcpuSample, Why,
+    Action, Controller, Event, GateState, LastCheck, Observation, Pages, Prediction, Settings, VcpuSample,
+    Why,
 };
 use crate::PAGE_SIZE;
 
@@ -104,7 +105,7 @@ impl Link {
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Machine {
     /// Shortest time between two observations, and the step of the simulation; the controller may ask for more.
-    pub look: Duration,
+    pub sample_interval: Duration,
     /// From closing a gate to its vCPU standing behind it.
     pub kick: Duration,
     /// What the first write to a clean page costs.
@@ -119,7 +120,7 @@ impl Default for Machine {
     /// As measured on a nested KVM with two CPUs that are both busy: 0.25 ms from a kick to the exit, 6.6 µs per fault.
     fn default() -> Self {
         Self {
-            look: Duration::from_micros(100),
+            sample_interval: Duration::from_micros(100),
             kick: Duration::from_micros(250),
             fault: Duration::from_nanos(6600),
             round_overhead: Duration::from_millis(2),
@@ -173,7 +174,7 @@ pub struct Simulated {
     pub predicted_after_round_1: Option<Prediction>,
     /// The round at whose end it was first known that it would not end without throttling.
     pub hopeless_since_round: Option<u32>,
-    /// What the controller told.
+    /// The events of the controller.
     pub events: Vec<Event>,
 }
 
@@ -279,7 +280,7 @@ pub fn simulate(
         bytes: 0.0,
         to_send: guest.populated.as_f64(),
         done: 0.0,
-        skipped: 0.0,
+        struck_off: 0.0,
         redirtied_unsent: 0.0,
     }
     .migrate(patience.as_secs_f64())
@@ -297,7 +298,7 @@ struct Simulation<'a> {
     /// Of the current round.
     to_send: f64,
     done: f64,
-    skipped: f64,
+    struck_off: f64,
     /// Pages of the round that are dirty again and have not been sent.
     redirtied_unsent: f64,
 }
@@ -313,18 +314,19 @@ impl Simulation<'_> {
     fn step(&mut self, step: f64, sending: bool) {
         let left = (self.to_send - self.done).max(0.0);
         // Of the pages that were not struck off; the order in which they are sent has nothing to do with the writers'.
-        let unsent = if left > 0.0 { left / (self.to_send - self.skipped) } else { 0.0 };
+        let unsent = if left > 0.0 { left / (self.to_send - self.struck_off) } else { 0.0 };
         let fault = self.machine.fault.as_secs_f64();
         for (vcpu, writer) in self.vcpus.iter_mut().zip(&self.guest.writers) {
             self.redirtied_unsent += vcpu.run(writer, self.now, step, fault, unsent);
         }
         self.redirtied_unsent = self.redirtied_unsent.min(left);
         if sending && left > 0.0 {
-            let struck_off = if self.controller.leaves_redirtied() { self.redirtied_unsent } else { 0.0 };
+            let struck_off =
+                if self.controller.strikes_off_redirtied() { self.redirtied_unsent } else { 0.0 };
             let can_send = self.link.rate(self.now) * step / WIRE_PAGE_BYTES;
             let pages = can_send.min(left - struck_off);
             self.done += pages + struck_off;
-            self.skipped += struck_off;
+            self.struck_off += struck_off;
             self.redirtied_unsent *= if struck_off > 0.0 { 0.0 } else { 1.0 - pages / left };
             self.bytes += pages * WIRE_PAGE_BYTES;
         }
@@ -332,7 +334,7 @@ impl Simulation<'_> {
     }
 
     fn start_round(&mut self, pages: f64) {
-        (self.to_send, self.done, self.skipped, self.redirtied_unsent) = (pages, 0.0, 0.0, 0.0);
+        (self.to_send, self.done, self.struck_off, self.redirtied_unsent) = (pages, 0.0, 0.0, 0.0);
         for vcpu in &mut self.vcpus {
             vcpu.to_send = vcpu.in_set;
             (vcpu.in_set, vcpu.earlier) = (0.0, 0.0);
@@ -359,11 +361,11 @@ impl Simulation<'_> {
         }
         let mut round_start = 0.0;
         while self.now < patience && rounds.len() < 100_000 {
-            let look = self.controller.next_look().max(self.machine.look);
-            self.step(look.as_secs_f64().max(1e-5), true);
+            let interval = self.controller.next_sample().max(self.machine.sample_interval);
+            self.step(interval.as_secs_f64().max(1e-5), true);
             let now = self.clock();
             let over = self.done >= self.to_send;
-            let action = self.look(now, over);
+            let action = self.sample(now, over);
             events.extend(self.controller.take_events());
             match action {
                 Action::GiveUp(_) => break,
@@ -372,7 +374,7 @@ impl Simulation<'_> {
             }
             rounds.push(RoundOutcome {
                 pages_to_send: Pages::floor(self.to_send),
-                pages_sent: Pages::floor(self.done - self.skipped),
+                pages_sent: Pages::floor(self.done - self.struck_off),
                 dirtied: Pages::floor(self.dirty()),
                 took: duration(self.now - round_start),
                 throttled_vcpus: self
@@ -429,7 +431,7 @@ impl Simulation<'_> {
         }
     }
 
-    fn look(&mut self, now: Duration, round_is_over: bool) -> Action {
+    fn sample(&mut self, now: Duration, round_is_over: bool) -> Action {
         let mut samples = std::mem::take(&mut self.samples);
         samples.clear();
         let named = self.controller.settings().per_vcpu;
@@ -441,7 +443,7 @@ impl Simulation<'_> {
             vcpus: &samples,
             others: if named { Pages(0) } else { Pages::floor(self.dirty()) },
             pages_done: Pages::floor(self.done),
-            pages_skipped: Pages::floor(self.skipped),
+            pages_struck_off: Pages::floor(self.struck_off),
             bytes_acked: whole(self.bytes),
         };
         let action = if round_is_over {
@@ -453,7 +455,7 @@ impl Simulation<'_> {
         let kick = self.machine.kick.as_secs_f64();
         for (vcpu, gate) in self.vcpus.iter_mut().zip(self.controller.gates()) {
             match gate {
-                Gate::ClosedUntil(until) if until.as_secs_f64() > vcpu.closed_until => {
+                GateState::ClosedUntil(until) if until.as_secs_f64() > vcpu.closed_until => {
                     vcpu.closed_from = now.as_secs_f64() + kick;
                     vcpu.closed_until = until.as_secs_f64();
                 }

@@ -166,7 +166,7 @@ fn seven_light_writers_do_not_notice_the_heavy_one() {
 #[test]
 fn a_busy_host_that_closes_gates_late_is_noticed_and_answered_with_longer_stalls() {
     let ms = Duration::from_millis;
-    let machine = Machine { look: ms(1), kick: ms(3), ..Machine::default() };
+    let machine = Machine { sample_interval: ms(1), kick: ms(3), ..Machine::default() };
     for (set, rate) in [(60, FULL_SPEED), (100, FULL_SPEED), (512, 150e6)] {
         let done =
             simulate(&guest(set, rate), &Link::steady(100e6), &machine, settings("fair-share"), PATIENCE);
@@ -187,7 +187,7 @@ fn a_thousand_vcpus_are_moved_over_200_gbit_and_only_the_heavy_ones_pay() {
         populated: Pages((64 << 30) / 4096),
         writers: (0..1024).map(|index| heavy(index).unwrap_or_else(|| light.clone())).collect(),
     };
-    let machine = Machine { look: Duration::from_millis(10), ..Machine::default() };
+    let machine = Machine { sample_interval: Duration::from_millis(10), ..Machine::default() };
     let done = simulate(&guest, &Link::steady(25e9), &machine, settings("fair-share"), PATIENCE);
     assert_eq!(done.ended, Some(Why::Fits));
     assert!(done.downtime <= Duration::from_millis(500));
@@ -234,7 +234,7 @@ fn a_writer_that_begins_in_the_middle_of_a_round_is_expected_to_go_on() {
         }],
         ..guest(0, 0.0)
     };
-    let machine = Machine { look: Duration::from_millis(1), ..Machine::default() };
+    let machine = Machine { sample_interval: Duration::from_millis(1), ..Machine::default() };
     let done = simulate(&guest, &Link::steady(142e6), &machine, settings("fair-share"), PATIENCE);
     assert_eq!(done.ended, Some(Why::Fits));
     assert!(done.total < Duration::from_secs(12), "{:?}", done.total);
@@ -312,7 +312,7 @@ fn a_writer_whose_first_braked_round_was_a_shallow_one_is_braked_down_after_it()
     let writers = vec![Writer { phases: vec![phase] }];
     let guest = Guest { ram: Pages(1 << 20), populated: Pages(150_000), writers };
     let link = Link { ripple: 0.0819, ..Link::steady(60_217_300.0) };
-    let machine = Machine { look: Duration::from_millis(1), ..Machine::default() };
+    let machine = Machine { sample_interval: Duration::from_millis(1), ..Machine::default() };
     let done = simulate(&guest, &link, &machine, settings("fair-share"), PATIENCE);
     assert_eq!(done.ended, Some(Why::Fits));
     assert!(done.rounds.len() < 12, "{} rounds", done.rounds.len());
@@ -343,7 +343,7 @@ proptest! {
     ) {
         let guest = Guest { ram: Pages(1 << 20), populated: Pages(150_000), writers };
         let link = Link { ripple, ..Link::steady(bytes_per_s) };
-        let machine = Machine { look: Duration::from_millis(1), ..Machine::default() };
+        let machine = Machine { sample_interval: Duration::from_millis(1), ..Machine::default() };
         let done = simulate(&guest, &link, &machine, settings("fair-share"), PATIENCE * 5);
         prop_assert_eq!(done.ended, Some(Why::Fits));
         // Measured on a crest of the ripple, sent in a trough.
@@ -402,18 +402,58 @@ proptest! {
             now += Duration::from_millis(ms.into());
             let sample = |(dirtied, ms): &(u64, u32)| VcpuSample { dirtied: Pages(*dirtied), throttled: Duration::from_millis((*ms).into()) };
             let vcpus: Vec<VcpuSample> = vcpus.iter().map(sample).collect();
-            let seen = Observation { vcpus: &vcpus, others: Pages(others), pages_done: Pages(pages), pages_skipped: Pages(others), bytes_acked: bytes };
+            let seen = Observation { vcpus: &vcpus, others: Pages(others), pages_done: Pages(pages), pages_struck_off: Pages(others), bytes_acked: bytes };
             match what {
                 0 => controller.round_started(now, Pages(pages)),
                 1 => drop(controller.observed(now, &seen)),
                 _ => drop(controller.round_ended(now, &seen)),
             }
             for gate in controller.gates() {
-                if let Gate::ClosedUntil(until) = gate {
+                if let GateState::ClosedUntil(until) = gate {
                     prop_assert!(policy == 1 || *until <= now + throttle::LONGEST_STALL_EVER);
                 }
             }
         }
         let _ = controller.take_events().count();
     }
+}
+
+#[test]
+fn a_downtime_limit_that_cannot_be_kept_is_said_before_the_first_round_and_costs_no_thirty_rounds() {
+    let mut settings = Settings::new(Pages(1 << 18));
+    settings.limits.downtime = Duration::from_millis(20);
+    settings.switchover_overhead = Duration::from_millis(28);
+    let mut controller = Controller::new(settings);
+    controller.round_started(Duration::ZERO, Pages(1000));
+    let said: Vec<Change> = controller.take_events().map(|event| event.change).collect();
+    let expected =
+        Change::DowntimeOutOfReach { limit: Duration::from_millis(20), overhead: Duration::from_millis(28) };
+    assert!(said.contains(&expected), "{said:?}");
+}
+
+#[test]
+fn rounds_of_a_millisecond_hardly_count_against_the_limit_of_rounds() {
+    let mut settings = Settings::new(Pages(1 << 18));
+    settings.limits.max_rounds = Some(3);
+    let mut controller = Controller::new(settings);
+    let mut now = Duration::ZERO;
+    let mut rounds_of = |length: Duration| {
+        for round in 1..1000 {
+            controller.round_started(now, Pages(1000));
+            now += length;
+            let seen = Observation {
+                vcpus: &[],
+                others: Pages(100_000),
+                pages_done: Pages(1000),
+                pages_struck_off: Pages(0),
+                bytes_acked: 0,
+            };
+            if controller.round_ended(now, &seen) != Action::Continue {
+                return round;
+            }
+        }
+        1000
+    };
+    assert_eq!(rounds_of(Duration::from_millis(1)), 60);
+    assert_eq!(rounds_of(Duration::from_millis(100)), 1, "the limit was reached");
 }

@@ -1,7 +1,7 @@
 //! The arithmetic of slowing one vCPU down: token buckets of pages, and duty cycles where pages cannot be told
 //! apart by vCPU.
 //!
-//! Nothing waits here. [`Throttle::look`] says whether the vCPU's gate is open or until when it is closed; the
+//! Nothing waits here. [`Throttle::poll`] says whether the vCPU's gate is open or until when it is closed; the
 //! gate itself, a futex on the vCPU's path, is `track::VcpuHandle`, and the kick that sends an overdrawn vCPU
 //! there is the VMM's. `fair_share` computes the quotas.
 
@@ -69,7 +69,7 @@ pub enum Quota {
 
 /// Whether a vCPU may run.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Gate {
+pub enum GateState {
     /// It may.
     Open,
     /// Not before this time, on the caller's clock; then without being told.
@@ -84,7 +84,7 @@ struct TokenBucket {
     tokens: f64,
     /// The slice that was last paid in.
     slice: u128,
-    /// Pages that the vCPU had dirtied at the last look.
+    /// Pages that the vCPU had dirtied at the last poll.
     counted: Pages,
 }
 
@@ -194,8 +194,8 @@ impl Throttle {
     /// Where the gate is to be now, given the pages that the vCPU has dirtied since the last recycle. Call after
     /// each observation; an answer already given is repeated until it is over. `longest_stall` is
     /// [`LONGEST_STALL`], unless that does not do.
-    pub fn look(&mut self, now: Duration, dirtied: Pages, longest_stall: Duration) -> Gate {
-        let Some(quota) = self.quota else { return Gate::Open };
+    pub fn poll(&mut self, now: Duration, dirtied: Pages, longest_stall: Duration) -> GateState {
+        let Some(quota) = self.quota else { return GateState::Open };
         let wanted = match (quota, &mut self.bucket) {
             (Quota::Pages(_), Some(bucket)) => bucket.closed_until(now, dirtied),
             (Quota::Pages(_), None) => None,
@@ -209,10 +209,10 @@ impl Throttle {
         if let Some(stall) = &mut self.stall {
             if now < stall.until {
                 stall.dirtied = dirtied;
-                return Gate::ClosedUntil(stall.until);
+                return GateState::ClosedUntil(stall.until);
             }
             if !stall.is_past(now, dirtied, matches!(quota, Quota::Pages(_))) {
-                return Gate::Open;
+                return GateState::Open;
             }
         }
         match wanted {
@@ -225,11 +225,11 @@ impl Throttle {
                 }
                 self.measure(dirtied, until < wanted);
                 self.stall = Some(Stall { until, dirtied, over_since: None });
-                Gate::ClosedUntil(until)
+                GateState::ClosedUntil(until)
             }
             _ => {
                 self.full_stall = None;
-                Gate::Open
+                GateState::Open
             }
         }
     }
@@ -269,12 +269,12 @@ mod tests {
 
     use super::*;
 
-    /// A vCPU that dirties `rate` pages a second while its gate is open, looked at every `look_us`.
-    fn run(throttle: &mut Throttle, rate: f64, look_us: u64, seconds: u64) -> (f64, Duration, Duration) {
+    /// A vCPU that dirties `rate` pages a second while its gate is open, polled every `poll_us`.
+    fn run(throttle: &mut Throttle, rate: f64, poll_us: u64, seconds: u64) -> (f64, Duration, Duration) {
         let (mut pages, mut stalled, mut longest) = (0.0, Duration::ZERO, Duration::ZERO);
         let mut closed_until = Duration::ZERO;
         let mut closed_since = Duration::ZERO;
-        let step = Duration::from_micros(look_us);
+        let step = Duration::from_micros(poll_us);
         let mut now = Duration::ZERO;
         while now < Duration::from_secs(seconds) {
             now += step;
@@ -283,7 +283,7 @@ mod tests {
             } else {
                 pages += rate * step.as_secs_f64();
             }
-            if let Gate::ClosedUntil(until) = throttle.look(now, Pages::floor(pages), LONGEST_STALL) {
+            if let GateState::ClosedUntil(until) = throttle.poll(now, Pages::floor(pages), LONGEST_STALL) {
                 if closed_until < now {
                     closed_since = now;
                 }
@@ -317,7 +317,7 @@ mod tests {
     fn what_is_dirtied_while_a_gate_closes_is_measured() {
         let mut throttle = bucket(100.0);
         run(&mut throttle, 150_000.0, 700, 1);
-        // Two looks of 0.7 ms at most, at 150 pages a millisecond.
+        // Two polls of 0.7 ms at most, at 150 pages a millisecond.
         assert!((1..=210).contains(&throttle.take_overrun().unwrap().0));
         assert_eq!(throttle.take_overrun(), None);
     }
@@ -335,38 +335,38 @@ mod tests {
     fn a_quota_that_is_lifted_opens_the_gate() {
         let mut throttle = bucket(0.0);
         let now = Duration::from_millis(1);
-        assert_ne!(throttle.look(now, Pages(1000), LONGEST_STALL), Gate::Open);
+        assert_ne!(throttle.poll(now, Pages(1000), LONGEST_STALL), GateState::Open);
         throttle.set(None, now, Pages(1000));
-        assert_eq!(throttle.look(now, Pages(2000), LONGEST_STALL), Gate::Open);
+        assert_eq!(throttle.poll(now, Pages(2000), LONGEST_STALL), GateState::Open);
     }
 
     proptest! {
         #[test]
         fn no_stall_is_longer_than_the_longest(
-            quota in 0.0..50_000.0f64, rate in 0.0..200_000.0f64, look_us in 100..3000u64, share in 0.0..2.0f64,
+            quota in 0.0..50_000.0f64, rate in 0.0..200_000.0f64, poll_us in 100..3000u64, share in 0.0..2.0f64,
         ) {
-            let (pages, _, longest) = run(&mut bucket(quota), rate, look_us, 2);
+            let (pages, _, longest) = run(&mut bucket(quota), rate, poll_us, 2);
             prop_assert!(longest <= LONGEST_STALL);
-            // What a vCPU overdraws before a look may close its gate is all that goes beyond the quota, where the
+            // What a vCPU overdraws before a poll may close its gate is all that goes beyond the quota, where the
             // stalls can make up for it.
-            let in_run = rate * (look_us as f64 / 1e6 + SHORTEST_RUN.as_secs_f64());
+            let in_run = rate * (poll_us as f64 / 1e6 + SHORTEST_RUN.as_secs_f64());
             let overdraft = in_run.max(PAGES_BETWEEN_STALLS as f64).min(in_run + rate * SLOW_RUN.as_secs_f64());
             let floor = overdraft.max(1.0) * 2.0 / LONGEST_STALL.as_secs_f64();
             prop_assert!(pages <= 2.1 * quota.max(floor) + 4.0 * overdraft + 10.0, "{} of {}", pages, quota);
             let mut timed = Throttle::default();
             timed.set(Some(Quota::Time(share)), Duration::ZERO, Pages(0));
-            let (_, _, longest) = run(&mut timed, rate, look_us, 1);
+            let (_, _, longest) = run(&mut timed, rate, poll_us, 1);
             prop_assert!(longest <= LONGEST_STALL);
         }
 
         #[test]
-        fn nonsense_never_panics(per_slice in any::<f64>(), share in any::<f64>(), looks in prop::collection::vec((any::<u32>(), any::<u64>()), 0..30)) {
+        fn nonsense_never_panics(per_slice in any::<f64>(), share in any::<f64>(), polls in prop::collection::vec((any::<u32>(), any::<u64>()), 0..30)) {
             for quota in [Quota::Pages(PagesPerSlice(per_slice)), Quota::Time(share), Quota::QemuTime(share)] {
                 let mut throttle = Throttle::default();
-                for (us, pages) in &looks {
+                for (us, pages) in &polls {
                     let now = Duration::from_micros((*us).into());
                     throttle.set(Some(quota), now, Pages(*pages));
-                    let _ = throttle.look(now, Pages(*pages), LONGEST_STALL);
+                    let _ = throttle.poll(now, Pages(*pages), LONGEST_STALL);
                 }
             }
         }

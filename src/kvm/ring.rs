@@ -1,4 +1,4 @@
-//! One vCPU's dirty ring, and a look at why the vCPU left the guest: the only memory that we share with KVM.
+//! One vCPU's dirty ring, and the reason why the vCPU left the guest: the only memory that we share with KVM.
 //!
 //! An entry goes 00 -(KVM: a page was dirtied)-> DIRTY -(we: taken)-> RESET -(KVM: page protected)-> 00. Both
 //! sides keep their positions to themselves and only the flags tell how far the other is: KVM pushes at its dirty
@@ -116,10 +116,10 @@ pub(crate) struct DirtyRing {
     fetch: u32,
     /// The first entry that KVM may not have reset yet; `fetch` when all have been.
     reset: u32,
-    /// The first entry, `fetch` or later, that was not dirty when we last looked.
-    seen: u32,
-    /// The next entry that `tell` gives; between `fetch` and `seen`.
-    told: u32,
+    /// The first entry, `fetch` or later, that was not dirty at the last scan.
+    scanned: u32,
+    /// The next entry that `report` gives; between `fetch` and `scanned`.
+    reported: u32,
 }
 
 impl DirtyRing {
@@ -146,7 +146,7 @@ impl DirtyRing {
     }
 
     fn new(memory: RingMemory, position: u32) -> Self {
-        Self { memory, fetch: position, reset: position, seen: position, told: position }
+        Self { memory, fetch: position, reset: position, scanned: position, reported: position }
     }
 
     /// Whether the vCPU, outside the guest now, left because this ring was full.
@@ -178,7 +178,7 @@ impl DirtyRing {
             entry.flags.store(RESET, Ordering::Release);
             self.fetch = self.fetch.wrapping_add(1);
         }
-        (self.seen, self.told) = (self.fetch, self.fetch);
+        (self.scanned, self.reported) = (self.fetch, self.fetch);
         self.fetch.wrapping_sub(from)
     }
 
@@ -192,42 +192,42 @@ impl DirtyRing {
         self.reset = self.fetch;
     }
 
-    /// Entries that are dirty and not taken. Looks only at the new ones, at the logarithm of their number: KVM fills
+    /// Entries that are dirty and not taken. Reads only new ones, the logarithm of their number: KVM fills
     /// entries in order, so that a dirty one has none but dirty ones before it, back to `fetch`. On a weakly
     /// ordered machine too: the `smp_wmb()` of each push stands between all earlier flags and its own, and
     /// the load here acquires.
-    pub(crate) fn look(&mut self) -> u32 {
+    pub(crate) fn scan(&mut self) -> u32 {
         // As far as `take` would go.
-        let mut left = self.reset.wrapping_add(self.size().entries()).wrapping_sub(self.seen);
+        let mut left = self.reset.wrapping_add(self.size().entries()).wrapping_sub(self.scanned);
         let is_dirty = |position: u32| self.memory.entry(position).flags.load(Ordering::Acquire) == DIRTY;
         // Double the stride while it lands on dirty entries, then halve it.
         let mut stride = 1;
-        while stride <= left && is_dirty(self.seen.wrapping_add(stride - 1)) {
-            self.seen = self.seen.wrapping_add(stride);
+        while stride <= left && is_dirty(self.scanned.wrapping_add(stride - 1)) {
+            self.scanned = self.scanned.wrapping_add(stride);
             left -= stride;
             stride *= 2;
         }
         while stride > 1 {
             stride /= 2;
-            if stride <= left && is_dirty(self.seen.wrapping_add(stride - 1)) {
-                self.seen = self.seen.wrapping_add(stride);
+            if stride <= left && is_dirty(self.scanned.wrapping_add(stride - 1)) {
+                self.scanned = self.scanned.wrapping_add(stride);
                 left -= stride;
             }
         }
-        self.seen.wrapping_sub(self.fetch)
+        self.scanned.wrapping_sub(self.fetch)
     }
 
-    /// Gives slot and page offset of each entry that [`look`](Self::look) has counted and that was not told before.
+    /// Gives slot and page offset of each entry that [`scan`](Self::scan) has counted and that was not reported before.
     /// They stay dirty, and the pages writable.
-    pub(crate) fn tell(&mut self, mut page: impl FnMut(SlotId, u64)) {
-        while self.told != self.seen {
-            let entry = self.memory.entry(self.told);
+    pub(crate) fn report(&mut self, mut page: impl FnMut(SlotId, u64)) {
+        while self.reported != self.scanned {
+            let entry = self.memory.entry(self.reported);
             // Acquire, as in `take`.
             if entry.flags.load(Ordering::Acquire) != DIRTY {
                 break;
             }
             page(SlotId(entry.slot.load(Ordering::Relaxed)), entry.offset.load(Ordering::Relaxed));
-            self.told = self.told.wrapping_add(1);
+            self.reported = self.reported.wrapping_add(1);
         }
     }
 
@@ -285,7 +285,7 @@ impl DirtyRing {
             self.memory.entry(self.fetch).flags.store(RESET, Ordering::Release);
             self.fetch = self.fetch.wrapping_add(1);
         }
-        (self.seen, self.told) = (self.fetch, self.fetch);
+        (self.scanned, self.reported) = (self.fetch, self.fetch);
     }
 
     /// After an overflow, with KVM stuck at a taken entry that it has overwritten: flags these entries again.
@@ -321,8 +321,8 @@ impl fmt::Debug for DirtyRing {
             .field("size", &self.size())
             .field("fetch", &self.fetch)
             .field("reset", &self.reset)
-            .field("seen", &self.seen)
-            .field("told", &self.told)
+            .field("scanned", &self.scanned)
+            .field("reported", &self.reported)
             .finish_non_exhaustive()
     }
 }

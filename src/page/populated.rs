@@ -62,7 +62,7 @@ pub fn populated(memory: &GuestMemory) -> Populated {
             }
             found.assume(region, known_to..part.start);
             known_to = part.end;
-            if let Err(error) = found.look(region, mapping, part.clone()) {
+            if let Err(error) = found.scan(region, mapping, part.clone()) {
                 tracing::debug!(%error, slot = ?region.slot, "a part of this slot counts as populated");
                 found.assume(region, part);
             }
@@ -79,7 +79,7 @@ impl Populated {
         self.assumed_pages += self.pages.len() - known;
     }
 
-    fn look(&mut self, region: &Region, mapping: &Mapping, part: Range<usize>) -> io::Result<()> {
+    fn scan(&mut self, region: &Region, mapping: &Mapping, part: Range<usize>) -> io::Result<()> {
         let mut add = |host: Range<usize>| self.pages.insert_run(region.pages_at(host));
         if mapping.inode != 0 {
             pages_of_file(mapping, part.clone(), &mut add)?;
@@ -258,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn exactly_the_written_pages_of_private_memory_are_populated_and_looking_populates_none() {
+    fn exactly_the_written_pages_of_private_memory_are_populated_and_scanning_populates_none() {
         let ram = ram();
         assert_eq!(found(ram.memory()), BTreeSet::new());
         TOUCHED.iter().for_each(|page| ram.write(page_at(*page), 1));

@@ -144,31 +144,31 @@ mod tests {
     #[repr(align(4096))]
     struct Page([u8; PAGE_SIZE]);
 
-    /// A way to look at a page, by name.
-    type Look = (&'static str, unsafe fn(*const u8) -> bool);
+    /// A way to test a page for zeroes, by name.
+    type Width = (&'static str, unsafe fn(*const u8) -> bool);
 
     /// Every width that this CPU has.
-    fn looks() -> Vec<Look> {
-        let mut looks: Vec<Look> = vec![("widest", is_zero), ("portable", is_zero_portable)];
+    fn widths() -> Vec<Width> {
+        let mut widths: Vec<Width> = vec![("widest", is_zero), ("portable", is_zero_portable)];
         #[cfg(target_arch = "x86_64")]
         {
             if is_x86_feature_detected!("avx2") {
-                looks.push(("AVX2", is_zero_avx2));
+                widths.push(("AVX2", is_zero_avx2));
             }
             if is_x86_feature_detected!("avx512f") {
-                looks.push(("AVX-512", is_zero_avx512));
+                widths.push(("AVX-512", is_zero_avx512));
             }
         }
-        looks
+        widths
     }
 
     #[test]
     fn one_set_bit_anywhere_makes_a_page_not_zero_at_every_width() {
         let mut page = Box::new(Page([0; PAGE_SIZE]));
-        for (width, look) in looks() {
+        for (width, test) in widths() {
             let is_zero = |page: &Page| {
                 // SAFETY: a page of our own; the CPU has this width.
-                unsafe { look(page.0.as_ptr()) }
+                unsafe { test(page.0.as_ptr()) }
             };
             assert!(is_zero(&page), "{width}");
             for at in 0..PAGE_SIZE {

@@ -40,7 +40,7 @@ impl WordAtHand {
 }
 
 impl PageSet {
-    /// For who comes by pages one by one. None of them may be beyond the capacity.
+    /// For callers that get pages one by one. None of the pages may be beyond the capacity.
     #[inline]
     pub(crate) fn insert_prefetched(&mut self) -> PrefetchedInsert<'_> {
         PrefetchedInsert { pages: self, waiting: [const { WordAtHand::NONE }; IN_FLIGHT], next: 0, new: 0 }

@@ -5,11 +5,12 @@ use std::time::{Duration, Instant};
 
 use super::migration::Migration;
 use crate::converge::{
-    Action, Change, Controller, Gate, LastCheck, Observation, Pages, Prediction, Settings, VcpuSample, Why,
+    Action, Change, Controller, GateState, LastCheck, Observation, Pages, Prediction, Settings, VcpuSample,
+    Why,
 };
 use crate::layout::PAGE_SIZE;
 use crate::progress::{self, Event, Progress};
-use crate::track::{self, DirtySource, Observed, SeenDirty, TrackError, VcpuHandle};
+use crate::track::{self, DirtySource, Observed, Redirtied, TrackError, VcpuHandle};
 use crate::transport::{SendHandle, Totals};
 use crate::vm::Vm;
 
@@ -22,7 +23,7 @@ pub(super) struct Steering {
     terms_version: u64,
     vcpus: Vec<SteeredVcpu>,
     samples: Vec<VcpuSample>,
-    seen: SeenDirty,
+    redirtied: Redirtied,
     /// The last two.
     samples_took: [Duration; 2],
     last_shown: (Duration, Vec<u64>),
@@ -33,7 +34,7 @@ pub(super) struct Steering {
 struct SteeredVcpu {
     handle: VcpuHandle,
     throttled_before: Duration,
-    gate: Gate,
+    gate: GateState,
     /// When its gate opens by itself, which is no later than 10 ms after it was closed.
     opens_at: Duration,
 }
@@ -66,7 +67,7 @@ impl Steering {
         };
         let steered = |handle: VcpuHandle| SteeredVcpu {
             throttled_before: handle.gate().throttled(),
-            gate: Gate::Open,
+            gate: GateState::Open,
             opens_at: Duration::ZERO,
             handle,
         };
@@ -76,7 +77,7 @@ impl Steering {
             started: *started,
             terms_version,
             samples: Vec::with_capacity(vcpus.len()),
-            seen: SeenDirty::new(memory.end()),
+            redirtied: Redirtied::new(memory.end()),
             samples_took: [Duration::ZERO; 2],
             vcpus: vcpus.into_iter().map(steered).collect(),
             last_shown: (Duration::ZERO, Vec::new()),
@@ -95,7 +96,7 @@ impl Steering {
             status.round_pages_done = 0;
         });
         self.controller.round_started(self.started.elapsed(), Pages(pages));
-        self.tell();
+        self.publish_events();
     }
 
     /// A sample in the middle of a round: observes, strikes off what is dirty again, and slows down the vCPUs that have
@@ -114,10 +115,10 @@ impl Steering {
             });
         }
         let began = Instant::now();
-        let observed = if self.controller.leaves_redirtied() {
-            let observed = tracker.observe_into(&mut self.seen)?;
-            sender.strike_off(|undealt| self.seen.strike_off(undealt));
-            self.seen.clear();
+        let observed = if self.controller.strikes_off_redirtied() {
+            let observed = tracker.observe_into(&mut self.redirtied)?;
+            sender.strike_off(|undealt| self.redirtied.strike_off(undealt));
+            self.redirtied.clear();
             observed
         } else {
             tracker.observe()?
@@ -136,7 +137,7 @@ impl Steering {
     /// The guest stands still with exactly `left` pages to send.
     pub fn last_check(&mut self, why: Why, left: u64) -> LastCheck {
         let check = self.controller.last_check(self.started.elapsed(), why, Pages(left));
-        self.tell();
+        self.publish_events();
         check
     }
 
@@ -144,7 +145,7 @@ impl Steering {
     /// that took long is one that had to wait for a CPU.
     pub fn next_sample(&self) -> Duration {
         let [before, last] = self.samples_took;
-        self.controller.next_look().max(before.min(last) * 2)
+        self.controller.next_sample().max(before.min(last) * 2)
     }
 
     /// What was expected at the last sample.
@@ -184,7 +185,7 @@ impl Steering {
     /// Lets every vCPU run.
     pub fn open_gates(&mut self) {
         for vcpu in &mut self.vcpus {
-            vcpu.gate = Gate::Open;
+            vcpu.gate = GateState::Open;
             vcpu.handle.gate().open();
         }
     }
@@ -211,7 +212,7 @@ impl Steering {
             vcpus: &self.samples,
             others: Pages(others),
             pages_done: Pages(pages_done),
-            pages_skipped: Pages(round.pages_struck_off),
+            pages_struck_off: Pages(round.pages_struck_off),
             bytes_acked: totals.bytes_sent,
         };
         let action = match harvested {
@@ -219,7 +220,7 @@ impl Steering {
             None => self.controller.observed(now, &seen),
         };
         self.show(now, per_vcpu, pages_done, totals);
-        self.tell();
+        self.publish_events();
         action
     }
 
@@ -231,7 +232,7 @@ impl Steering {
             match *wanted {
                 // A gate opens by itself after a while: a longer stall is renewed shortly before. Who comes too late
                 // for that finds the vCPU inside the guest again.
-                Gate::ClosedUntil(until) if *wanted == vcpu.gate => {
+                GateState::ClosedUntil(until) if *wanted == vcpu.gate => {
                     if until > vcpu.opens_at && now + RENEW_BEFORE > vcpu.opens_at {
                         let has_opened = now >= vcpu.opens_at;
                         vcpu.close(until, now);
@@ -241,8 +242,8 @@ impl Steering {
                     }
                 }
                 wanted if wanted == vcpu.gate => {}
-                Gate::Open => vcpu.handle.gate().open(),
-                Gate::ClosedUntil(until) => {
+                GateState::Open => vcpu.handle.gate().open(),
+                GateState::ClosedUntil(until) => {
                     vcpu.close(until, now);
                     vm.kick(index);
                 }
@@ -273,7 +274,7 @@ impl Steering {
         self.last_shown = (now, per_vcpu.to_vec());
     }
 
-    fn tell(&mut self) {
+    fn publish_events(&mut self) {
         let settings = self.controller.settings();
         let (policy, limits) = (settings.policy.to_string(), settings.limits.clone());
         for event in self.controller.take_events() {
@@ -281,7 +282,7 @@ impl Steering {
                 policy: policy.clone(),
                 downtime_limit_ms: limits.downtime_at(event.at).as_secs_f64() * 1e3,
             };
-            let told = match event.change {
+            let event = match event.change {
                 Change::Policy(_) | Change::Limits(_) | Change::DowntimeLimit(_) => terms(),
                 Change::Throttling { vcpus, level, time_share } => {
                     Event::ThrottleChanged { vcpus, level_pages: level.map(|level| level.0), time_share }
@@ -292,17 +293,21 @@ impl Steering {
                 }
                 Change::MinShare(min_share) => Event::MinShareLowered { min_share },
                 Change::DeadlineOutOfReach => Event::DeadlineOutOfReach,
+                Change::DowntimeOutOfReach { limit, overhead } => Event::DowntimeLimitOutOfReach {
+                    downtime_limit_ms: limit.as_secs_f64() * 1e3,
+                    fixed_ms: overhead.as_secs_f64() * 1e3,
+                },
                 Change::CalledOff { left, fits } => {
                     Event::SwitchoverCalledOff { pages_left: left.0, pages_fit: fits.0 }
                 }
-                // Told by the source when it has happened.
+                // The source publishes these when they have happened.
                 Change::SwitchOver(_) | Change::GaveUp(_) => continue,
             };
-            let prediction = match &told {
+            let prediction = match &event {
                 Event::PredictionChanged(prediction) => Some(*prediction),
                 _ => None,
             };
-            self.progress.publish(told, |status| status.prediction = prediction.or(status.prediction));
+            self.progress.publish(event, |status| status.prediction = prediction.or(status.prediction));
         }
     }
 }

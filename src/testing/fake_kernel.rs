@@ -430,13 +430,13 @@ mod tests {
             });
             let mut next = 0;
             while next < entries && !failed.load(Ordering::Relaxed) {
-                let seen = ring.look();
+                let scanned = ring.scan();
                 let taken = ring.take(|slot, offset| {
                     failed.fetch_or((slot, offset) != (slot_of(next), next), Ordering::Relaxed);
                     next += 1;
                 });
-                // What was seen can be taken.
-                failed.fetch_or(taken < seen, Ordering::Relaxed);
+                // What was scanned can be taken.
+                failed.fetch_or(taken < scanned, Ordering::Relaxed);
                 let reset = ring.unflagged_prefix();
                 if reset.entries > 0 {
                     ring.confirm_prefix(reset.entries);

@@ -70,7 +70,7 @@ pub struct VcpuFigures {
     pub ring_full_exits: u64,
     /// Time spent in taking its entries, on whatever thread, in nanoseconds.
     pub harvest_ns: u64,
-    /// Entries in the ring at the last look.
+    /// Entries in the ring at the last observation.
     pub ring_entries: u64,
     /// The most that `ring_entries` ever was.
     pub ring_entries_max: u64,

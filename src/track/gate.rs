@@ -74,7 +74,7 @@ impl Gate {
 
     fn set(&self, opens_at_ns: u64) {
         self.opens_at_ns.store(opens_at_ns, Ordering::Relaxed);
-        // Release, pairs with the acquire in `wait`: who sees the new count sees the new time. Who does not see it
+        // Release, pairs with the acquire in `wait`: a vCPU that sees the new count sees the new time. One that does not see it
         // before waiting has its wait refused by the kernel, which compares the count under its own lock.
         self.changes.fetch_add(1, Ordering::Release);
         futex::wake_all(&self.changes);

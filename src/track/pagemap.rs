@@ -8,7 +8,7 @@
 //! the next one.
 //!
 //! What it does not see: writes through another mapping of a shared file, in this process or another, and pages
-//! that `madvise` threw away; who does that marks them, see [`external`](super::external). It knows no vCPUs, so what
+//! that `madvise` threw away; the code that does that marks them, see [`external`](super::external). It knows no vCPUs, so what
 //! it observes is a total, and not of this very moment. A scan walks the page tables: it costs what is populated, not
 //! what is dirty (`cargo bench --bench pagemap`).
 
@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use memmap2::MmapMut;
 
 use super::error::{PagemapError, TrackError};
-use super::seen::SeenDirty;
+use super::redirtied::Redirtied;
 use super::source::{DirtySource, Observed};
 use crate::layout::{GuestMemory, PAGE_SIZE, PageRun, SlotId};
 use crate::os::pagemap::{CHECK_WPASYNC, Filter, Pagemap, WP_MATCHING, category};
@@ -37,23 +37,23 @@ pub struct PagemapTracker {
     userfault: Option<Userfault>,
     /// Harvested by a scan that failed later on, not handed out yet.
     found: PageSet,
-    /// A scan failed half-way: pages may be protected that nobody was told of.
+    /// A scan failed half-way: pages may be protected that were not reported.
     lost_count: bool,
     given_back: PageSet,
-    looked: Option<Look>,
+    last_sample: Option<Sample>,
 }
 
 /// An observation that may be asked for again.
 #[derive(Clone, Copy, Debug)]
-struct Look {
+struct Sample {
     at: Instant,
     took: Duration,
     pages: u64,
 }
 
 /// An observation is repeated until it is so many times older than it took to make: two milliseconds per populated
-/// GiB would be a core of its own for who asks every millisecond.
-const LOOK_REST: u32 = 20;
+/// GiB would be a core of its own for a caller that asks every millisecond.
+const SAMPLE_REST: u32 = 20;
 
 /// The written pages. One that does not exist is not written: it will be when it is populated, for then nothing
 /// protects it. Nor is the page of zeroes, to which a page is mapped that was only read.
@@ -79,7 +79,7 @@ impl PagemapTracker {
         Userfault::open()?;
         let empty = || PageSet::new(memory.end());
         let (found, given_back) = (empty(), empty());
-        Ok(Self { memory, pagemap, userfault: None, found, lost_count: false, given_back, looked: None })
+        Ok(Self { memory, pagemap, userfault: None, found, lost_count: false, given_back, last_sample: None })
     }
 
     /// Tracks a write of our own, to see whether this kernel and the rights of this process allow it.
@@ -125,23 +125,25 @@ impl PagemapTracker {
         Ok(())
     }
 
-    /// Counts the written pages and tells of them, unless the last look was a moment ago.
-    fn look(&mut self, mut tell: impl FnMut(PageRun)) -> Result<Observed, TrackError> {
+    /// Counts the written pages and reports them, unless the last sample was taken a moment ago.
+    fn sample(&mut self, mut report: impl FnMut(PageRun)) -> Result<Observed, TrackError> {
         if self.userfault.is_none() {
             return Err(TrackError::NotTracking);
         }
-        if let Some(look) = self.looked.filter(|look| look.at.elapsed() < look.took * LOOK_REST) {
-            return Ok(Observed::Total(look.pages));
+        if let Some(sample) =
+            self.last_sample.filter(|sample| sample.at.elapsed() < sample.took * SAMPLE_REST)
+        {
+            return Ok(Observed::Total(sample.pages));
         }
         let (at, mut pages) = (Instant::now(), 0);
         for region in self.memory.regions() {
             let found = |part: Range<usize>| {
                 pages += (part.len() / PAGE_SIZE) as u64;
-                tell(region.pages_at(part));
+                report(region.pages_at(part));
             };
             self.pagemap.scan(region.host_range(), WRITTEN, found).map_err(PagemapError::Scan)?;
         }
-        self.looked = Some(Look { at, took: at.elapsed(), pages });
+        self.last_sample = Some(Sample { at, took: at.elapsed(), pages });
         Ok(Observed::Total(pages))
     }
 }
@@ -170,11 +172,11 @@ impl DirtySource for PagemapTracker {
     }
 
     fn observe(&mut self) -> Result<Observed, TrackError> {
-        self.look(|_| {})
+        self.sample(|_| {})
     }
 
-    fn observe_into(&mut self, seen: &mut SeenDirty) -> Result<Observed, TrackError> {
-        self.look(|run| seen.pages_mut().insert_run(run))
+    fn observe_into(&mut self, redirtied: &mut Redirtied) -> Result<Observed, TrackError> {
+        self.sample(|run| redirtied.pages_mut().insert_run(run))
     }
 
     fn harvest(&mut self, dirty: &mut PageSet) -> Result<(), TrackError> {
@@ -185,7 +187,7 @@ impl DirtySource for PagemapTracker {
         if capacity < needed {
             return Err(TrackError::SetTooSmall { capacity, needed });
         }
-        self.looked = None;
+        self.last_sample = None;
         self.scan()?;
         if std::mem::take(&mut self.lost_count) {
             self.memory.regions().iter().for_each(|region| dirty.insert_run(region.pages));
@@ -208,7 +210,7 @@ impl DirtySource for PagemapTracker {
 
     fn stop(&mut self) -> Result<(), TrackError> {
         self.userfault = None;
-        self.looked = None;
+        self.last_sample = None;
         self.found.clear();
         Ok(())
     }

@@ -13,8 +13,8 @@ pub(super) trait Protected {}
 #[derive(Debug)]
 pub(super) struct Pending {
     pages: PageSet,
-    /// Pages, in `pages` or to come, that a look has told of since they were handed out.
-    told: PageSet,
+    /// Pages, in `pages` or to come, that an observation has reported since they were handed out.
+    reported: PageSet,
     /// Pages that were handed out before and did not arrive. They outlast a period of tracking.
     given_back: PageSet,
     /// Pages that an interrupted reset may have left writable with no entry to tell of later writes: dirty in
@@ -27,12 +27,12 @@ pub(super) struct Pending {
 impl Pending {
     pub(super) fn new() -> Self {
         let empty = || PageSet::new(PageIndex(0));
-        Self { pages: empty(), told: empty(), given_back: empty(), unsure: empty(), everything: false }
+        Self { pages: empty(), reported: empty(), given_back: empty(), unsure: empty(), everything: false }
     }
 
     /// Makes room for pages below `end`.
     pub(super) fn grow(&mut self, end: PageIndex) {
-        for set in [&mut self.pages, &mut self.told, &mut self.given_back, &mut self.unsure] {
+        for set in [&mut self.pages, &mut self.reported, &mut self.given_back, &mut self.unsure] {
             if set.capacity() < end {
                 let small = std::mem::replace(set, PageSet::new(end));
                 set.union(&small);
@@ -50,9 +50,9 @@ impl Pending {
         &mut self.pages
     }
 
-    /// A look found the page, which will come: whether that is news.
-    pub(super) fn tell(&mut self, page: PageIndex) -> bool {
-        self.told.insert(page) && (self.pages.is_empty() || !self.pages.contains(page))
+    /// An observation found the page, which will come: whether it is the first that did.
+    pub(super) fn report(&mut self, page: PageIndex) -> bool {
+        self.reported.insert(page) && (self.pages.is_empty() || !self.pages.contains(page))
     }
 
     pub(super) fn give_back(&mut self, pages: &PageSet) {
@@ -71,7 +71,7 @@ impl Pending {
 
     /// These pages are no longer RAM.
     pub(super) fn remove_run(&mut self, run: PageRun) {
-        for set in [&mut self.pages, &mut self.told, &mut self.given_back, &mut self.unsure] {
+        for set in [&mut self.pages, &mut self.reported, &mut self.given_back, &mut self.unsure] {
             set.remove_run(run);
         }
     }
@@ -79,7 +79,7 @@ impl Pending {
     /// A period of tracking begins or ends.
     pub(super) fn forget(&mut self) {
         self.pages.clear();
-        self.told.clear();
+        self.reported.clear();
         self.rearmed();
     }
 
@@ -101,7 +101,7 @@ impl Pending {
             dirty.union(&self.pages);
         }
         self.pages.clear();
-        self.told.clear();
+        self.reported.clear();
     }
 
     /// The pages of one run as a bitmap, bit 0 of word 0 the first.
@@ -111,7 +111,7 @@ impl Pending {
             self.pages.insert_run(part);
         }
         self.given_back.remove_run(run);
-        self.told.remove_run(run);
+        self.reported.remove_run(run);
         self.pages.take_words(run)
     }
 }

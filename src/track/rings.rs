@@ -15,7 +15,7 @@ use std::time::Instant;
 use super::error::TrackError;
 use super::figures::VmCounters;
 use super::pending::{Pending, Protected};
-use super::seen::SeenDirty;
+use super::redirtied::Redirtied;
 use super::slots::{SlotCursor, Slots};
 use super::vcpu::Vcpu;
 use crate::kvm::ring::DirtyRing;
@@ -56,9 +56,9 @@ struct Ring {
     vcpu: Arc<Vcpu>,
     /// Pages taken early, since the last harvest.
     early_pages: u64,
-    /// Dirty entries at the last look.
-    last_look: u32,
-    /// Those of them that name pages taken early or named before, as far as they were told of.
+    /// Dirty entries at the last observation.
+    observed: u32,
+    /// Those of them that name pages taken early or named before, as far as they were reported.
     repeated: u32,
     /// Runs in a row that KVM ended with "full" when there was nothing to take.
     empty_fulls: u32,
@@ -74,8 +74,8 @@ struct Ring {
 #[derive(Default, Debug)]
 pub(super) struct Rings {
     rings: Vec<Ring>,
-    /// Of the pages taken early since the last harvest, those that `observe` has told of.
-    early_told: u64,
+    /// Of the pages taken early since the last harvest, those that `observe` has reported.
+    early_reported: u64,
 }
 
 impl Ring {
@@ -120,21 +120,21 @@ impl Ring {
                 None => self.suspect &= taken == 0 || taken == self.ring.size().entries(),
             }
         }
-        (self.last_look, self.repeated) = (0, 0);
+        (self.observed, self.repeated) = (0, 0);
         self.vcpu.counters.occupancy.set(0);
         let harvest_ns = self.vcpu.counters.harvest_ns.add_since(started);
         cx.counters.harvest_ns.add(harvest_ns);
     }
 
-    /// Adds the pages of the entries that were not told of to `seen`, and counts the entries that are no news: KVM names a
-    /// page again when the host has taken it from the guest in between (kernel-notes/dirty-ring.md).
-    fn tell(&mut self, slots: &Slots, pending: &mut Pending, seen: &mut PageSet) {
+    /// Adds the pages of the entries that were not reported yet to `redirtied`, and counts the entries that repeat a page:
+    /// KVM names a page again when the host has taken it from the guest in between (kernel-notes/dirty-ring.md).
+    fn report(&mut self, slots: &Slots, pending: &mut Pending, redirtied: &mut PageSet) {
         let mut slots = SlotCursor::new(slots);
         let repeated = &mut self.repeated;
-        self.ring.tell(|slot, offset| {
+        self.ring.report(|slot, offset| {
             if let Some(page) = slots.page(slot, offset) {
-                seen.insert(page);
-                *repeated += u32::from(!pending.tell(page));
+                redirtied.insert(page);
+                *repeated += u32::from(!pending.report(page));
             }
         });
     }
@@ -183,14 +183,14 @@ impl Ring {
         }
     }
 
-    /// Whether the ring, if it fills on as it does, will be full before the next look, so that it is better recycled
+    /// Whether the ring, if it fills on as it does, will be full before the next observation, so that it is better recycled
     /// here and now than in an exit of its vCPU. Only in its last sixteenth: one large step says little about the next.
     fn nears_its_limit(&self, entries: u32) -> bool {
         let limit = match self.ring.size().entries() {
             size @ 0..1024 => size - 64,
             size => size - RESERVED_ENTRIES,
         };
-        let grown = entries.saturating_sub(self.last_look);
+        let grown = entries.saturating_sub(self.observed);
         grown > 0 && entries + grown.min(limit / 16) >= limit
     }
 }
@@ -201,7 +201,7 @@ impl Rings {
             ring,
             vcpu,
             early_pages: 0,
-            last_look: 0,
+            observed: 0,
             repeated: 0,
             empty_fulls: 0,
             empty_calls: 0,
@@ -232,39 +232,39 @@ impl Rings {
         for ring in &mut self.rings {
             ring.early_pages = 0;
         }
-        self.early_told = 0;
+        self.early_reported = 0;
     }
 
-    /// Pages by vCPU since the last harvest; recycles a ring that would be full before the next look. `seen` is told
-    /// which pages those are that it was not told of.
+    /// Pages by vCPU since the last harvest; recycles a ring that would be full before the next
+    /// observation. `redirtied` gets the pages that no earlier call reported.
     pub(super) fn observe(
         &mut self,
         cx: Context<'_>,
         pending: &mut Pending,
-        mut seen: Option<&mut SeenDirty>,
+        mut redirtied: Option<&mut Redirtied>,
     ) -> Result<Vec<u64>, TrackError> {
         let mut pages = Vec::with_capacity(self.rings.len());
         for at in 0..self.rings.len() {
             let ring = &mut self.rings[at];
-            let entries = ring.ring.look();
+            let entries = ring.ring.scan();
             ring.note_occupancy(entries);
             if ring.nears_its_limit(entries) {
                 self.recycle_these(at..at + 1, cx, pending)?;
                 pages.push(self.rings[at].early_pages);
             } else {
-                ring.last_look = entries;
-                if let Some(seen) = &mut seen {
-                    ring.tell(cx.slots, pending, seen.pages_mut());
+                ring.observed = entries;
+                if let Some(redirtied) = &mut redirtied {
+                    ring.report(cx.slots, pending, redirtied.pages_mut());
                 }
                 pages.push(ring.early_pages + u64::from(entries - ring.repeated.min(entries)));
             }
         }
         let early = self.rings.iter().map(|ring| ring.early_pages).sum();
-        if let Some(seen) = seen
-            && early != self.early_told
+        if let Some(redirtied) = redirtied
+            && early != self.early_reported
         {
-            seen.pages_mut().union(pending.pages_mut());
-            self.early_told = early;
+            redirtied.pages_mut().union(pending.pages_mut());
+            self.early_reported = early;
         }
         Ok(pages)
     }

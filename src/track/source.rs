@@ -2,11 +2,11 @@
 
 use super::error::TrackError;
 use super::handle::VcpuHandle;
-use super::seen::SeenDirty;
+use super::redirtied::Redirtied;
 use crate::page_set::PageSet;
 use crate::vm::Settled;
 
-/// What was dirtied since the last harvest, seen without disturbing the guest.
+/// What was dirtied since the last harvest, observed without disturbing the guest.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Observed {
     /// Pages by the vCPU that dirtied them, in the order in which the vCPUs were attached.
@@ -19,7 +19,7 @@ pub enum Observed {
     PerVcpu(Vec<u64>),
     /// Pages, whoever dirtied them.
     Total(u64),
-    /// This backend cannot look without protecting the pages again.
+    /// This backend cannot observe without protecting the pages again.
     Unobservable,
 }
 
@@ -41,9 +41,9 @@ pub trait DirtySource: Send {
     fn start(&mut self) -> Result<(), TrackError>;
 
     /// What was dirtied since the last harvest. The pages stay writable, the guest feels nothing; only a ring that
-    /// would be full before the next look is recycled, here instead of on its vCPU's thread.
+    /// would be full before the next observation is recycled, here instead of on its vCPU's thread.
     ///
-    /// What was seen is counted and not told, because it is not protected: its content must not be read yet.
+    /// What was observed is counted and not named, because it is not protected: its content must not be read yet.
     ///
     /// ```compile_fail,E0308
     /// # fn f(source: &mut dyn ringferry::DirtySource) -> Result<ringferry::PageSet, ringferry::TrackError> {
@@ -56,21 +56,21 @@ pub trait DirtySource: Send {
     /// [`TrackError::NotTracking`], or what the kernel refused.
     fn observe(&mut self) -> Result<Observed, TrackError>;
 
-    /// [`observe`](Self::observe), and adds to `seen` the pages dirtied since the last harvest that no earlier call
-    /// told of; sooner or later all, where the backend can tell. None of them can be read from there.
+    /// [`observe`](Self::observe), and adds to `redirtied` the pages dirtied since the last harvest that no earlier call
+    /// reported; sooner or later all, where the backend knows them. None of them can be read from there.
     ///
     /// ```compile_fail,E0599
-    /// # fn f(source: &mut dyn ringferry::DirtySource, seen: &mut ringferry::SeenDirty) {
-    /// source.observe_into(seen).unwrap();
-    /// for run in seen.runs() {} // their content may change without a trace
+    /// # fn f(source: &mut dyn ringferry::DirtySource, redirtied: &mut ringferry::Redirtied) {
+    /// source.observe_into(redirtied).unwrap();
+    /// for run in redirtied.runs() {} // their content may change without a trace
     /// # }
     /// ```
     ///
     /// # Errors
     ///
     /// As for `observe`.
-    fn observe_into(&mut self, seen: &mut SeenDirty) -> Result<Observed, TrackError> {
-        let _ = seen;
+    fn observe_into(&mut self, redirtied: &mut Redirtied) -> Result<Observed, TrackError> {
+        let _ = redirtied;
         self.observe()
     }
 

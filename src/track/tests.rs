@@ -37,8 +37,8 @@ struct Model {
     sent: BTreeMap<u64, u64>,
     /// What was harvested and may yet fail to arrive.
     taken: PageSet,
-    /// Pages that looks told of and no harvest handed out yet.
-    seen: SeenDirty,
+    /// Pages that observations reported and no harvest handed out yet.
+    redirtied: Redirtied,
 }
 
 fn end() -> PageIndex {
@@ -63,7 +63,7 @@ impl Model {
             version: BTreeMap::new(),
             sent: BTreeMap::new(),
             taken: PageSet::new(end()),
-            seen: SeenDirty::new(end()),
+            redirtied: Redirtied::new(end()),
         };
         (0..SLOTS).for_each(|slot| model.add_slot(slot));
         model.start();
@@ -88,7 +88,7 @@ impl Model {
                 self.version.remove(&page);
                 self.sent.remove(&page);
                 self.taken.remove(PageIndex(page));
-                self.seen.pages_mut().remove(PageIndex(page));
+                self.redirtied.pages_mut().remove(PageIndex(page));
             }
         }
     }
@@ -99,7 +99,7 @@ impl Model {
         self.note_writes_during_reset();
         self.sent = self.version.clone();
         self.taken.clear();
-        self.seen.clear();
+        self.redirtied.clear();
     }
 
     fn wrote(&mut self, slot: u32, offset: u64) {
@@ -146,7 +146,7 @@ impl Model {
             }
         }
         self.taken.union(dirty);
-        self.seen.pages_mut().subtract(dirty);
+        self.redirtied.pages_mut().subtract(dirty);
     }
 
     fn harvest(&mut self) {
@@ -154,9 +154,9 @@ impl Model {
         self.tracker.harvest(&mut dirty).unwrap();
         self.send(&dirty);
         assert!(
-            self.seen.is_empty(),
+            self.redirtied.is_empty(),
             "pages were struck off a round and are in no later one: {:?}",
-            self.seen
+            self.redirtied
         );
     }
 
@@ -285,7 +285,7 @@ impl Model {
                 let first = PageIndex(slot_pages(*slot).first.0 + offset);
                 self.tracker.mark_dirty(PageRun { first, pages: 1 });
             }
-            Event::Observe => drop(self.tracker.observe_into(&mut self.seen).unwrap()),
+            Event::Observe => drop(self.tracker.observe_into(&mut self.redirtied).unwrap()),
             Event::Harvest => self.harvest(),
             Event::HarvestFinal => self.harvest_final(),
             Event::TakeSlotBitmap(slot) => self.take_slot_bitmap(*slot),
@@ -349,50 +349,50 @@ proptest! {
 }
 
 #[test]
-fn a_look_tells_of_each_page_once_and_of_those_that_were_taken_early_too() {
+fn an_observation_reports_each_page_once_and_those_that_were_taken_early_too() {
     let mut model = Model::new(2, 0, 0, false);
-    let told = |model: &mut Model| {
-        let mut seen = SeenDirty::new(end());
-        model.tracker.observe_into(&mut seen).unwrap();
-        seen.pages_mut().runs().flat_map(|run| run.first.0..run.end().0).collect::<Vec<_>>()
+    let reported = |model: &mut Model| {
+        let mut redirtied = Redirtied::new(end());
+        model.tracker.observe_into(&mut redirtied).unwrap();
+        redirtied.pages_mut().runs().flat_map(|run| run.first.0..run.end().0).collect::<Vec<_>>()
     };
     for page in [3, 4, 90] {
         model.write(0, 0, page);
     }
-    assert_eq!(told(&mut model), [3, 4, 90]);
-    assert!(told(&mut model).is_empty());
+    assert_eq!(reported(&mut model), [3, 4, 90]);
+    assert!(reported(&mut model).is_empty());
     model.write(1, 0, 7);
     model.write(0, 0, 3);
-    assert_eq!(told(&mut model), [7]);
-    // Its own vCPU recycles a ring that nobody has looked at.
+    assert_eq!(reported(&mut model), [7]);
+    // Its own vCPU recycles a ring that nobody has observed.
     model.write(0, 0, 8);
     model.vcpus[0].ring_full().unwrap();
-    assert!(told(&mut model).contains(&8));
+    assert!(reported(&mut model).contains(&8));
     model.harvest();
-    assert!(told(&mut model).is_empty());
+    assert!(reported(&mut model).is_empty());
 }
 
 #[test]
-fn a_look_that_tells_counts_a_page_once_however_often_kvm_names_it() {
+fn an_observation_that_reports_counts_a_page_once_however_often_kvm_names_it() {
     let mut model = Model::new(2, 0, 0, false);
-    let mut seen = SeenDirty::new(end());
-    let mut look = |model: &mut Model| {
-        seen.clear();
-        model.tracker.observe_into(&mut seen).unwrap()
+    let mut redirtied = Redirtied::new(end());
+    let mut observe = |model: &mut Model| {
+        redirtied.clear();
+        model.tracker.observe_into(&mut redirtied).unwrap()
     };
     model.emulate(0, 1, &[5, 5, 9]);
-    assert_eq!(look(&mut model), Observed::PerVcpu(vec![2, 0]));
-    // Again after a look, and by the other vCPU.
+    assert_eq!(observe(&mut model), Observed::PerVcpu(vec![2, 0]));
+    // Again after an observation, and by the other vCPU.
     model.emulate(0, 1, &[9, 11]);
     model.emulate(1, 1, &[5, 12]);
-    assert_eq!(look(&mut model), Observed::PerVcpu(vec![3, 1]));
+    assert_eq!(observe(&mut model), Observed::PerVcpu(vec![3, 1]));
     // In another round they are new, wholly or a slot at a time.
     model.harvest();
     model.emulate(1, 1, &[9, 9]);
-    assert_eq!(look(&mut model), Observed::PerVcpu(vec![0, 1]));
+    assert_eq!(observe(&mut model), Observed::PerVcpu(vec![0, 1]));
     model.tracker.take_slot_bitmap(SlotId(1)).unwrap();
     model.emulate(1, 1, &[9]);
-    assert_eq!(look(&mut model), Observed::PerVcpu(vec![0, 2]));
+    assert_eq!(observe(&mut model), Observed::PerVcpu(vec![0, 2]));
 }
 
 /// A signal that comes after the last entry was counted leaves the count right and the last batch unprotected.
@@ -453,7 +453,7 @@ fn a_ring_goes_on_when_its_index_wraps() {
     model.check_nothing_is_lost();
 }
 
-/// A log that a test fills; it can be told to refuse its start.
+/// A log that a test fills; it can be reported to refuse its start.
 #[derive(Default)]
 struct Log {
     pages: std::sync::Arc<std::sync::Mutex<Option<Vec<u64>>>>,

@@ -10,8 +10,8 @@ use super::external::ExternalSource;
 use super::figures::{Figures, VmCounters};
 use super::handle::VcpuHandle;
 use super::pending::Pending;
+use super::redirtied::Redirtied;
 use super::rings::Rings;
-use super::seen::SeenDirty;
 use super::shared::{Backend, External, ExternalId, Shared, State};
 use super::slots::Slots;
 use super::source::{DirtySource, Observed};
@@ -273,12 +273,12 @@ impl DirtyTracker {
         self.shared.counters.figures(vcpus)
     }
 
-    fn look(&self, seen: Option<&mut SeenDirty>) -> Result<Observed, TrackError> {
+    fn observe_and_report(&self, redirtied: Option<&mut Redirtied>) -> Result<Observed, TrackError> {
         let State { backend, slots, pending, tracking, .. } = &mut *self.shared.lock();
         match backend {
             _ if !*tracking => Err(TrackError::NotTracking),
             Backend::Ring { rings, .. } => {
-                rings.observe(self.shared.context(slots), pending, seen).map(Observed::PerVcpu)
+                rings.observe(self.shared.context(slots), pending, redirtied).map(Observed::PerVcpu)
             }
             Backend::Bitmap(_) => Ok(Observed::Unobservable),
         }
@@ -336,11 +336,11 @@ impl DirtySource for DirtyTracker {
     }
 
     fn observe(&mut self) -> Result<Observed, TrackError> {
-        self.look(None)
+        self.observe_and_report(None)
     }
 
-    fn observe_into(&mut self, seen: &mut SeenDirty) -> Result<Observed, TrackError> {
-        self.look(Some(seen))
+    fn observe_into(&mut self, redirtied: &mut Redirtied) -> Result<Observed, TrackError> {
+        self.observe_and_report(Some(redirtied))
     }
 
     fn harvest(&mut self, dirty: &mut PageSet) -> Result<(), TrackError> {

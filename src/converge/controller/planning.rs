@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::Controller;
 use crate::PAGE_SIZE;
 use crate::converge::fair_share::even_out;
-use crate::converge::model::{Brake, FAIR, Fair, Forecast, Model, Outcome, Round, Terms, shrinks};
+use crate::converge::model::{Brake, Conditions, FAIR, Fair, Forecast, Model, Outcome, Round, shrinks};
 use crate::converge::throttle::LONGEST_STALL;
 use crate::converge::units::{duration, sane, whole};
 use crate::converge::{
@@ -56,16 +56,16 @@ impl Controller {
             }
             Policy::FairShare(_) => {}
         }
-        let Some(terms) = self.terms(now) else { return };
-        let free = self.model.forecast(&terms, round, Brake::Off, |_, _| None);
-        self.round.shrinks = shrinks(round, &self.model.round(&terms, round, Brake::Off));
+        let Some(conditions) = self.conditions(now) else { return };
+        let free = self.model.forecast(&conditions, round, Brake::Off, |_, _| None);
+        self.round.shrinks = shrinks(round, &self.model.round(&conditions, round, Brake::Off));
         let forecast = match self.settings.policy {
             Policy::None => free,
-            Policy::AutoConverge(parameters) => self.auto_converge_forecast(&terms, round, &parameters),
+            Policy::AutoConverge(parameters) => self.auto_converge_forecast(&conditions, round, &parameters),
             Policy::DirtyLimit(limit) => {
-                self.model.forecast(&terms, round, Brake::Rate(pages_per_s(limit)), |_, _| None)
+                self.model.forecast(&conditions, round, Brake::Rate(pages_per_s(limit)), |_, _| None)
             }
-            Policy::FairShare(fair_share) => self.fair_share(now, &terms, round, fair_share),
+            Policy::FairShare(fair_share) => self.fair_share(now, &conditions, round, fair_share),
         };
         let spread = self.model.bandwidth.spread();
         let prediction = Prediction {
@@ -79,8 +79,8 @@ impl Controller {
             spread,
         };
         self.prediction = Some(prediction);
-        self.news.prediction(now, prediction);
-        self.news.throttling(now, &self.shares, self.level);
+        self.events.prediction(now, prediction);
+        self.events.throttling(now, &self.shares, self.level);
     }
 
     /// The same quota for every vCPU.
@@ -95,7 +95,7 @@ impl Controller {
 
     fn auto_converge_forecast(
         &self,
-        terms: &Terms,
+        conditions: &Conditions,
         round: Round,
         parameters: &AutoConverge,
     ) -> Option<Forecast> {
@@ -110,13 +110,13 @@ impl Controller {
             let changed = rule.on_sync(at, outcome.left * PAGE_SIZE as f64, bytes, parameters);
             changed.then(|| Brake::Time(rule.share()))
         };
-        self.model.forecast(terms, round, Brake::Time(self.rule.share()), next)
+        self.model.forecast(conditions, round, Brake::Time(self.rule.share()), next)
     }
 
     fn fair_share(
         &mut self,
         now: Duration,
-        terms: &Terms,
+        conditions: &Conditions,
         round: Round,
         fair_share: FairShare,
     ) -> Option<Forecast> {
@@ -131,8 +131,8 @@ impl Controller {
         let spent = self.throttled_seen.iter().fold(0.0f64, |most, throttled| most.max(*throttled));
         let grace_s = (grace - spent).max(0.0);
         let mut rules = plan::Rules { fair_share, deadline_s: remaining, grace_s, brake_now: later_round };
-        let mut terms = *terms;
-        terms.min_share = fair_share.min_share.unwrap_or(terms.min_share);
+        let mut conditions = *conditions;
+        conditions.min_share = fair_share.min_share.unwrap_or(conditions.min_share);
         let timed;
         let model = if self.settings.per_vcpu {
             &self.model
@@ -143,16 +143,16 @@ impl Controller {
             timed = Model { curves, held, ..Model::default() };
             &timed
         };
-        let (mut plan, mut terms) = plan::plan_on_terms(model, terms, round, &rules);
+        let (mut plan, mut conditions) = plan::plan_under(model, conditions, round, &rules);
         let late = remaining.is_some() && plan.is_none_or(|plan| !plan.in_time);
         if late && seen && !later_round {
             rules.brake_now = true;
-            (plan, terms) = plan::plan_on_terms(model, terms, round, &rules);
+            (plan, conditions) = plan::plan_under(model, conditions, round, &rules);
         }
         // A guest once braked stays braked, to the depth first chosen, unless that misses the deadline, or it turned out
         // so much better that it need not be: one that is let go for a round loses all that it paid for.
         if let Some(target) = self.target {
-            let forecast = plan::brake_down(model, &terms, round, target);
+            let forecast = plan::brake_down(model, &conditions, round, target);
             let stays = |forecast: &Forecast| {
                 let in_time = remaining.is_none_or(|remaining| forecast.finish_s <= remaining);
                 let dear = forecast.lost_s * LET_GO_SHARE - LET_GO_S;
@@ -167,7 +167,7 @@ impl Controller {
         let target = plan.map_or(no_plan, |plan| plan.target);
         self.target = target;
         let mut fair = match target {
-            Some(target) => model.fair(&terms, round, target),
+            Some(target) => model.fair(&conditions, round, target),
             None => Fair { round, held: Vec::new(), level: f64::INFINITY },
         };
         even_out(&mut fair.held, |index| self.counts.get(index).map_or(0.0, |counted| counted.as_f64()));
@@ -175,33 +175,33 @@ impl Controller {
             self.round.braked_at = Some(now.as_secs_f64());
         }
         self.level = fair.level.is_finite().then(|| Pages::floor(fair.level));
-        self.set_shares(now, &terms, &fair);
+        self.set_shares(now, &conditions, &fair);
         if plan.is_some() && later_round {
-            // Whether for now or for the rounds to come: who waits for those would say the same again then.
-            let wanted = duration(terms.longest_stall_s);
+            // Whether for now or for the rounds to come: a wait for those would end in the same wish.
+            let wanted = duration(conditions.longest_stall_s);
             let since = self.other_stalls_wanted.filter(|_| wanted != self.longest_stall).unwrap_or(now);
             self.other_stalls_wanted = (wanted != self.longest_stall).then_some(since);
             let enough =
                 if wanted > self.longest_stall { LONGER_STALLS_WANTED } else { SHORTER_STALLS_WANTED };
             if now.saturating_sub(since) >= enough {
                 self.longest_stall = wanted;
-                self.news.tell(now, Change::LongestStall(wanted));
+                self.events.record(now, Change::LongestStall(wanted));
             }
         }
         if target.is_some() && fair_share.min_share.is_none() {
-            self.news.min_share(now, terms.min_share);
+            self.events.min_share(now, conditions.min_share);
         }
         let late = remaining.is_some() && plan.is_some_and(|plan| !plan.in_time) && (seen || later_round);
         if late {
-            self.news.deadline_out_of_reach(now);
+            self.events.deadline_out_of_reach(now);
         }
         plan.map(|plan| plan.forecast)
     }
 
     /// Turns what each vCPU may dirty (all together, if they cannot be told apart) into quotas.
-    fn set_shares(&mut self, now: Duration, terms: &Terms, fair: &Fair) {
+    fn set_shares(&mut self, now: Duration, conditions: &Conditions, fair: &Fair) {
         let round = fair.round;
-        let seconds = terms.seconds(round);
+        let seconds = conditions.seconds(round);
         for index in 0..self.throttles.len() {
             let named = self.model.curves.get(index);
             let curve = named.unwrap_or(&self.model.others);
@@ -211,7 +211,7 @@ impl Controller {
                     Quota::Pages(PagesPerSlice::over(held.quota - curve.last().1, seconds))
                 } else {
                     let runs = curve.time_left_to(round, held.dirties).min(seconds) / seconds.max(1e-9);
-                    Quota::Time(1.0 - runs.max(sane(terms.min_share)))
+                    Quota::Time(1.0 - runs.max(sane(conditions.min_share)))
                 }
             });
             self.throttles[index].set(quota, now, self.counts[index]);
@@ -222,20 +222,20 @@ impl Controller {
         self.model.held.extend(self.shares.iter().map(|share| share.quota.is_some()));
     }
 
-    fn terms(&self, now: Duration) -> Option<Terms> {
+    fn conditions(&self, now: Duration) -> Option<Conditions> {
         let bandwidth = self.model.bandwidth.mean().filter(|mean| *mean > 0.0)?;
         let switch = self.settings.switchover_bandwidth.map_or(bandwidth, sane);
-        Some(Terms {
+        Some(Conditions {
             pages_per_s: bandwidth / self.page_bytes,
             current_pages_per_s: bandwidth / self.round_page_bytes,
-            strikes: matches!(self.settings.policy, Policy::FairShare(_)),
+            strikes_off: matches!(self.settings.policy, Policy::FairShare(_)),
             switch_pages_per_s: switch / self.page_bytes,
             fits: self.fits(now).as_f64(),
             overhead_s: self.settings.switchover_overhead.as_secs_f64(),
             round_overhead_s: ROUND_OVERHEAD_S,
             longest_stall_s: LONGEST_STALL.as_secs_f64(),
             fair: FAIR,
-            gate_s: self.looks.gate_s(),
+            gate_s: self.sampling.gate_s(),
             min_share: FairShare::USUAL_MIN_SHARE,
             ram: self.settings.ram.as_f64(),
         })

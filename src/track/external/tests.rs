@@ -257,7 +257,7 @@ fn a_region_log_keeps_nothing_while_tracking_is_off_or_beyond_its_region() {
 #[test]
 fn a_write_that_found_tracking_off_is_seen_by_who_switched_it_on() {
     // The store-buffer race that `membarrier` in `start` excludes: a writer writes, finds tracking off and marks
-    // nothing, yet who started tracking reads the page as it was before.
+    // nothing, yet the thread that started tracking reads the page as it was before.
     let (page, lost) = (AtomicU64::new(0), AtomicU64::new(0));
     let log = RegionLog::new(PAGE_SIZE);
     let (round, done) = (AtomicU64::new(0), AtomicU64::new(0));

@@ -38,7 +38,7 @@ impl GuestKind {
 /// A VM of either kind.
 #[derive(Debug)]
 pub enum Machine {
-    Kvm(TestVm),
+    Kvm(Box<TestVm>),
     Threads(Box<ThreadVm>),
 }
 
@@ -46,7 +46,7 @@ impl Machine {
     /// Builds the VM; nothing runs yet.
     pub fn new(kind: GuestKind, config: Config) -> Result<Self> {
         Ok(match kind {
-            GuestKind::Kvm => Self::Kvm(TestVm::new(config)?),
+            GuestKind::Kvm => Self::Kvm(Box::new(TestVm::new(config)?)),
             GuestKind::Threads => Self::Threads(Box::new(ThreadVm::new(config)?)),
         })
     }
@@ -121,7 +121,7 @@ impl Machine {
 
     fn vm(&mut self) -> &mut dyn Vm {
         match self {
-            Self::Kvm(vm) => vm,
+            Self::Kvm(vm) => vm.as_mut(),
             Self::Threads(vm) => vm.as_mut(),
         }
     }

@@ -463,7 +463,7 @@ impl BareVcpu {
         }
     }
 
-    /// Runs until the work is done, or `stop` is set by somebody who then kicks.
+    /// Runs until the work is done, or another thread sets `stop` and then kicks.
     ///
     /// # Errors
     ///

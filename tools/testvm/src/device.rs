@@ -20,8 +20,8 @@ use ringferry::{GuestAddress, GuestMemory, PageRun};
 use zerocopy::byteorder::little_endian::U64;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use crate::gate::Wanted;
 use crate::machine::HostMachine;
+use crate::run_control::Wanted;
 use crate::workload::Machine;
 use crate::workload::mailbox::PAGE_BYTES;
 

@@ -1,7 +1,7 @@
 //! Getting a vCPU out of `KVM_RUN`, without a race: a byte that the kernel looks at before it enters the guest,
 //! and a signal for when it already has.
 //!
-//! The one who kicks stores 1 in `immediate_exit`, then sends the signal. If the vCPU's thread has not entered
+//! The thread that kicks stores 1 in `immediate_exit`, then sends the signal. If the vCPU's thread has not entered
 //! the kernel yet, the byte turns it back at the door; if it has, the signal interrupts it. Only the vCPU's own
 //! thread clears the byte, and only on its way to look at what is wanted of it.
 #![expect(unsafe_code, reason = "signals to threads, and a byte shared with the kernel")]

@@ -1,8 +1,8 @@
 //! A minimal real VMM and its guest: what tests, benches and the command line of Ringferry migrate.
 //!
 //! [`TestVm`] is built from a [`Config`]: `memory` maps RAM, `boot` loads a `multiboot` image into it, `cpuid`
-//! says what its CPUs are, [`device`] writes RAM beside them. Each vCPU has a thread (`vcpu`) that runs until somebody wants something else (`gate`)
-//! and kicks it (`kick`).
+//! says what its CPUs are, [`device`] writes RAM beside them. Each vCPU has a thread (`vcpu`) that runs until another
+//! thread wants something else (`run_control`) and kicks it (`kick`).
 //!
 //! [`bare`] has a guest that dirties exactly the pages it is told to.
 //!
@@ -18,7 +18,6 @@ mod cpuid;
 pub mod device;
 mod error;
 mod exit;
-mod gate;
 mod guest;
 mod image;
 mod kick;
@@ -27,6 +26,7 @@ mod machine;
 mod memory;
 mod multiboot;
 mod pin;
+mod run_control;
 mod skip;
 mod state;
 mod stats;
@@ -38,12 +38,12 @@ pub mod workload;
 pub use boot::MAX_COMMAND_LINE;
 pub use config::{Backing, Boot, Config, Console, HugePages, Image, MAX_REGIONS, MIN_MEMORY_BYTES, Tracking};
 pub use error::{TestVmError, VcpuError};
-pub use gate::VcpuStatus;
 pub use guest::{Guest, GuestError, VcpuStats};
 pub use image::{IMAGE, guest_image};
 pub use machine::HostMachine;
 pub use memory::{HOLE_END, HOLE_START, pc_layout};
 pub use multiboot::ImageError;
+pub use run_control::VcpuStatus;
 pub use skip::skip;
 pub use state::{STATE_VERSION, SkippedMsr, StateError};
 pub use thread_vm::ThreadVm;

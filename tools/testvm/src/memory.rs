@@ -99,7 +99,7 @@ impl Ram {
             store(&piece, &bytes[done..done + piece.bytes]);
             done += piece.bytes;
         }
-        // After the write: who harvests the mark then reads what was written.
+        // After the write: a harvest that takes the mark is followed by a read of what was written.
         if let (Some(tracker), Some(run)) = (&self.tracker, page_run(address, bytes.len())) {
             tracker.mark_dirty(run);
         }

@@ -19,11 +19,11 @@ use ringferry::{GuestMemory, Paused, Quiesced, Vm};
 
 use crate::config::{Boot, Config, Image};
 use crate::error::{TestVmError, VcpuError};
-use crate::gate::{Gate, VcpuStatus, Wanted};
 use crate::guest::{Guest, GuestError};
 use crate::machine::HostMachine;
 use crate::memory::Ram;
 use crate::pin;
+use crate::run_control::{RunControl, VcpuStatus, Wanted};
 use crate::state::StateError;
 use crate::workload::Machine;
 use crate::workload::command_line;
@@ -58,8 +58,8 @@ pub struct ThreadVm {
 
 #[derive(Debug)]
 struct Shared {
-    gate: Gate,
-    /// Looked at after every turn; the gate, which is slower, only when it is set.
+    control: RunControl,
+    /// Read after every turn; the run control, which is slower, only when it is set.
     stop: AtomicBool,
     /// What each vCPU's clock showed when it stopped, in nanoseconds.
     stopped_at_ns: Vec<AtomicU64>,
@@ -103,7 +103,7 @@ impl ThreadVm {
         // That there is room for a mailbox.
         Guest::new(ram.memory(), None)?;
         let shared = Arc::new(Shared {
-            gate: Gate::new(vcpus),
+            control: RunControl::new(vcpus),
             stop: AtomicBool::new(false),
             stopped_at_ns: (0..vcpus).map(|_| AtomicU64::new(0)).collect(),
         });
@@ -155,7 +155,7 @@ impl ThreadVm {
                 }
                 let ended = catch_unwind(AssertUnwindSafe(|| shared.work(index, vcpu)));
                 let failed = VcpuStatus::Failed(VcpuError::Panicked);
-                shared.gate.ended(index, ended.map_or(failed, |()| VcpuStatus::Paused));
+                shared.control.ended(index, ended.map_or(failed, |()| VcpuStatus::Paused));
             };
             let thread = Builder::new().name(format!("vcpu{index}")).spawn(body);
             self.threads.push(thread.map_err(|error| TestVmError::Thread { vcpu: index, error })?);
@@ -165,9 +165,9 @@ impl ThreadVm {
 
     fn run(&mut self) {
         self.phase = Phase::Running;
-        // Before the gate opens, whose lock orders the two.
+        // Before `want`, whose lock orders the two.
         self.shared.stop.store(false, Ordering::Relaxed);
-        self.shared.gate.want(Wanted::Run);
+        self.shared.control.want(Wanted::Run);
     }
 
     /// RAM as this process maps it; a clone keeps it mapped.
@@ -191,7 +191,7 @@ impl ThreadVm {
 
     /// What each vCPU does.
     pub fn status(&self) -> Vec<VcpuStatus> {
-        self.shared.gate.status()
+        self.shared.control.status()
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), TestVmError> {
@@ -213,8 +213,8 @@ impl ThreadVm {
 impl Shared {
     /// On a vCPU's thread: works until the VM ends.
     fn work(&self, index: usize, mut vcpu: Vcpu<HostMachine>) {
-        while self.gate.pass(index) {
-            // Relaxed: a turn more or less; what belongs to the pause is ordered by the gate's lock.
+        while self.control.pass(index) {
+            // Relaxed: a turn more or less; what belongs to the pause is ordered by the run control's lock.
             while !self.stop.load(Ordering::Relaxed) {
                 vcpu.turn();
             }
@@ -224,7 +224,7 @@ impl Shared {
 
     fn stop(&self, wanted: Wanted) {
         self.stop.store(true, Ordering::Relaxed);
-        self.gate.want(wanted);
+        self.control.want(wanted);
     }
 }
 
@@ -234,7 +234,7 @@ impl Vm for ThreadVm {
             return Err(wrong_phase("pausing the VM", self.phase).into());
         }
         self.shared.stop(Wanted::Pause);
-        if let Err(error) = self.shared.gate.wait_until_none_runs() {
+        if let Err(error) = self.shared.control.wait_until_none_runs() {
             self.run();
             return Err(error.into());
         }

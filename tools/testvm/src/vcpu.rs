@@ -15,9 +15,9 @@ use ringferry::track::{BeforeRun, KVM_EXIT_DIRTY_RING_FULL, VcpuHandle};
 use crate::config::Console;
 use crate::error::{TestVmError, VcpuError};
 use crate::exit::{failure, rip};
-use crate::gate::{Gate, VcpuStatus};
 use crate::kick::Kick;
 use crate::pin;
+use crate::run_control::{RunControl, VcpuStatus};
 use crate::stats::Stats;
 use crate::workload::mailbox::{EXIT_PORT, IDLE_PORT};
 
@@ -83,7 +83,7 @@ impl Vcpu {
     /// The same for a vCPU that is not to run again soon: it need not wait for its throttle either.
     pub fn call_out(&self) {
         self.kick.kick();
-        // After the kick: who is woken by this sees it.
+        // After the kick: a vCPU that is woken by this sees it.
         if let Some(tracked) = &self.tracked {
             tracked.gate().open();
         }
@@ -136,10 +136,10 @@ impl Serial {
     }
 }
 
-/// Starts the thread that runs `vcpu`; it waits at the gate first.
+/// Starts the thread that runs `vcpu`; it waits for [`Wanted::Run`](crate::run_control::Wanted::Run) first.
 pub(crate) fn spawn(
     vcpu: Arc<Vcpu>,
-    gate: Arc<Gate>,
+    control: Arc<RunControl>,
     serial: Arc<Mutex<Serial>>,
     pinned: bool,
 ) -> Result<JoinHandle<()>, TestVmError> {
@@ -149,9 +149,9 @@ pub(crate) fn spawn(
             pin::to_cpu(index);
         }
         vcpu.kick.adopt();
-        let ended = catch_unwind(AssertUnwindSafe(|| run(&vcpu, &gate, &serial)));
+        let ended = catch_unwind(AssertUnwindSafe(|| run(&vcpu, &control, &serial)));
         vcpu.kick.leave();
-        gate.ended(index, ended.unwrap_or(VcpuStatus::Failed(VcpuError::Panicked)));
+        control.ended(index, ended.unwrap_or(VcpuStatus::Failed(VcpuError::Panicked)));
     };
     let thread = Builder::new().name(format!("vcpu{index}")).spawn(body);
     thread.map_err(|error| TestVmError::Thread { vcpu: index, error })
@@ -166,9 +166,9 @@ enum Rest {
 }
 
 /// Runs the vCPU until it or the VM ends.
-fn run(vcpu: &Vcpu, gate: &Gate, serial: &Mutex<Serial>) -> VcpuStatus {
+fn run(vcpu: &Vcpu, control: &RunControl, serial: &Mutex<Serial>) -> VcpuStatus {
     let mut fd = vcpu.fd.lock();
-    if !MutexGuard::unlocked(&mut fd, || gate.pass(vcpu.index)) {
+    if !MutexGuard::unlocked(&mut fd, || control.pass(vcpu.index)) {
         return VcpuStatus::Paused;
     }
     loop {
@@ -215,7 +215,7 @@ fn run(vcpu: &Vcpu, gate: &Gate, serial: &Mutex<Serial>) -> VcpuStatus {
             Rest::Errno(libc::EINTR | libc::EAGAIN) => {
                 count(&vcpu.counters.interrupted);
                 vcpu.kick.acknowledge();
-                if !MutexGuard::unlocked(&mut fd, || gate.pass(vcpu.index)) {
+                if !MutexGuard::unlocked(&mut fd, || control.pass(vcpu.index)) {
                     return VcpuStatus::Paused;
                 }
             }

@@ -22,8 +22,8 @@ use ringferry::{GuestAddress, GuestMemory, PageSet, Paused, Quiesced, Vm};
 use crate::config::{Boot, Config, Tracking};
 use crate::device::{Device, StreamCheck};
 use crate::error::{TestVmError, kvm_error};
-use crate::gate::{Gate, VcpuStatus, Wanted};
 use crate::memory::Ram;
+use crate::run_control::{RunControl, VcpuStatus, Wanted};
 use crate::state::{self, Shape, SkippedMsr};
 use crate::vcpu::{self, Serial, Vcpu, VcpuCounters};
 use crate::{boot, cpuid};
@@ -83,7 +83,7 @@ pub struct TestVm {
     vm: VmFd,
     ram: Ram,
     tracker: Option<DirtyTracker>,
-    gate: Arc<Gate>,
+    control: Arc<RunControl>,
     serial: Arc<Mutex<Serial>>,
     shape: Shape,
     skipped_msrs: Vec<SkippedMsr>,
@@ -125,7 +125,7 @@ impl TestVm {
         let device =
             config.device.map(|device| Device::new(device, ram.memory(), tracker.clone())).transpose()?;
         let serial = Arc::new(Mutex::new(Serial::new(config.console.take())));
-        let gate = Arc::new(Gate::new(config.vcpus));
+        let control = Arc::new(RunControl::new(config.vcpus));
         let mut vcpus = Vec::with_capacity(config.vcpus);
         let mut tsc_khz = 0;
         for index in 0..config.vcpus {
@@ -143,7 +143,7 @@ impl TestVm {
             vm,
             ram,
             tracker,
-            gate,
+            control,
             serial,
             shape,
             skipped_msrs: Vec::new(),
@@ -156,7 +156,7 @@ impl TestVm {
         };
         for vcpu in &built.vcpus {
             let thread =
-                vcpu::spawn(vcpu.clone(), built.gate.clone(), built.serial.clone(), config.pin_vcpus)?;
+                vcpu::spawn(vcpu.clone(), built.control.clone(), built.serial.clone(), config.pin_vcpus)?;
             built.threads.push(thread);
         }
         Ok(built)
@@ -183,7 +183,7 @@ impl TestVm {
 
     fn run(&mut self) {
         self.phase = Phase::Running;
-        self.gate.want(Wanted::Run);
+        self.control.want(Wanted::Run);
         if let Some(device) = &mut self.device {
             device.run();
         }
@@ -217,13 +217,13 @@ impl TestVm {
 
     /// What each vCPU does.
     pub fn status(&self) -> Vec<VcpuStatus> {
-        self.gate.status()
+        self.control.status()
     }
 
     /// Waits until some vCPU has exited or failed, or `limit` is over: then `None`.
     pub fn wait_for_end(&self, limit: Duration) -> Option<(usize, VcpuStatus)> {
         let ended = |s: &VcpuStatus| matches!(s, VcpuStatus::Exited { .. } | VcpuStatus::Failed(_));
-        self.gate.wait_for(limit, ended)
+        self.control.wait_for(limit, ended)
     }
 
     /// Exits of vCPU `index`, counted since the VM was built.
@@ -283,7 +283,7 @@ impl TestVm {
         if self.phase == Phase::Running {
             return Err(TestVmError::WrongPhase { tried: "saving state", found: self.phase.name() });
         }
-        for (vcpu, status) in self.gate.status().into_iter().enumerate() {
+        for (vcpu, status) in self.control.status().into_iter().enumerate() {
             match status {
                 VcpuStatus::Failed(error) => return Err(TestVmError::Vcpu { vcpu, error }),
                 VcpuStatus::Exited { .. } => {
@@ -359,10 +359,10 @@ impl Vm for TestVm {
             let found = self.phase.name();
             return Err(TestVmError::WrongPhase { tried: "pausing the VM", found }.into());
         }
-        self.gate.want(Wanted::Pause);
+        self.control.want(Wanted::Pause);
         self.call_all_out();
-        if let Err(error) = self.gate.wait_until_none_runs() {
-            self.gate.want(Wanted::Run);
+        if let Err(error) = self.control.wait_until_none_runs() {
+            self.control.want(Wanted::Run);
             return Err(error.into());
         }
         self.phase = Phase::Paused;
@@ -441,7 +441,7 @@ impl Vm for TestVm {
 impl Drop for TestVm {
     /// Ends every vCPU's thread and joins it; whatever the guest was doing is over.
     fn drop(&mut self) {
-        self.gate.want(Wanted::End);
+        self.control.want(Wanted::End);
         self.call_all_out();
         for thread in self.threads.drain(..) {
             // The thread catches its own panics and reports them as the vCPU's status.

@@ -113,7 +113,7 @@ pub fn run(args: &Args, output: Output) -> Result<ExitCode> {
             let terms = terms.parameters()?.terms();
             let settings =
                 Settings { policy: terms.policy, limits: terms.limits, ..Settings::new(case.guest.ram) };
-            let machine = Machine { look: case.look, kick: args.kick.0, ..Machine::default() };
+            let machine = Machine { sample_interval: case.look, kick: args.kick.0, ..Machine::default() };
             let done = simulate(&case.guest, &case.link, &machine, settings, args.timeout.0);
             let line = line(name, policy.to_string(), &case, &done);
             if output.json() {
@@ -139,7 +139,7 @@ fn case(name: &str) -> Result<Case> {
         link,
         terms: half_a_second(),
         floor_ms: mib(600) as f64 * PAGE_SIZE as f64 / 100e6 * 1e3,
-        look: Machine::default().look,
+        look: Machine::default().sample_interval,
     };
     Ok(match name {
         "huge" => {
@@ -205,7 +205,7 @@ fn of_scenario(scenario: &Scenario) -> Result<Case> {
         link: Link::steady(scenario.link.rate.bytes_per_s as f64),
         terms: scenario.terms(),
         floor_ms: scenario.floor_ms(),
-        look: Machine::default().look,
+        look: Machine::default().sample_interval,
     })
 }
 

@@ -1,17 +1,17 @@
-//! Pages seen dirty and not yet protected again.
+//! Pages that are dirty again and not yet protected again.
 
 use crate::layout::PageIndex;
 use crate::page_set::PageSet;
 
-/// Which pages a look has seen dirty. Each of them comes with the next harvest; until then it is writable, and its
+/// Pages that an observation has found dirty. Each of them comes with the next harvest; until then it is writable, and its
 /// content must not be read. So nobody outside can ask which they are: a migration strikes them off the round that it
 /// is sending, because they have to be sent once more in any case.
 #[derive(Debug)]
-pub struct SeenDirty {
+pub struct Redirtied {
     pages: PageSet,
 }
 
-impl SeenDirty {
+impl Redirtied {
     /// No pages, all to come from below `end`.
     pub fn new(end: PageIndex) -> Self {
         Self { pages: PageSet::new(end) }

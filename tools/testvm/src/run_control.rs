@@ -1,6 +1,6 @@
 //! What is wanted of all vCPUs of a VM, and what each of them does.
 //!
-//! The one who pauses says what is wanted, kicks, and waits here; a kicked vCPU's thread looks here and stays
+//! The thread that pauses the VM says what is wanted, kicks, and waits here; a kicked vCPU's thread comes here and stays
 //! until it may run again. See `kick` for why no kick is lost.
 
 use std::time::{Duration, Instant};
@@ -37,7 +37,7 @@ pub(crate) enum Wanted {
 }
 
 #[derive(Debug)]
-pub(crate) struct Gate {
+pub(crate) struct RunControl {
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -48,7 +48,7 @@ struct State {
     status: Vec<VcpuStatus>,
 }
 
-impl Gate {
+impl RunControl {
     /// All vCPUs paused.
     pub fn new(vcpus: usize) -> Self {
         let state = State { wanted: Wanted::Pause, status: vec![VcpuStatus::Paused; vcpus] };

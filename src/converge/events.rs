@@ -1,4 +1,4 @@
-//! What those who watch have been told: every change once, numbered.
+//! The log of events for those who watch: every change once, numbered.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -8,23 +8,24 @@ use super::{Change, Event, FairShare, Pages, Prediction, Quota, Share};
 
 /// Events kept for a caller that does not take them.
 const MOST_EVENTS: usize = 1024;
-/// A prediction is news when it moves by this share, and so is a share of time that moves by as much of the scale.
-const WORTH_TELLING: f64 = 0.05;
+/// A prediction is an event when it moves by this share, and so is a share of time that moves by as much of the scale.
+const WORTH_RECORDING: f64 = 0.05;
 
-/// Events not yet taken, and what was told last of all that is told only when it changes.
+/// Events not yet taken, and the last state of what is recorded only when it changes.
 #[derive(Debug)]
-pub(super) struct News {
+pub(super) struct EventLog {
     sequence: u64,
     events: VecDeque<Event>,
     prediction: Option<Prediction>,
     throttling: (usize, u64),
     downtime: Duration,
     late: bool,
+    unreachable: bool,
     min_share: f64,
 }
 
-impl News {
-    /// Nothing has been told but the downtime limit.
+impl EventLog {
+    /// Nothing is known but the downtime limit.
     pub(super) fn new(downtime: Duration) -> Self {
         Self {
             sequence: 0,
@@ -33,11 +34,12 @@ impl News {
             throttling: (0, 0),
             downtime,
             late: false,
+            unreachable: false,
             min_share: FairShare::USUAL_MIN_SHARE,
         }
     }
 
-    pub(super) fn tell(&mut self, at: Duration, change: Change) {
+    pub(super) fn record(&mut self, at: Duration, change: Change) {
         self.sequence += 1;
         if self.events.len() == MOST_EVENTS {
             self.events.pop_front();
@@ -52,20 +54,20 @@ impl News {
     /// The user has set other limits, and knows them: this downtime limit among them.
     pub(super) fn limits_set(&mut self, downtime: Duration) {
         self.downtime = downtime;
-        self.late = false;
+        (self.late, self.unreachable) = (false, false);
     }
 
     pub(super) fn downtime_limit(&mut self, at: Duration, limit: Duration) {
         if limit != self.downtime {
             self.downtime = limit;
-            self.tell(at, Change::DowntimeLimit(limit));
+            self.record(at, Change::DowntimeLimit(limit));
         }
     }
 
     pub(super) fn prediction(&mut self, at: Duration, prediction: Prediction) {
-        if self.prediction.is_none_or(|told| differs(&told, &prediction)) {
+        if self.prediction.is_none_or(|recorded| differs(&recorded, &prediction)) {
             self.prediction = Some(prediction);
-            self.tell(at, Change::Prediction(prediction));
+            self.record(at, Change::Prediction(prediction));
         }
     }
 
@@ -73,18 +75,26 @@ impl News {
     pub(super) fn min_share(&mut self, at: Duration, min_share: f64) {
         if min_share < self.min_share {
             self.min_share = min_share;
-            self.tell(at, Change::MinShare(min_share));
+            self.record(at, Change::MinShare(min_share));
         }
     }
 
     pub(super) fn deadline_out_of_reach(&mut self, at: Duration) {
         if !self.late {
             self.late = true;
-            self.tell(at, Change::DeadlineOutOfReach);
+            self.record(at, Change::DeadlineOutOfReach);
         }
     }
 
-    /// Who is held back: told when their number changes, or the level by a doubling.
+    /// What the switchover takes besides pages is more than the whole limit.
+    pub(super) fn downtime_out_of_reach(&mut self, at: Duration, limit: Duration, overhead: Duration) {
+        if !self.unreachable {
+            self.unreachable = true;
+            self.record(at, Change::DowntimeOutOfReach { limit, overhead });
+        }
+    }
+
+    /// Who is held back: recorded when their number changes, or the level by a doubling.
     pub(super) fn throttling(&mut self, at: Duration, shares: &[Share], level: Option<Pages>) {
         let throttled = shares.iter().filter_map(|share| share.quota);
         let vcpus = throttled.clone().count();
@@ -93,22 +103,22 @@ impl News {
             Quota::Pages(_) => None,
         });
         let doublings = level.map_or(0, |level| u64::from(level.0.max(1).ilog2()));
-        let step = time_share.map_or(doublings, |share| whole(share / WORTH_TELLING));
+        let step = time_share.map_or(doublings, |share| whole(share / WORTH_RECORDING));
         if (vcpus, step) != self.throttling {
             self.throttling = (vcpus, step);
-            self.tell(at, Change::Throttling { vcpus, level, time_share });
+            self.record(at, Change::Throttling { vcpus, level, time_share });
         }
     }
 }
 
-/// Whether two predictions are different news.
-fn differs(told: &Prediction, now: &Prediction) -> bool {
-    if (told.converges, told.converges_unthrottled) != (now.converges, now.converges_unthrottled) {
+/// Whether two predictions differ by enough for another event.
+fn differs(recorded: &Prediction, now: &Prediction) -> bool {
+    if (recorded.converges, recorded.converges_unthrottled) != (now.converges, now.converges_unthrottled) {
         return true;
     }
-    let far = |a: Duration, b: Duration| a.abs_diff(b).as_secs_f64() > WORTH_TELLING * a.as_secs_f64();
-    match (told.total, now.total) {
-        (Some(told), Some(now)) => far(told, now),
-        (told, now) => told.is_some() != now.is_some(),
+    let far = |a: Duration, b: Duration| a.abs_diff(b).as_secs_f64() > WORTH_RECORDING * a.as_secs_f64();
+    match (recorded.total, now.total) {
+        (Some(recorded), Some(now)) => far(recorded, now),
+        (recorded, now) => recorded.is_some() != now.is_some(),
     }
 }
