@@ -13,6 +13,7 @@ use super::events::EventLog;
 use super::model::{AIM, Model, Round};
 use super::sampling::Sampling;
 use super::throttle::{LONGEST_STALL, LONGEST_STALL_EVER, Throttle};
+use super::units::whole;
 use super::{
     Action, AtTimeout, Change, Event, GateState, LastCheck, Observation, Pages, Policy, Prediction, Settings,
     Share, Why, auto_converge, stop, switchover,
