@@ -13,8 +13,10 @@ use parking_lot::{Condvar, Mutex};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::error::DestinationError;
-use super::setup::{Incoming, objection};
-use super::{ListenOptions, setup};
+use super::incoming::Incoming;
+use super::options::ListenOptions;
+use super::seats::Seats;
+use super::setup::objection;
 use crate::transport::connection::Connection;
 use crate::transport::control::{ControlConnection, ControlError, Wait, first_message, send_bytes};
 use crate::transport::{DataListener, socket};
@@ -62,41 +64,6 @@ struct State {
     next_greeting: u64,
 }
 
-/// How many VMs may be received at a time, and which they are.
-#[derive(Debug)]
-pub(super) struct Seats {
-    most: usize,
-    taken: Mutex<Vec<(u64, String)>>,
-}
-
-/// A seat; it is free again with the end of this value.
-#[derive(Debug)]
-pub(super) struct Seat {
-    seats: Arc<Seats>,
-    number: u64,
-}
-
-impl Seats {
-    /// A seat for the VM of this name, or the names of those that have them all.
-    fn take(self: &Arc<Self>, vm_id: &str) -> Result<Seat, String> {
-        let mut taken = self.taken.lock();
-        if taken.len() >= self.most {
-            let names: Vec<&str> =
-                taken.iter().map(|(_, id)| if id.is_empty() { "a VM without a name" } else { id }).collect();
-            return Err(names.join(", "));
-        }
-        let number = taken.iter().map(|(number, _)| number + 1).max().unwrap_or(0);
-        taken.push((number, vm_id.to_owned()));
-        Ok(Seat { seats: Arc::clone(self), number })
-    }
-}
-
-impl Drop for Seat {
-    fn drop(&mut self) {
-        self.seats.taken.lock().retain(|(number, _)| *number != self.number);
-    }
-}
-
 impl Door {
     pub fn open(options: ListenOptions) -> Result<Self, DestinationError> {
         let addresses = options.data_addresses.iter().chain([&options.address]);
@@ -115,7 +82,7 @@ impl Door {
         let shared = Arc::new(Shared {
             listener,
             data,
-            seats: Arc::new(Seats { most: options.vms.max(1), taken: Mutex::default() }),
+            seats: Arc::new(Seats::new(options.vms)),
             options,
             closing: AtomicBool::new(false),
             state: Mutex::default(),
@@ -242,7 +209,7 @@ impl Shared {
             Some(data) => Arc::clone(data),
             None => Arc::new(DataListener::bind(&[SocketAddr::new(local.ip(), 0)])?),
         };
-        Ok(setup::Incoming::new(control, hello, data, seat))
+        Ok(Incoming::new(control, hello, data, seat))
     }
 }
 

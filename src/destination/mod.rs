@@ -15,9 +15,12 @@
 
 mod door;
 mod error;
+mod incoming;
+mod options;
 mod prepare;
 mod receive;
 mod report;
+mod seats;
 mod setup;
 mod take_over;
 mod verification;
@@ -25,60 +28,17 @@ mod verification;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::AtomicBool;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub use error::DestinationError;
+pub use incoming::Incoming;
+pub use options::{DestinationOptions, ListenOptions};
 pub use report::DestinationReport;
-pub use setup::Incoming;
 
 use self::door::Door;
-
-/// Where a destination waits, and for how many.
-#[derive(Clone, Debug)]
-pub struct ListenOptions {
-    /// Where the control connections of sources are awaited.
-    pub address: SocketAddr,
-    /// Where data connections are awaited, for dedicated NICs; if empty, on a free port of the address at which the
-    /// source reached the control connection.
-    pub data_addresses: Vec<SocketAddr>,
-    /// Whether addresses that other machines can reach are allowed, although nothing is encrypted or authenticated.
-    pub insecure: bool,
-    /// VMs that are received at the same time; further sources hear that this side is busy.
-    pub vms: usize,
-    /// A source that gives no sign of life for this long is gone.
-    pub peer_timeout: Duration,
-}
-
-impl ListenOptions {
-    /// One VM at a time, data beside the control connection, 5 s for a sign of life.
-    pub fn new(address: SocketAddr) -> Self {
-        Self {
-            address,
-            data_addresses: Vec::new(),
-            insecure: false,
-            vms: 1,
-            peer_timeout: Duration::from_secs(5),
-        }
-    }
-}
-
-/// What the user of a destination chooses for one VM.
-#[derive(Clone, Debug)]
-pub struct DestinationOptions {
-    /// Longest time from `Prepare` to `Prepared`, and from there to `Commit`. The source has a bound of its own, which
-    /// is shorter as a rule.
-    pub commit: Duration,
-    /// Longest state of the machine that is held until RAM is complete: 16 vCPUs of our test VMM need 0.2 MiB. Device
-    /// state in pieces is not held, and not limited.
-    pub machine_state_bytes_max: usize,
-}
-
-impl Default for DestinationOptions {
-    /// A minute, 64 MiB.
-    fn default() -> Self {
-        Self { commit: Duration::from_secs(60), machine_state_bytes_max: 64 << 20 }
-    }
-}
+use crate::layout::GuestMemory;
+use crate::vm::Vm;
+use crate::wire::reason::Reason;
 
 /// Waits for migrations.
 #[derive(Debug)]
@@ -115,4 +75,54 @@ impl Destination {
     pub fn accept(&self, limit: Option<Duration>, cancel: &AtomicBool) -> Result<Incoming, DestinationError> {
         self.door.accept(limit, cancel)
     }
+}
+
+impl Incoming {
+    /// Takes the VM: returns when it runs here.
+    ///
+    /// `vm` has been built with the offered shape and has not run; `memory` is its RAM. What is in it is overwritten or
+    /// cleared.
+    ///
+    /// # Errors
+    ///
+    /// [`DestinationError`]; the VM is then the source's, and `vm` must never run.
+    pub fn receive(
+        self,
+        vm: &mut dyn Vm,
+        vcpus: u32,
+        memory: &GuestMemory,
+        options: &DestinationOptions,
+        cancel: &AtomicBool,
+    ) -> Result<DestinationReport, DestinationError> {
+        if let Some(mismatch) = setup::mismatch(self.hello(), vcpus, memory) {
+            return Err(self.refuse(Reason::Layout, mismatch));
+        }
+        match attempt(&self, vm, memory, options, cancel) {
+            Ok(report) => {
+                self.finish();
+                Ok(report)
+            }
+            Err(error) => {
+                vm.release();
+                self.tell_of_the_end(&error);
+                Err(error)
+            }
+        }
+    }
+}
+
+/// The phases in their order.
+fn attempt(
+    incoming: &Incoming,
+    vm: &mut dyn Vm,
+    memory: &GuestMemory,
+    options: &DestinationOptions,
+    cancel: &AtomicBool,
+) -> Result<DestinationReport, DestinationError> {
+    let started = Instant::now();
+    let receiving = setup::run(incoming, memory, options, cancel)?;
+    let arrived = receive::run(receiving, incoming, vm, cancel)?;
+    let prepared = prepare::run(arrived, incoming, vm, options, cancel)?;
+    let report = take_over::run(prepared, incoming, vm, options, cancel)?;
+    Ok(DestinationReport { total_ms: started.elapsed().as_secs_f64() * 1e3, ..report })
 }

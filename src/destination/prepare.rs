@@ -4,15 +4,26 @@
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use super::DestinationOptions;
 use super::error::DestinationError;
+use super::incoming::Incoming;
+use super::options::DestinationOptions;
 use super::receive::{Arrived, Receiving};
 use super::report::DestinationReport;
-use super::setup::Incoming;
-use super::take_over::Prepared;
+use crate::transport::Receiver;
 use crate::transport::control::{ControlError, Wait};
-use crate::vm::Vm;
+use crate::vm::{Paused, Vm};
 use crate::wire::control::Message;
+
+/// The VM could run here now.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    pub paused: Paused,
+    pub report: DestinationReport,
+    /// It outlives `Commit`; nobody writes RAM through it since it was sealed.
+    pub receiver: Receiver,
+    /// When the source had sent everything.
+    pub arrived_at: Instant,
+}
 
 /// Brings the VM to where it could run, and says so.
 pub(super) fn run(

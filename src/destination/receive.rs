@@ -3,9 +3,9 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use super::DestinationOptions;
 use super::error::DestinationError;
-use super::setup::Incoming;
+use super::incoming::Incoming;
+use super::options::DestinationOptions;
 use super::verification::Verification;
 use crate::layout::GuestMemory;
 use crate::transport::Receiver;

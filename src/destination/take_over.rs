@@ -3,58 +3,43 @@
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use super::DestinationOptions;
 use super::error::DestinationError;
+use super::incoming::Incoming;
+use super::options::DestinationOptions;
+use super::prepare::Prepared;
 use super::report::DestinationReport;
-use super::setup::Incoming;
-use crate::transport::Receiver;
 use crate::transport::control::{ControlError, Wait};
-use crate::vm::{Paused, Vm};
+use crate::vm::Vm;
 use crate::wire::control::Message;
 
 /// How long the source is told that the VM runs here.
 const TELL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The VM could run here now.
-#[derive(Debug)]
-pub(super) struct Prepared {
-    pub paused: Paused,
-    pub report: DestinationReport,
-    /// It outlives `Commit`; nobody writes RAM through it since it was sealed.
-    pub receiver: Receiver,
-    /// When the source had sent everything.
-    pub arrived_at: Instant,
-}
-
-impl Prepared {
-    /// Waits for `Commit` and runs the VM. A `Commit` that has come is obeyed even if somebody cancels at that moment.
-    pub fn take_over(
-        self,
-        incoming: &Incoming,
-        vm: &mut dyn Vm,
-        options: &DestinationOptions,
-        cancel: &AtomicBool,
-        started: Instant,
-    ) -> Result<DestinationReport, DestinationError> {
-        let Self { paused, mut report, receiver, arrived_at } = self;
-        let wait = Wait { deadline: Instant::now() + options.commit, cancel };
-        match incoming.control.receive("Commit", wait) {
-            Ok(Message::Commit) => {}
-            Ok(Message::Abort(reason, text)) => return Err(DestinationError::Aborted { reason, text }),
-            Ok(other) => return Err(DestinationError::Unexpected { expected: "Commit", got: other.name() }),
-            Err(ControlError::Cancelled { .. }) => return Err(DestinationError::Cancelled),
-            Err(error) => return Err(error.into()),
-        }
-        // The caller tells the source if this fails: it lets the VM run there again.
-        vm.resume(paused).map_err(|source| DestinationError::Vm { action: "resume", source })?;
-        report.total_ms = started.elapsed().as_secs_f64() * 1e3;
-        report.take_over_ms = arrived_at.elapsed().as_secs_f64() * 1e3;
-        let never = AtomicBool::new(false);
-        let wait = Wait { deadline: Instant::now() + TELL_TIMEOUT, cancel: &never };
-        if let Err(error) = incoming.control.send(&Message::Running, wait) {
-            tracing::warn!(%error, "the VM runs here, but the source could not be told");
-        }
-        drop(receiver);
-        Ok(report)
+/// Waits for `Commit` and runs the VM. A `Commit` that has come is obeyed even if somebody cancels at that moment.
+pub(super) fn run(
+    prepared: Prepared,
+    incoming: &Incoming,
+    vm: &mut dyn Vm,
+    options: &DestinationOptions,
+    cancel: &AtomicBool,
+) -> Result<DestinationReport, DestinationError> {
+    let Prepared { paused, mut report, receiver, arrived_at } = prepared;
+    let wait = Wait { deadline: Instant::now() + options.commit, cancel };
+    match incoming.control.receive("Commit", wait) {
+        Ok(Message::Commit) => {}
+        Ok(Message::Abort(reason, text)) => return Err(DestinationError::Aborted { reason, text }),
+        Ok(other) => return Err(DestinationError::Unexpected { expected: "Commit", got: other.name() }),
+        Err(ControlError::Cancelled { .. }) => return Err(DestinationError::Cancelled),
+        Err(error) => return Err(error.into()),
     }
+    // The caller tells the source if this fails: it lets the VM run there again.
+    vm.resume(paused).map_err(|source| DestinationError::Vm { action: "resume", source })?;
+    report.take_over_ms = arrived_at.elapsed().as_secs_f64() * 1e3;
+    let never = AtomicBool::new(false);
+    let wait = Wait { deadline: Instant::now() + TELL_TIMEOUT, cancel: &never };
+    if let Err(error) = incoming.control.send(&Message::Running, wait) {
+        tracing::warn!(%error, "the VM runs here, but the source could not be told");
+    }
+    drop(receiver);
+    Ok(report)
 }

@@ -7,21 +7,12 @@ use std::time::Instant;
 use super::error::SourceError;
 use super::link::{Link, refusal};
 use super::migration::Migration;
-use super::millis;
-use super::report::SourceReport;
-use super::stop_and_copy::Standstill;
+use super::report::{SourceReport, millis};
+use super::stop_and_copy::Prepared;
 use crate::track::DirtySource;
 use crate::transport::control::Wait;
 use crate::vm::{Paused, Vm};
 use crate::wire::control::Message;
-
-/// The destination could run the VM; the guest stands still here.
-#[derive(Debug)]
-pub(super) struct Prepared {
-    pub standstill: Standstill,
-    /// When the last page and the last piece of state were in place there.
-    pub copied_at: Instant,
-}
 
 /// The VM is not this side's any more.
 #[derive(Debug)]
@@ -32,56 +23,57 @@ pub(super) enum HandedOver {
     Unconfirmed(Paused, SourceError),
 }
 
-impl Prepared {
-    /// Hands the VM over. A `Commit` that could not be written whole cannot be read by the destination either: that
-    /// failure still leaves the VM here.
-    pub fn commit<V: Vm + ?Sized, D: DirtySource + ?Sized>(
-        self,
-        migration: &mut Migration<'_, V, D>,
-        link: &Link,
-    ) -> Result<HandedOver, SourceError> {
-        let progress = migration.progress.clone();
-        let wait = self.standstill.wait(progress.parameters().cancel_flag());
-        if wait.is_cancelled() {
-            return Err(self.standstill.undo(migration, link, SourceError::Cancelled));
-        }
-        if let Err(error) = link.control.send(&Message::Commit, wait) {
-            return Err(self.standstill.undo(migration, link, error.into()));
-        }
-        // Nobody can cancel any more.
-        let never = AtomicBool::new(false);
-        let wait = Wait { deadline: Instant::now() + migration.options.confirm_timeout, cancel: &never };
-        let cause = match link.control.receive("Running", wait) {
-            Ok(Message::Running) => {
-                self.confirmed(migration);
-                return Ok(HandedOver::Confirmed);
-            }
-            // A definite no: the VM is this side's again.
-            Ok(refused @ Message::Abort(..)) => {
-                return Err(self.standstill.undo(migration, link, refusal(refused, "Running")));
-            }
-            Ok(other) => refusal(other, "Running"),
-            Err(error) => error.into(),
-        };
-        Ok(HandedOver::Unconfirmed(self.standstill.paused, cause))
+/// Hands the VM over. A `Commit` that could not be written whole cannot be read by the destination either: that
+/// failure still leaves the VM here.
+pub(super) fn run<V: Vm + ?Sized, D: DirtySource + ?Sized>(
+    prepared: Prepared,
+    migration: &mut Migration<'_, V, D>,
+    link: &Link,
+) -> Result<HandedOver, SourceError> {
+    let progress = migration.progress.clone();
+    let wait = prepared.standstill.wait(progress.parameters().cancel_flag());
+    if wait.is_cancelled() {
+        return Err(prepared.standstill.undo(migration, link, SourceError::Cancelled));
     }
+    if let Err(error) = link.control.send(&Message::Commit, wait) {
+        return Err(prepared.standstill.undo(migration, link, error.into()));
+    }
+    // Nobody can cancel any more.
+    let never = AtomicBool::new(false);
+    let wait = Wait { deadline: Instant::now() + migration.options.confirm_timeout, cancel: &never };
+    let cause = match link.control.receive("Running", wait) {
+        Ok(Message::Running) => {
+            confirmed(&prepared, migration);
+            return Ok(HandedOver::Confirmed);
+        }
+        // A definite no: the VM is this side's again.
+        Ok(refused @ Message::Abort(..)) => {
+            return Err(prepared.standstill.undo(migration, link, refusal(refused, "Running")));
+        }
+        Ok(other) => refusal(other, "Running"),
+        Err(error) => error.into(),
+    };
+    Ok(HandedOver::Unconfirmed(prepared.standstill.paused, cause))
+}
 
-    /// The VM is gone from here.
-    fn confirmed<V: Vm + ?Sized, D: DirtySource + ?Sized>(self, migration: &mut Migration<'_, V, D>) {
-        let report = &mut migration.report;
-        report.handover_ms = millis(self.copied_at.elapsed());
-        report.downtime_ms = millis(self.standstill.since.elapsed());
-        report.total_ms = millis(migration.started.elapsed());
-        report.downtime_limit_kept = report.downtime_ms <= report.downtime_limit_ms;
-        if !report.downtime_limit_kept {
-            tracing::warn!(
-                downtime_ms = report.downtime_ms,
-                limit_ms = report.downtime_limit_ms,
-                "the guest stood still for longer than the downtime limit"
-            );
-        }
-        migration.stop_tracking();
+/// The VM is gone from here.
+fn confirmed<V: Vm + ?Sized, D: DirtySource + ?Sized>(
+    prepared: &Prepared,
+    migration: &mut Migration<'_, V, D>,
+) {
+    let report = &mut migration.report;
+    report.handover_ms = millis(prepared.copied_at.elapsed());
+    report.downtime_ms = millis(prepared.standstill.since.elapsed());
+    report.total_ms = millis(migration.started.elapsed());
+    report.downtime_limit_kept = report.downtime_ms <= report.downtime_limit_ms;
+    if !report.downtime_limit_kept {
+        tracing::warn!(
+            downtime_ms = report.downtime_ms,
+            limit_ms = report.downtime_limit_ms,
+            "the guest stood still for longer than the downtime limit"
+        );
     }
+    migration.stop_tracking();
 }
 
 /// How a migration that was handed over ended.
@@ -112,14 +104,15 @@ impl<'a, V: ?Sized, D: ?Sized> Outcome<'a, V, D> {
 /// and tracking as they were, until somebody has looked and takes one of the two ways out.
 #[must_use = "the VM stays paused until it is kept or released"]
 pub struct Unconfirmed<'a, V: ?Sized, D: ?Sized> {
-    migration: Migration<'a, V, D>,
+    /// Boxed: everything that a migration is, beside a result of a few words.
+    migration: Box<Migration<'a, V, D>>,
     paused: Paused,
-    cause: SourceError,
+    cause: Box<SourceError>,
 }
 
 impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Unconfirmed<'a, V, D> {
     pub(super) fn new(migration: Migration<'a, V, D>, paused: Paused, cause: SourceError) -> Self {
-        Self { migration, paused, cause }
+        Self { migration: Box::new(migration), paused, cause: Box::new(cause) }
     }
 
     /// The VM certainly does not run at the destination, and never will: it runs on here. Everything that was harvested

@@ -4,7 +4,6 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use super::error::SourceError;
-use super::state_writer::StateStream;
 use crate::progress::Parameters;
 use crate::transport::Sender;
 use crate::transport::control::{ControlConnection, ControlError, Wait};
@@ -24,8 +23,8 @@ const ALIVE_POLL: Duration = Duration::from_micros(200);
 pub(super) struct Link {
     pub control: ControlConnection,
     pub sender: Sender,
-    /// Where the state stream is.
-    pub state: StateStream,
+    /// Bytes of the state stream that were given to the data connections.
+    pub state_bytes: u64,
     pub peer_timeout: Duration,
     asked: Instant,
     bytes_seen: u64,
@@ -34,7 +33,7 @@ pub(super) struct Link {
 impl Link {
     pub fn new(control: ControlConnection, sender: Sender, peer_timeout: Duration) -> Self {
         let asked = Instant::now();
-        Self { control, sender, state: StateStream::default(), peer_timeout, asked, bytes_seen: 0 }
+        Self { control, sender, state_bytes: 0, peer_timeout, asked, bytes_seen: 0 }
     }
 
     /// To be called all the time while the guest runs: notices a destination that gives up or is gone, and keeps a fresh

@@ -4,12 +4,12 @@ use std::time::Instant;
 
 use super::error::SourceError;
 use super::link::{Link, tell_of_the_end};
-use super::report::SourceReport;
+use super::options::SourceOptions;
+use super::report::{SourceReport, millis};
 use super::verification::Verification;
-use super::{SourceOptions, as_u32, commit, millis};
 use crate::layout::GuestMemory;
 use crate::page_set::PageSet;
-use crate::progress::{Event, Phase, Progress, RoundReport};
+use crate::progress::{Event, Progress, RoundReport};
 use crate::track::DirtySource;
 use crate::transport::control::ControlError;
 use crate::transport::{RoundSent, TransportError};
@@ -54,7 +54,7 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Migration<'a, V, D> {
 
     /// The number of the next round, from 1.
     pub fn next_round(&self) -> u32 {
-        as_u32(self.report.rounds.len() + 1)
+        u32::try_from(self.report.rounds.len() + 1).unwrap_or(u32::MAX)
     }
 
     /// A harvest while the guest runs, or while only its vCPUs stand still.
@@ -128,16 +128,5 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Migration<'a, V, D> {
             let pages = audit.differing_pages;
             tracing::error!(pages, first = %first.address(), "pages changed without having been tracked: they are lost");
         }
-    }
-
-    /// Tells the watchers how it ended.
-    pub fn publish_end(&self, result: &Result<commit::HandedOver, SourceError>) {
-        let (phase, error) = match result {
-            Ok(commit::HandedOver::Confirmed) => (Phase::Completed, None),
-            Ok(commit::HandedOver::Unconfirmed(_, cause)) => (Phase::Unconfirmed, Some(cause.to_string())),
-            Err(error) => (Phase::Failed, Some(error.to_string())),
-        };
-        let completed = phase == Phase::Completed;
-        self.progress.publish(Event::Ended { completed, error }, |status| status.phase = phase);
     }
 }

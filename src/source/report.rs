@@ -1,5 +1,7 @@
 //! What a migration did, as the source measured it.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 use crate::progress::{Prediction, RoundReport};
@@ -84,6 +86,11 @@ pub struct LossReport {
     pub reason: String,
 }
 
+/// Times in reports are in milliseconds.
+pub(super) fn millis(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
+
 /// What the channels did so far.
 pub(super) fn channel_reports(counters: &SendCounters) -> Vec<ChannelReport> {
     let losses = counters.losses();
@@ -98,7 +105,7 @@ pub(super) fn channel_reports(counters: &SendCounters) -> Vec<ChannelReport> {
             .iter()
             .filter(|loss| loss.index == channel.index)
             .map(|loss| LossReport {
-                at_ms: loss.at.as_secs_f64() * 1e3,
+                at_ms: millis(loss.at),
                 round: loss.round,
                 pages_sent_again: loss.pages_returned,
                 reason: loss.reason.clone(),

@@ -5,7 +5,6 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::as_u32;
 use super::error::SourceError;
 use super::link::{Link, refusal, tell_of_the_end};
 use super::migration::Migration;
@@ -111,4 +110,9 @@ fn random_token() -> Result<Token, SourceError> {
         source: error.into(),
     })?;
     Ok(token)
+}
+
+/// For lengths and counts that are bounded far below 2³² by construction.
+fn as_u32(value: usize) -> u32 {
+    u32::try_from(value).unwrap_or(u32::MAX)
 }

@@ -15,20 +15,6 @@ use crate::wire::state::{RECORD_BYTES_MAX, RecordKind, record};
 /// How often a writer that has to wait looks whether the destination has taken more.
 const ROOM_POLL: Duration = Duration::from_micros(500);
 
-/// Where the stream of state is.
-#[derive(Debug, Default)]
-pub(super) struct StateStream {
-    /// Bytes that were given to the data connections.
-    sent: u64,
-}
-
-impl StateStream {
-    /// Bytes of the whole stream so far.
-    pub fn bytes(&self) -> u64 {
-        self.sent
-    }
-}
-
 /// Writes device state into the stream. What is written may be on its way at once; [`finish`](Self::finish) sends the
 /// rest.
 pub(super) struct StateWriter<'l> {
@@ -72,14 +58,14 @@ impl<'l> StateWriter<'l> {
         self.buffer.clear();
         let bytes = record.len() as u64;
         self.wait_for_room(bytes)?;
-        self.link.sender.send_state(self.link.state.sent, record)?;
-        self.link.state.sent += bytes;
-        self.progress.update(|status| status.state_bytes = self.link.state.sent);
+        self.link.sender.send_state(self.link.state_bytes, record)?;
+        self.link.state_bytes += bytes;
+        self.progress.update(|status| status.state_bytes = self.link.state_bytes);
         Ok(())
     }
 
     fn wait_for_room(&self, bytes: u64) -> Result<(), SourceError> {
-        while self.link.state.sent + bytes > self.link.control.state_taken() + STATE_WINDOW_BYTES {
+        while self.link.state_bytes + bytes > self.link.control.state_taken() + STATE_WINDOW_BYTES {
             if self.wait.is_cancelled() {
                 return Err(SourceError::Cancelled);
             }

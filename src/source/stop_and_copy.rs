@@ -6,147 +6,107 @@
 //! Every wait of this phase ends with one budget. When it is spent, or anything fails, the guest runs here again before
 //! anything else is done.
 
-use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use super::commit::Prepared;
 use super::error::SourceError;
 use super::link::{Link, refusal};
 use super::migration::Migration;
-use super::millis;
+use super::report::millis;
+use super::standstill::Standstill;
 use super::state_writer::StateWriter;
 use crate::page_set::PageSet;
 use crate::progress::RoundReport;
 use crate::track::DirtySource;
 use crate::transport::control::{ControlError, Wait};
 use crate::transport::{RoundSent, TransportError};
-use crate::vm::{Moment, Paused, Vm};
+use crate::vm::{Moment, Vm};
 use crate::wire::control::Message;
 
 /// A wait for pages looks this often whether it was cancelled.
 const CANCEL_POLL: Duration = Duration::from_millis(10);
 
-/// The guest stands still.
+/// The destination could run the VM; the guest stands still here.
 #[derive(Debug)]
-pub(super) struct Standstill {
-    pub paused: Paused,
-    pub since: Instant,
-    pub budget: Duration,
-    /// Pages that were dirty, or not sent yet, when it was stopped.
-    left: PageSet,
-    /// The size of the round of which pages are still on their way.
-    round_pages: Option<u64>,
+pub(super) struct Prepared {
+    pub standstill: Standstill,
+    /// When the last page and the last piece of state were in place there.
+    pub copied_at: Instant,
 }
 
-impl Standstill {
-    /// The guest has been stopped at `since`, may stand still for `budget`, and `left` is to be sent.
-    pub fn new(
-        paused: Paused,
-        since: Instant,
-        budget: Duration,
-        left: PageSet,
-        round_pages: Option<u64>,
-    ) -> Self {
-        Self { paused, since, budget, left, round_pages }
+/// Brings the destination to where it could run the VM.
+pub(super) fn run<V: Vm + ?Sized, D: DirtySource + ?Sized>(
+    mut standstill: Standstill,
+    migration: &mut Migration<'_, V, D>,
+    link: &mut Link,
+) -> Result<Prepared, SourceError> {
+    match bring_over(&mut standstill, migration, link) {
+        Ok(copied_at) => Ok(Prepared { standstill, copied_at }),
+        Err(error) => Err(standstill.undo(migration, link, error)),
     }
+}
 
-    /// The wait that ends with the budget.
-    pub fn wait<'c>(&self, cancel: &'c AtomicBool) -> Wait<'c> {
-        Wait { deadline: self.since + self.budget, cancel }
-    }
-
-    /// Brings the destination to where it could run the VM.
-    pub fn copy<V: Vm + ?Sized, D: DirtySource + ?Sized>(
-        mut self,
-        migration: &mut Migration<'_, V, D>,
-        link: &mut Link,
-    ) -> Result<Prepared, SourceError> {
-        match self.bring_over(migration, link) {
-            Ok(copied_at) => Ok(Prepared { standstill: self, copied_at }),
-            Err(error) => Err(self.undo(migration, link, error)),
-        }
-    }
-
-    /// The guest runs here again; then the rest is undone.
-    pub fn undo<V: Vm + ?Sized, D: DirtySource + ?Sized>(
-        self,
-        migration: &mut Migration<'_, V, D>,
-        link: &Link,
-        error: SourceError,
-    ) -> SourceError {
-        let error = migration.resume_first(self.paused, error);
-        let error = match error {
-            SourceError::Control(ControlError::Timeout { expected }) => {
-                SourceError::StandstillOver { budget: self.budget, waiting_for: expected }
-            }
-            error => error,
-        };
-        migration.give_up(link, error)
-    }
-
-    fn bring_over<V: Vm + ?Sized, D: DirtySource + ?Sized>(
-        &mut self,
-        migration: &mut Migration<'_, V, D>,
-        link: &mut Link,
-    ) -> Result<Instant, SourceError> {
-        let progress = migration.progress.clone();
-        let wait = self.wait(progress.parameters().cancel_flag());
-        // Nothing holds bytes back while the guest stands still.
-        link.sender.set_max_bandwidth(None);
-        if let Some(pages) = self.round_pages.take() {
-            let sent = in_place(link, wait)?;
-            migration.round_sent(
-                &sent,
-                pages,
-                RoundReport { pages_dirtied: self.left.len(), ..Default::default() },
-            );
-        }
-        let (number, pages) = (migration.next_round(), self.left.len());
-        link.sender.begin_round(number, std::mem::take(&mut self.left))?;
-
-        let rest = self.save_state(migration, link, wait)?;
-        if let Some(verification) = &mut migration.verification {
-            verification.harvested(&rest);
-            verification.settle();
-        }
+fn bring_over<V: Vm + ?Sized, D: DirtySource + ?Sized>(
+    standstill: &mut Standstill,
+    migration: &mut Migration<'_, V, D>,
+    link: &mut Link,
+) -> Result<Instant, SourceError> {
+    let progress = migration.progress.clone();
+    let wait = standstill.wait(progress.parameters().cancel_flag());
+    // Nothing holds bytes back while the guest stands still.
+    link.sender.set_max_bandwidth(None);
+    if let Some(pages) = standstill.round_pages.take() {
         let sent = in_place(link, wait)?;
-        migration.round_sent(&sent, pages, RoundReport { pages_dirtied: rest.len(), ..Default::default() });
-        if !rest.is_empty() {
-            let (number, pages) = (migration.next_round(), rest.len());
-            link.sender.begin_round(number, rest)?;
-            let sent = in_place(link, wait)?;
-            migration.round_sent(&sent, pages, RoundReport::default());
-        }
-        let copied_at = Instant::now();
-        migration.report.channel_reports = super::report::channel_reports(&link.sender.counters());
-        prepare(migration, link, wait)?;
-        Ok(copied_at)
+        migration.round_sent(
+            &sent,
+            pages,
+            RoundReport { pages_dirtied: standstill.left.len(), ..Default::default() },
+        );
     }
+    let (number, pages) = (migration.next_round(), standstill.left.len());
+    link.sender.begin_round(number, std::mem::take(&mut standstill.left))?;
 
-    /// Devices stand still, state is saved; then comes what was written until then.
-    fn save_state<V: Vm + ?Sized, D: DirtySource + ?Sized>(
-        &self,
-        migration: &mut Migration<'_, V, D>,
-        link: &mut Link,
-        wait: Wait<'_>,
-    ) -> Result<PageSet, SourceError> {
-        let begun = Instant::now();
-        let failed = |action| move |source| SourceError::Vm { action, source };
-        let quiesced = migration.vm.quiesce(&self.paused).map_err(failed("stop its devices"))?;
-        let mut writer = StateWriter::new(link, &migration.progress, wait);
-        let saved = migration.vm.save_device_state(Moment::Stopped(&quiesced), &mut writer);
-        writer.finish(saved)?;
-        let saved = migration.vm.save_state(&quiesced);
-        let machine = saved.map_err(failed("save the vCPU and device state"))?;
-        let settled = quiesced.state_is_saved();
-        let mut rest = PageSet::new(migration.memory.end());
-        migration.tracker.harvest_final(&settled, &mut rest)?;
-        migration.taken.union(&rest);
-        migration.report.save_state_ms = millis(begun.elapsed());
-        StateWriter::new(link, &migration.progress, wait).machine(&machine)?;
-        migration.report.state_bytes = link.state.bytes();
-        Ok(rest)
+    let rest = save_state(standstill, migration, link, wait)?;
+    if let Some(verification) = &mut migration.verification {
+        verification.harvested(&rest);
+        verification.settle();
     }
+    let sent = in_place(link, wait)?;
+    migration.round_sent(&sent, pages, RoundReport { pages_dirtied: rest.len(), ..Default::default() });
+    if !rest.is_empty() {
+        let (number, pages) = (migration.next_round(), rest.len());
+        link.sender.begin_round(number, rest)?;
+        let sent = in_place(link, wait)?;
+        migration.round_sent(&sent, pages, RoundReport::default());
+    }
+    let copied_at = Instant::now();
+    migration.report.channel_reports = super::report::channel_reports(&link.sender.counters());
+    prepare(migration, link, wait)?;
+    Ok(copied_at)
+}
+
+/// Devices stand still, state is saved; then comes what was written until then.
+fn save_state<V: Vm + ?Sized, D: DirtySource + ?Sized>(
+    standstill: &Standstill,
+    migration: &mut Migration<'_, V, D>,
+    link: &mut Link,
+    wait: Wait<'_>,
+) -> Result<PageSet, SourceError> {
+    let begun = Instant::now();
+    let failed = |action| move |source| SourceError::Vm { action, source };
+    let quiesced = migration.vm.quiesce(&standstill.paused).map_err(failed("stop its devices"))?;
+    let mut writer = StateWriter::new(link, &migration.progress, wait);
+    let saved = migration.vm.save_device_state(Moment::Stopped(&quiesced), &mut writer);
+    writer.finish(saved)?;
+    let saved = migration.vm.save_state(&quiesced);
+    let machine = saved.map_err(failed("save the vCPU and device state"))?;
+    let settled = quiesced.state_is_saved();
+    let mut rest = PageSet::new(migration.memory.end());
+    migration.tracker.harvest_final(&settled, &mut rest)?;
+    migration.taken.union(&rest);
+    migration.report.save_state_ms = millis(begun.elapsed());
+    StateWriter::new(link, &migration.progress, wait).machine(&machine)?;
+    migration.report.state_bytes = link.state_bytes;
+    Ok(rest)
 }
 
 /// Waits until every page of the round is in place at the destination.
@@ -184,7 +144,7 @@ fn prepare<V: Vm + ?Sized, D: DirtySource + ?Sized>(
             None => return Err(ControlError::Timeout { expected: "the digest of RAM" }.into()),
         },
     };
-    let state_bytes = link.state.bytes();
+    let state_bytes = link.state_bytes;
     link.control.send(&Message::Prepare { ram_digest: ours, state_bytes }, wait)?;
     match link.answer("Prepared", wait)? {
         Message::Prepared { ram_digest: theirs } if theirs == ours => {}
