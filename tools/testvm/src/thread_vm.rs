@@ -67,7 +67,7 @@ struct Shared {
 
 impl ThreadVm {
     /// Maps RAM as `config` says; nothing runs yet. Of an image to boot only the command line is used, and
-    /// `tracking` is not: see [`track`](Self::track).
+    /// `tracking` (see [`track`](Self::track)) and `kvmclock` are not.
     ///
     /// # Errors
     ///
