@@ -183,7 +183,7 @@ impl fmt::Display for LayoutError {
             Self::NoBlock(page) => write!(f, "no region begins at {page:?}, so no block there can be named"),
             Self::BlockName(page) => write!(
                 f,
-                "the name of the block at {page:?} must have 1 to {BLOCK_NAME_BYTES_MAX} bytes and no control characters"
+                "the name of the block at {page:?} must have 1 to {BLOCK_NAME_BYTES_MAX} bytes of printable ASCII, no spaces"
             ),
             Self::BlockNamed(page) => {
                 write!(f, "the block at {page:?} has a name already, or another block has this one")
@@ -286,7 +286,8 @@ impl GuestMemory {
         if !self.regions.iter().any(|region| region.pages.first == first) {
             return Err(LayoutError::NoBlock(first));
         }
-        if !(1..=BLOCK_NAME_BYTES_MAX).contains(&name.len()) || name.chars().any(char::is_control) {
+        let is_printable = name.bytes().all(|byte| byte.is_ascii_graphic());
+        if !(1..=BLOCK_NAME_BYTES_MAX).contains(&name.len()) || !is_printable {
             return Err(LayoutError::BlockName(first));
         }
         if self.names.iter().any(|(page, known)| *page == first || known == name) {

@@ -13,7 +13,7 @@ use crate::transport::control::Wait;
 use crate::wire::CHANNELS_MAX;
 use crate::wire::control::Message;
 use crate::wire::features::{self, Feature};
-use crate::wire::hello::{Accept, Hello};
+use crate::wire::hello::{Accept, Block, Hello};
 use crate::wire::reason::Reason;
 
 /// How long the source is told that it is welcome.
@@ -55,9 +55,15 @@ pub(super) fn mismatch(hello: &Hello, vcpus: u32, memory: &GuestMemory) -> Optio
         ))
     } else if merged(&ours) != merged(&hello.ram) {
         Some("the VM's RAM lies at other guest addresses than the destination's".to_owned())
+    } else if let Some(block) = hello.blocks.iter().find(|block| !has_block(memory, block)) {
+        Some(format!("the VM has a block of memory `{}`, the destination's has none like it", block.name))
     } else {
         None
     }
+}
+
+fn has_block(memory: &GuestMemory, block: &Block) -> bool {
+    memory.blocks().any(|(name, pages)| name == block.name && pages == block.pages)
 }
 
 /// Why a Hello is refused whatever the VMM can build.

@@ -15,7 +15,7 @@ use crate::transport::{ChannelSpec, MigrationToken, SendOptions, Sender, dial, s
 use crate::vm::Vm;
 use crate::wire::control::Message;
 use crate::wire::features::{self, Feature};
-use crate::wire::hello::{Accept, Hello, Token};
+use crate::wire::hello::{Accept, Block, Hello, Token};
 
 /// Connects to the destination and offers it the VM.
 pub(super) fn run<V: Vm + ?Sized, D: DirtySource + ?Sized>(
@@ -62,7 +62,11 @@ fn offer<V: Vm + ?Sized, D: DirtySource + ?Sized>(
             vcpus: options.vcpus,
             channels,
             ram,
-            blocks: Vec::new(),
+            blocks: migration
+                .memory
+                .blocks()
+                .map(|(name, pages)| Block { name: name.to_owned(), pages })
+                .collect(),
             vm_id: options.vm_id.clone(),
             description: options.description.clone(),
             features: features.clone(),

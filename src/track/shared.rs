@@ -120,12 +120,8 @@ impl Shared {
         let State { backend, slots, externals, pending, .. } = state;
         let cx = self.context(slots);
         let collected = match backend {
-            Backend::Ring { rings, beside, .. } if quiet => {
-                let proof = rings.recycle_quiet(cx, pending)?;
-                if let Some(log) = beside {
-                    log.collect_beside_rings(cx, pending.pages_mut())?;
-                }
-                Collected::Ring { _proof: proof }
+            Backend::Ring { rings, .. } if quiet => {
+                Collected::Ring { _proof: rings.recycle_quiet(cx, pending)? }
             }
             Backend::Ring { rings, .. } => Collected::Ring { _proof: rings.recycle(cx, pending)? },
             Backend::Bitmap(log) => Collected::Bitmap { _proof: log.collect(cx, pending.pages_mut())? },
@@ -133,6 +129,12 @@ impl Shared {
         // After the guest's: what a device wrote because of what the guest wrote is then in the same harvest.
         self.marks.read().unwrap_or_else(PoisonError::into_inner).drain_into(pending.pages_mut());
         externals.iter_mut().for_each(|external| external.source.drain_into(pending.pages_mut()));
+        // Last of all: it has what the kernel wrote with no vCPU at hand, on behalf of whatever stopped just now.
+        if let Backend::Ring { beside: Some(log), .. } = backend
+            && quiet
+        {
+            log.collect_beside_rings(cx, pending.pages_mut())?;
+        }
         for hole in slots.holes(pending.capacity()) {
             pending.remove_run(hole);
         }
