@@ -2,8 +2,8 @@
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -62,36 +62,46 @@ pub struct TestVm {
     pub device: Pattern,
 }
 
-/// Bytes that follow from their place in the stream, so that nobody has to keep them.
+/// Bytes that follow from their place in the stream, so that nobody has to keep them: one block over and over. Its length
+/// is a prime, so that a piece in the wrong place is wrong.
 #[derive(Default)]
 pub struct Pattern {
     pub at: u64,
 }
 
 impl Pattern {
-    const PIECE: usize = 100_000;
+    const BLOCK_BYTES: u64 = 65_521;
 
-    fn byte(at: u64) -> u8 {
-        u8::try_from((at ^ (at >> 8).wrapping_mul(31)) & 0xff).unwrap()
+    fn block() -> &'static [u8] {
+        static BLOCK: OnceLock<Vec<u8>> = OnceLock::new();
+        BLOCK.get_or_init(|| (0..Self::BLOCK_BYTES).map(|at| u8::try_from(at * at % 251).unwrap()).collect())
+    }
+
+    /// The block from here on.
+    fn rest(&self) -> &'static [u8] {
+        &Self::block()[usize::try_from(self.at % Self::BLOCK_BYTES).unwrap()..]
     }
 
     pub fn write(&mut self, bytes: u64, out: &mut dyn Write) -> std::io::Result<()> {
         let end = self.at + bytes;
         while self.at < end {
-            let piece = Self::PIECE.min(usize::try_from(end - self.at).unwrap());
-            let bytes: Vec<u8> = (self.at..).take(piece).map(Self::byte).collect();
-            out.write_all(&bytes)?;
+            let rest = self.rest();
+            let piece = rest.len().min(usize::try_from(end - self.at).unwrap());
+            out.write_all(&rest[..piece])?;
             self.at += piece as u64;
         }
         Ok(())
     }
 
-    pub fn check(&mut self, piece: &[u8]) -> Result<(), VmError> {
-        for byte in piece {
-            if *byte != Self::byte(self.at) {
-                return Err(format!("byte {} of the device's state is wrong", self.at).into());
+    pub fn check(&mut self, mut bytes: &[u8]) -> Result<(), VmError> {
+        while !bytes.is_empty() {
+            let rest = self.rest();
+            let (piece, more) = bytes.split_at(rest.len().min(bytes.len()));
+            if piece != &rest[..piece.len()] {
+                return Err(format!("the device's state is wrong from byte {} on", self.at).into());
             }
-            self.at += 1;
+            self.at += piece.len() as u64;
+            bytes = more;
         }
         Ok(())
     }
