@@ -79,7 +79,7 @@ fn copied(ring: &mut SendRing, stream: &TcpStream, payload: &[Piece], method: Se
                     assert!(aborted || copied, "nobody acknowledged, and yet the pages are free");
                     return Some(copied);
                 }
-                Completion::Received(_) => {}
+                Completion::Received(_) | Completion::Woken => {}
             }
         }
     }
