@@ -379,7 +379,8 @@ impl Controller {
     }
 
     fn must_end(&mut self, now: Duration) -> Option<Action> {
-        let rounds = u32::try_from(whole(self.rounds_spent)).unwrap_or(u32::MAX);
+        // Twenty twentieths of a round make one, whatever binary fractions make of them.
+        let rounds = u32::try_from(whole(self.rounds_spent + 1e-6)).unwrap_or(u32::MAX);
         let ram_bytes = self.settings.ram.0.saturating_mul(PAGE_SIZE as u64);
         let reached = self.settings.limits.reached(now, rounds, self.bytes_acked, ram_bytes)?;
         if reached == stop::Reached::Timeout(AtTimeout::Cancel) {
