@@ -1,7 +1,10 @@
 //! Sender and receiver over loopback: what arrives is what was sent, whatever the channels do meanwhile.
 #![expect(unsafe_code, reason = "guest RAM of the tests is anonymous memory behind raw pointers")]
 
+mod arrival;
+mod faults;
 mod hostile;
+mod recorded;
 mod zero_copy;
 
 use std::io::{self, Read, Write};
@@ -120,6 +123,24 @@ fn destination_with_door(source: &Ram) -> (Ram, Receiver, DataListener) {
     let listener = DataListener::bind(&[loopback()]).unwrap();
     let receiver = listener.receive(TOKEN, ram.memory.clone()).unwrap();
     (ram, receiver, listener)
+}
+
+/// An address that answers nothing: the backlog of its listener is full as long as the sockets live.
+pub(super) fn silent_address() -> (SocketAddr, Vec<socket2::Socket>) {
+    let socket = || socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    let listener = socket();
+    listener.bind(&loopback().into()).unwrap();
+    listener.listen(0).unwrap();
+    let address = listener.local_addr().unwrap();
+    let mut sockets = vec![listener];
+    for _ in 0..4 {
+        let caller = socket();
+        caller.set_nonblocking(true).unwrap();
+        // In progress, for ever.
+        let _ = caller.connect(&address);
+        sockets.push(caller);
+    }
+    (address.as_socket().unwrap(), sockets)
 }
 
 fn options() -> SendOptions {
