@@ -11,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use ringferry::testing::AnonymousRam;
-use ringferry::transport::{DataListener, MigrationToken, Receiver, SendOptions, Sender};
+use ringferry::transport::{ChannelSpec, DataListener, MigrationToken, Receiver, SendOptions, Sender};
 use ringferry_testvm::links::{Links, MTU};
 use ringferry_testvm::skip;
 
@@ -96,4 +96,56 @@ fn two_unequal_links_are_both_used_and_one_that_falls_silent_costs_its_share_and
     drop(sender);
     receiver.close();
     assert!(source.is_equal(&target));
+}
+
+/// Both channels over one link of 500 kbit/s: whatever is under way takes seconds.
+#[test]
+fn a_link_on_which_everything_is_slow_keeps_its_channels() {
+    let links = match Links::new("slow").and_then(|links| links.add(1, Some(62_500), MTU).map(|()| links)) {
+        Ok(links) => links,
+        Err(reason) => return skip(&format!("namespaces with shaped links cannot be made here: {reason}")),
+    };
+    let (source, target) = (Ram::new(), Ram::new());
+    source.fill(1);
+    let address = SocketAddr::from((Links::far_address(1), 4400));
+    let listener = links.at_far(|| DataListener::bind(&[address]).unwrap()).unwrap();
+    let receiver = listener.receive(TOKEN, target.memory.clone()).unwrap();
+    let never = AtomicBool::new(false);
+    let channels = vec![ChannelSpec::to(address); 2];
+    let options = SendOptions { connect_timeout: PATIENCE, ..SendOptions::default() };
+    let connect = || Sender::connect(&channels, TOKEN, source.memory.clone(), options, &never).unwrap();
+    let mut sender = links.at_near(connect).unwrap();
+    let mut pages = PageSet::new(PageIndex(PAGES));
+    pages.insert_run(PageRun { first: PageIndex(0), pages: 150 });
+    for round in 1..4 {
+        let sent = sender.send_round(round, pages.clone()).unwrap();
+        assert_eq!(sent.totals.pages_sent, 150);
+        assert!(sent.losses.is_empty(), "{sent:?}, {:?}", receiver.failures());
+    }
+}
+
+#[test]
+fn a_source_that_falls_silent_is_noticed_by_an_idle_destination() {
+    let links = match Links::new("silent").and_then(|links| links.add(1, None, MTU).map(|()| links)) {
+        Ok(links) => links,
+        Err(reason) => return skip(&format!("namespaces with links cannot be made here: {reason}")),
+    };
+    let (source, target) = (Ram::new(), Ram::new());
+    let address = SocketAddr::from((Links::far_address(1), 4400));
+    let bind = || DataListener::bind_with(&[address], Duration::from_secs(2)).unwrap();
+    let receiver = links.at_far(bind).unwrap().receive(TOKEN, target.memory.clone()).unwrap();
+    let never = AtomicBool::new(false);
+    let channels = [ChannelSpec::to(address)];
+    let connect = || {
+        let options = SendOptions::default();
+        Sender::connect(&channels, TOKEN, source.memory.clone(), options, &never).unwrap()
+    };
+    let _sender = links.at_near(connect).unwrap();
+    assert!(!receiver.is_abandoned());
+    links.cut(1).unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    while !receiver.is_abandoned() {
+        assert!(Instant::now() < deadline, "nobody noticed");
+        thread::sleep(Duration::from_millis(10));
+    }
 }

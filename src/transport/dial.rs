@@ -216,26 +216,9 @@ mod tests {
     use std::net::TcpListener;
 
     use super::*;
+    use crate::transport::tests::silent_address;
 
     const PATIENCE: Duration = Duration::from_secs(20);
-
-    /// An address that answers no connection: a listener whose backlog is full.
-    struct Silent {
-        address: SocketAddr,
-        _full: (Socket, Vec<Socket>),
-    }
-
-    impl Silent {
-        fn new() -> Self {
-            let listener = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
-            listener.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
-            listener.listen(0).unwrap();
-            let address = listener.local_addr().unwrap().as_socket().unwrap();
-            let fill = |_| begin_to_connect(LocalEnd::default(), &address).unwrap();
-            let pending = (0..4).map(fill).collect();
-            Self { address, _full: (listener, pending) }
-        }
-    }
 
     fn after(delay: Duration) -> impl Fn() -> bool {
         let begun = Instant::now();
@@ -260,18 +243,18 @@ mod tests {
 
     #[test]
     fn an_address_that_does_not_answer_does_not_hold_up_the_next_one() {
-        let silent = Silent::new();
+        let (silent, _open) = silent_address();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let wait = Wait { deadline: Instant::now() + PATIENCE, cancelled: &|| false };
-        let stream = connect_first(LocalEnd::default(), &[silent.address, address], &wait).unwrap();
+        let stream = connect_first(LocalEnd::default(), &[silent, address], &wait).unwrap();
         assert_eq!(stream.peer_addr().unwrap(), address);
     }
 
     #[test]
     fn a_wait_for_an_answer_ends_with_its_time_or_with_a_cancellation() {
-        let silent = Silent::new();
-        let to = Endpoint::from(silent.address);
+        let (silent, _open) = silent_address();
+        let to = Endpoint::from(silent);
         let error = dial_from(LocalEnd::default(), &to, Duration::from_millis(100), &|| false).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
         let cancelled = after(Duration::from_millis(50));

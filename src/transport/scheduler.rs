@@ -117,8 +117,8 @@ struct State {
     /// Threads of channels, and those of them that have a connection.
     channels: usize,
     live_channels: usize,
-    /// Since when no channel has a connection.
-    none_live_since: Option<Instant>,
+    /// Since when nothing was acknowledged, counted from the moment when no channel had a connection.
+    hopeless_since: Option<Instant>,
     failure: Option<TransportError>,
     stopping: bool,
 }
@@ -139,15 +139,14 @@ impl State {
         !self.has_work_of_round() && self.in_flight == 0 && self.copies_in_flight == 0 && self.retiring == 0
     }
 
-    fn set_live(&mut self, live_channels: usize) {
-        self.live_channels = live_channels;
-        self.none_live_since = (live_channels == 0).then(Instant::now);
+    /// When the round is lost, given `grace` for reconnecting: it takes more than a connection to begin to hope again.
+    fn hope_ends(&self, grace: Duration) -> Option<Instant> {
+        self.hopeless_since.filter(|_| self.live_channels == 0).map(|since| since + grace)
     }
 
-    /// Whether no channel will ever have a connection again, given `grace` for reconnecting.
     fn is_abandoned(&self, grace: Duration) -> bool {
-        let too_long = |since: Instant| since.elapsed() >= grace;
-        self.stopping || self.channels == 0 || self.none_live_since.is_some_and(too_long)
+        let ended = |end: Instant| Instant::now() >= end;
+        self.stopping || self.channels == 0 || self.hope_ends(grace).is_some_and(ended)
     }
 }
 
@@ -203,8 +202,8 @@ impl Scheduler {
         }
     }
 
-    /// Waits, at most `timeout`, for the end of the round, a failure, or the end of all hope: that no channel had a
-    /// connection for `grace`.
+    /// Waits, at most `timeout`, for the end of the round, a failure, or the end of all hope: that all connections were
+    /// lost, and for `grace` none came back that carried anything.
     ///
     /// # Errors
     ///
@@ -225,8 +224,7 @@ impl Scheduler {
             if Instant::now() >= deadline {
                 return Ok(Waited::NotYet);
             }
-            let hope_ends = state.none_live_since.map(|since| since + grace);
-            let until = hope_ends.map_or(deadline, |end| end.min(deadline));
+            let until = state.hope_ends(grace).map_or(deadline, |end| end.min(deadline));
             self.changed.wait_until(&mut state, until);
         }
     }
@@ -265,6 +263,7 @@ impl Scheduler {
     /// The destination has `pages` more pages of the round in place, and `copies` second copies.
     pub(super) fn acknowledged(&self, pages: u64, copies: u64) {
         let mut state = self.state.lock();
+        state.hopeless_since = None;
         state.in_flight = state.in_flight.saturating_sub(pages);
         state.copies_in_flight = state.copies_in_flight.saturating_sub(copies);
         self.notify_if_complete(state);
@@ -317,10 +316,7 @@ impl Scheduler {
 
     /// A channel's thread has begun: it has no connection yet.
     pub(super) fn channel_began(&self) {
-        let mut state = self.state.lock();
-        state.channels += 1;
-        let live = state.live_channels;
-        state.set_live(live);
+        self.state.lock().channels += 1;
     }
 
     /// A channel's thread ends.
@@ -331,9 +327,7 @@ impl Scheduler {
 
     /// A channel has a connection again, or for the first time.
     pub(super) fn joined(&self) {
-        let mut state = self.state.lock();
-        let live = state.live_channels + 1;
-        state.set_live(live);
+        self.state.lock().live_channels += 1;
     }
 
     /// A channel lost connection `connection` with this in flight, which the others are dealt now.
@@ -358,8 +352,10 @@ impl Scheduler {
         }
         // In the order of the stream, ahead of what comes later in it.
         unacknowledged.state.into_iter().rev().for_each(|chunk| state.chunks.push_front(chunk));
-        let live = state.live_channels.saturating_sub(1);
-        state.set_live(live);
+        state.live_channels = state.live_channels.saturating_sub(1);
+        if state.live_channels == 0 {
+            state.hopeless_since.get_or_insert_with(Instant::now);
+        }
         drop(state);
         self.changed.notify_all();
     }

@@ -1,7 +1,10 @@
 //! Sender and receiver over loopback: what arrives is what was sent, whatever the channels do meanwhile.
 #![expect(unsafe_code, reason = "guest RAM of the tests is anonymous memory behind raw pointers")]
 
+mod arrival;
+mod faults;
 mod hostile;
+mod recorded;
 mod zero_copy;
 
 use std::io::{self, Read, Write};
@@ -47,6 +50,13 @@ impl Ram {
         // SAFETY: the mappings live in the same value, and no reference to their bytes is ever made.
         let memory = unsafe { GuestMemory::new(regions) }.unwrap();
         Self { mappings, memory }
+    }
+
+    /// Fresh RAM of the same layout.
+    fn like(&self) -> Self {
+        let regions: Vec<_> =
+            self.memory.regions().iter().map(|r| (r.pages.first.0, r.pages.pages)).collect();
+        Self::new(&regions)
     }
 
     fn pages(&self) -> PageSet {
@@ -103,16 +113,42 @@ fn loopback() -> SocketAddr {
 
 /// A destination with memory like `source`, listening.
 fn destination(source: &Ram) -> (Ram, Receiver, SocketAddr) {
-    let regions: Vec<_> = source.memory.regions().iter().map(|r| (r.pages.first.0, r.pages.pages)).collect();
-    let ram = Ram::new(&regions);
+    let (ram, receiver, listener) = destination_with_door(source);
+    (ram, receiver, listener.addresses()[0])
+}
+
+/// The same, with the listener that knows why strangers were turned away.
+fn destination_with_door(source: &Ram) -> (Ram, Receiver, DataListener) {
+    let ram = source.like();
     let listener = DataListener::bind(&[loopback()]).unwrap();
-    let address = listener.addresses()[0];
     let receiver = listener.receive(TOKEN, ram.memory.clone()).unwrap();
-    (ram, receiver, address)
+    (ram, receiver, listener)
+}
+
+/// An address that answers nothing: the backlog of its listener is full as long as the sockets live.
+pub(super) fn silent_address() -> (SocketAddr, Vec<socket2::Socket>) {
+    let socket = || socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    let listener = socket();
+    listener.bind(&loopback().into()).unwrap();
+    listener.listen(0).unwrap();
+    let address = listener.local_addr().unwrap();
+    let mut sockets = vec![listener];
+    for _ in 0..4 {
+        let caller = socket();
+        caller.set_nonblocking(true).unwrap();
+        // In progress, for ever.
+        let _ = caller.connect(&address);
+        sockets.push(caller);
+    }
+    (address.as_socket().unwrap(), sockets)
 }
 
 fn options() -> SendOptions {
-    SendOptions { stall_timeout: Duration::from_secs(2), ..SendOptions::default() }
+    SendOptions {
+        stall_timeout: Duration::from_secs(2),
+        reconnect_grace: Duration::from_secs(2),
+        ..SendOptions::default()
+    }
 }
 
 fn sender(to: &[SocketAddr], source: &Ram, options: SendOptions) -> Sender {
@@ -424,18 +460,46 @@ fn a_page_outside_ram_fails_the_round_before_it_is_read() {
 }
 
 #[test]
-fn a_second_migration_on_the_same_port_is_refused_and_the_first_goes_on() {
+fn a_migration_that_nobody_expects_is_refused_and_the_expected_one_goes_on() {
     let source = Ram::new(REGIONS);
     source.fill(1);
-    let (target, receiver, address) = destination(&source);
+    let (target, receiver, listener) = destination_with_door(&source);
+    let address = listener.addresses()[0];
     let mut first = sender(&[address], &source, options());
     let other = MigrationToken([7; 16]);
     let error = connect(&[ChannelSpec::to(address)], other, &source, options()).unwrap_err();
     assert!(error.to_string().contains("another migration"), "{error}");
     first.send_round(1, source.pages()).unwrap();
-    assert_eq!(receiver.failures().len(), 1, "{:?}", receiver.failures());
+    let failures = listener.failures();
+    assert!(failures.len() == 1 && receiver.failures().is_empty(), "{failures:?}");
     drop((first, receiver));
     assert_eq!(source.digest(), target.digest());
+}
+
+#[test]
+fn two_migrations_on_one_port_end_where_they_belong() {
+    let sources = [Ram::new(REGIONS), Ram::new(REGIONS)];
+    sources[0].fill(1);
+    sources[1].fill(2);
+    let (first, one, listener) = destination_with_door(&sources[0]);
+    let (second, token) = (sources[1].like(), MigrationToken([7; 16]));
+    let other = listener.receive(token, second.memory.clone()).unwrap();
+    let in_use = listener.receive(token, sources[1].like().memory.clone()).unwrap_err();
+    assert!(matches!(in_use, TransportError::TokenInUse), "{in_use}");
+    let channels = vec![ChannelSpec::to(listener.addresses()[0]); 2];
+    drop(listener);
+    thread::scope(|scope| {
+        for (source, token) in sources.iter().zip([TOKEN, token]) {
+            let channels = &channels;
+            scope.spawn(move || {
+                let mut sender = connect(channels, token, source, options()).unwrap();
+                sender.send_round(1, source.pages()).unwrap();
+            });
+        }
+    });
+    assert_eq!([one.close().pages, other.close().pages], [4660, 4660]);
+    assert_eq!(sources[0].digest(), first.digest());
+    assert_eq!(sources[1].digest(), second.digest());
 }
 
 #[test]

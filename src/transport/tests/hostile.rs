@@ -7,7 +7,7 @@ use zerocopy::IntoBytes;
 use super::*;
 use crate::wire::data::{
     Acknowledgement, DataHello, DataWelcome, Frame, FrameHeader, FrameKind, FrameRun, Role, RunKind, Verdict,
-    write_frame,
+    payload_checksum, write_frame,
 };
 
 /// A source of the test's own making, greeted and welcomed.
@@ -105,6 +105,15 @@ fn frames_that_cannot_be_are_refused_before_a_byte_lands_and_an_honest_source_go
         ("retired", |s| {
             let frame = Frame { kind: FrameKind::Retire, argument: 1000, ..s.frame(&[]) };
             s.send(&frame, &[], 0);
+        }),
+        ("checksum of a chunk of device state", |s| {
+            let frame = Frame { kind: FrameKind::State, payload_bytes: 100, ..s.frame(&[]) };
+            s.send(&frame, &[], 100);
+        }),
+        ("may be on its way", |s| {
+            let payload_checksum = payload_checksum(&[0xee; 100]);
+            let state = Frame { kind: FrameKind::State, argument: 1 << 40, ..s.frame(&[]) };
+            s.send(&Frame { payload_bytes: 100, payload_checksum, ..state }, &[], 100);
         }),
         ("Ringferry", |s| {
             let _ = s.stream.write_all(&[0x47; FrameHeader::BYTES]);
@@ -235,13 +244,14 @@ proptest! {
 
     #[test]
     fn whatever_a_stranger_says_at_the_door_it_is_not_let_in(bytes in prop::collection::vec(any::<u8>(), 0..100)) {
-        let (target, receiver, address) = destination(&Ram::new(&[(0, 100)]));
-        let mut stranger = TcpStream::connect(address).unwrap();
+        let (target, receiver, listener) = destination_with_door(&Ram::new(&[(0, 100)]));
+        let mut stranger = TcpStream::connect(listener.addresses()[0]).unwrap();
         let _ = stranger.write_all(&bytes).and_then(|()| stranger.shutdown(Shutdown::Write));
         let mut answer = Vec::new();
         let _ = stranger.read_to_end(&mut answer);
-        prop_assert!(answer.first_chunk().is_none_or(|answer| DataWelcome::read(answer) != Ok((Verdict::Welcome, 0))));
-        wait_for("a failure on record", || receiver.failures().len() == 1);
+        let welcomed = |answer| matches!(DataWelcome::read(answer), Ok((Verdict::Welcome, _)));
+        prop_assert!(!answer.first_chunk().is_some_and(welcomed));
+        wait_for("a failure on record", || listener.failures().len() == 1);
         prop_assert_eq!((receiver.received().connections, target.resident_bytes()), (0, 0));
     }
 
@@ -317,22 +327,54 @@ fn a_connection_number_serves_once_and_a_retired_one_never() {
 }
 
 #[test]
-fn greetings_of_strangers_are_answered_or_cut_off_and_leave_room_for_the_source() {
+fn any_number_of_strangers_leaves_room_for_the_source_and_holds_no_threads() {
     let source = Ram::new(&[(0, 100)]);
-    let (_target, receiver, address) = destination(&source);
+    source.fill(1);
+    let (target, receiver, listener) = destination_with_door(&source);
+    let address = listener.addresses()[0];
     let mut garbage = TcpStream::connect(address).unwrap();
     garbage.write_all(&[7; 4096]).unwrap();
-    // Fewer than there is room for: the source still gets in while they keep silent.
-    let silent: Vec<_> = (0..100).map(|_| TcpStream::connect(address).unwrap()).collect();
-    let mut honest = sender(&[address], &source, options());
+    wait_for("the garbage to be noticed", || !listener.failures().is_empty());
+    assert!(listener.failures()[0].contains("not Ringferry"), "{:?}", listener.failures());
+    // More than are heard at a time, and half of them say something that never ends.
+    let crowd: Vec<_> = (0..400)
+        .map(|n| {
+            let mut stranger = TcpStream::connect(address).unwrap();
+            if n % 2 == 0 {
+                let hello = DataHello::new(TOKEN.0, 0, 9, Role::Bulk);
+                let _ = stranger.write_all(&hello.as_bytes()[..n % DataHello::BYTES]);
+            }
+            stranger
+        })
+        .collect();
+    let mut honest = sender(&[address; 4], &source, options());
     honest.send_round(1, source.pages()).unwrap();
-    // Two hundred more: those beyond the limit are turned away at once.
-    let crowd: Vec<_> = (0..200).map(|_| TcpStream::connect(address).unwrap()).collect();
-    let turned_away = || receiver.failures().iter().any(|failure| failure.contains("turned away"));
-    wait_for("turning away", turned_away);
-    honest.send_round(2, source.pages()).unwrap();
-    drop((silent, crowd));
-    assert!(receiver.failures()[0].contains("not Ringferry"), "{:?}", receiver.failures());
+    assert_eq!(receiver.received().connections, 4);
+    wait_for("giving way", || listener.failures().iter().any(|failure| failure.contains("gave way")));
+    wait_for("patience to end", || listener.failures().iter().any(|failure| failure.contains("no greeting")));
+    drop((honest, receiver, crowd));
+    assert_eq!(source.digest(), target.digest());
+}
+
+#[test]
+fn what_a_greeting_demands_in_vain_is_said_with_its_number() {
+    let (_target, _receiver, address) = destination(&Ram::new(&[(0, 1)]));
+    for (at, value, answer) in [
+        (51, 0x80, (Verdict::UnknownRequirement, 0x8000_0000)),
+        (52, 7, (Verdict::UnknownRole, 7)),
+        (4, 1, (Verdict::WrongVersion, 1)),
+    ] {
+        let mut hello = DataHello::new(TOKEN.0, 0, 1, Role::Urgent).as_bytes().to_vec();
+        hello[at] = value;
+        let end = hello.len() - 4;
+        let checksum = payload_checksum(&hello[..end]).to_le_bytes();
+        hello[end..].copy_from_slice(&checksum);
+        let mut stream = TcpStream::connect(address).unwrap();
+        stream.write_all(&hello).unwrap();
+        let mut welcome = [0; DataWelcome::BYTES];
+        stream.read_exact(&mut welcome).unwrap();
+        assert_eq!(DataWelcome::read(&welcome), Ok(answer));
+    }
 }
 
 /// A destination of the test's own making: answers greetings with `welcome`, then does `serve`.
