@@ -154,9 +154,9 @@ fn round_line(round: &RoundReport) -> String {
     format!(
         "round {}: {} pages, {} zero, {} in {:.1} ms; {} dirtied meanwhile",
         round.round,
-        HumanCount(round.pages_sent),
-        HumanCount(round.zero_pages),
-        BinaryBytes(round.bytes_sent),
+        HumanCount(round.totals.pages_sent),
+        HumanCount(round.totals.zero_pages),
+        BinaryBytes(round.totals.bytes_sent),
         round.duration_ms,
         HumanCount(round.pages_dirtied),
     )

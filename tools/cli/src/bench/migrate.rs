@@ -67,7 +67,8 @@ pub struct Args {
     #[arg(long, value_name = "TIME", default_value = GIVE_UP)]
     timeout: Time,
 
-    /// Compare the RAM of both sides; the comparison is part of the downtime [default: true]
+    /// Compare the RAM of both sides before the handing over, and look for writes that tracking missed after it
+    /// [default: true]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     verify: Option<bool>,
 }
@@ -171,6 +172,7 @@ fn one(
             } else {
                 output.write(report.text().as_bytes())?;
             }
+            report.report.verdict()?;
             Ok(true)
         }
         Err(error) => {

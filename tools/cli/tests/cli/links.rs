@@ -35,8 +35,7 @@ fn a_vm_arrives_whole_although_one_of_its_two_links_falls_silent_and_the_report_
     guest.line_with("steps: ");
     let listen = ["--listen", "10.77.3.2:7000", "--data-listen", "10.77.1.2:7001"];
     let more = ["--data-listen", "10.77.2.2:7002", "--insecure", "--run-for", "1s"];
-    let mut receive =
-        Running::start_in(links.far(), &[&["receive", "--json"], &listen[..], &more, &vm].concat());
+    let mut receive = Running::start_in(links.far(), &[&["receive", "--json"], &listen[..], &more].concat());
     receive.line_with("listening");
     let channels = ["--channel", "10.77.1.1%v1=10.77.1.2:7001", "--channel", "10.77.2.1%v2=10.77.2.2:7002"];
     let send = ["send", "--json", "--verify", "--monitor", &monitor, "--to", "10.77.3.2:7000"];

@@ -1,6 +1,7 @@
 //! The binary `ringferry` as its user meets it.
 #![expect(clippy::unwrap_used, reason = "what a test arranges must be there")]
 
+mod arrivals;
 mod bench_send;
 mod bench_track;
 mod doctor;
