@@ -137,6 +137,10 @@ fn sentence(event: &Event) -> Option<String> {
             )
         }
         Event::DeadlineOutOfReach => "the deadline cannot be kept; going as fast as can be".to_owned(),
+        Event::DowntimeLimitOutOfReach { downtime_limit_ms, fixed_ms } => format!(
+            "the downtime limit of {downtime_limit_ms:.0} ms cannot be kept: the handing over takes {fixed_ms:.0} ms \
+             without a page to send"
+        ),
         Event::SwitchoverCalledOff { pages_left, pages_fit } => format!(
             "the guest runs on: {} pages were left, {} fit the downtime limit",
             HumanCount(*pages_left),
