@@ -4,6 +4,9 @@
 mod arrivals;
 mod bench_send;
 mod bench_track;
+#[path = "../../../../tests/handover/proxy.rs"]
+mod control_proxy;
+mod devices;
 mod doctor;
 mod guest;
 mod links;
@@ -12,4 +15,5 @@ mod migration;
 mod monitor;
 mod signals;
 mod support;
+mod undecided;
 mod usage;
