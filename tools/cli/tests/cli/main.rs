@@ -8,6 +8,7 @@ mod bench_track;
 mod control_proxy;
 mod devices;
 mod doctor;
+mod faults;
 mod guest;
 mod links;
 mod lost_output;

@@ -104,6 +104,19 @@ fn a_signal_does_not_end_a_vm_that_may_run_nowhere_else_and_a_second_one_does() 
 }
 
 #[test]
+fn a_destination_that_never_reads_commit_says_that_it_does_not_run_the_vm_and_nobody_has_to_decide() {
+    if !kvm() {
+        return;
+    }
+    let guest = Guest::start();
+    let (receive, to) = receive(&["--peer-timeout", "1s"]);
+    let proxied = proxy(to.parse().unwrap(), Proxied { fault: Some(("Commit", Fault::Stall)) }).to_string();
+    assert_failed(&ringferry(&guest.send(&proxied)), &["the destination ended the migration"]);
+    assert_failed(&receive.end(), &["silent"]);
+    guest.assert_runs_on();
+}
+
+#[test]
 fn there_is_nothing_to_decide_on_a_vm_that_has_not_migrated_and_a_decision_is_one_of_two() {
     if !kvm() {
         return;
