@@ -173,10 +173,7 @@ impl<'s> Vms<'s, '_, '_> {
 
     /// Looks which VMs have gone.
     fn collect(&mut self) {
-        let (gone, taken) =
-            std::mem::take(&mut self.taken).into_iter().partition(|(_, handle)| handle.is_finished());
-        self.taken = taken;
-        let gone: Vec<_> = gone;
+        let gone: Vec<_> = self.taken.extract_if(.., |(_, handle)| handle.is_finished()).collect();
         gone.into_iter().for_each(|(_, handle)| self.ended(handle));
     }
 
