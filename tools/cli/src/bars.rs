@@ -108,6 +108,7 @@ impl Picture {
             Phase::Switchover => "switching".to_owned(),
             Phase::Completed => "done".to_owned(),
             Phase::Failed => "failed".to_owned(),
+            Phase::Unconfirmed => "undecided".to_owned(),
         };
         self.round.set_prefix(phase);
         self.round.set_length(status.round_pages.max(1));

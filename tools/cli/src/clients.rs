@@ -2,7 +2,8 @@
 //! so that a client which is silent, slow or gone holds up neither the VM, nor its migration, nor another client.
 //!
 //! A client asks for one thing, and within a moment. A change of terms is answered at once; a migration becomes an
-//! [`Order`], which `run` fetches, and from then on its client may cancel it.
+//! [`Order`], which `run` fetches, and from then on its client may cancel it. If nobody knows how the migration has ended,
+//! a client may decide it: that is a [`Resolution`].
 
 use std::io::{self, Write};
 use std::net::Shutdown;
@@ -13,11 +14,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use anyhow::{Result, anyhow};
+use anyhow::{Result, anyhow, bail};
 use ringferry::progress::{Progress, Update};
 
 use crate::background::{Background, Worth};
-use crate::migrate::MigrateArgs;
+use crate::migrate::{Decision, MigrateArgs};
 use crate::monitor::{Answer, Line, Monitor, Request, line_of};
 use crate::terms::TermsArgs;
 
@@ -29,6 +30,9 @@ const CLIENTS_MAX: usize = 16;
 const POLL: Duration = Duration::from_millis(10);
 /// How soon a socket that failed is tried again.
 const AFTER_FAILURE: Duration = Duration::from_secs(1);
+/// What a client hears that asks for anything but a decision.
+const UNDECIDED: &str = "the last migration was not confirmed, and the VM stands still: find out whether it runs at \
+                         the destination, then `ringferry resolve --keep` or `ringferry resolve --drop`";
 /// How long the client of a migration that has completed may take to read the report.
 const REPORT_TAKEN_WITHIN: Duration = Duration::from_secs(10);
 
@@ -37,15 +41,36 @@ const REPORT_TAKEN_WITHIN: Duration = Duration::from_secs(10);
 pub struct Clients {
     shared: Arc<Shared>,
     orders: Receiver<Order>,
+    resolutions: Receiver<Resolution>,
     listening: Option<JoinHandle<()>>,
 }
 
 #[derive(Debug, Default)]
 struct Shared {
-    /// The migration that was ordered and has not ended.
-    under_way: Mutex<Option<Progress>>,
+    state: Mutex<State>,
     connected: AtomicUsize,
     ended: AtomicBool,
+}
+
+/// What clients may ask for.
+#[derive(Debug, Default)]
+enum State {
+    /// A migration.
+    #[default]
+    Idle,
+    /// A change of the one that was ordered and has not ended.
+    UnderWay(Progress),
+    /// A decision, because nobody knows how it has ended.
+    Undecided,
+    /// Nothing, until the decision has been carried out.
+    Resolving,
+}
+
+/// To `run`; one of each kind at a time.
+#[derive(Clone, Debug)]
+struct ToRun {
+    orders: SyncSender<Order>,
+    resolutions: SyncSender<Resolution>,
 }
 
 /// A migration that a client asks for. Until it is [ended](Self::end), a second one is refused.
@@ -61,6 +86,15 @@ pub struct Order {
     shared: Arc<Shared>,
 }
 
+/// What a client decides on a VM of which nobody knows where it runs.
+#[derive(Debug)]
+pub struct Resolution {
+    /// Where it is.
+    pub decision: Decision,
+    client: Background,
+    shared: Arc<Shared>,
+}
+
 impl Clients {
     /// Attends to the clients of `monitor` until this value is dropped.
     ///
@@ -69,18 +103,24 @@ impl Clients {
     /// The kernel gives this process no further thread.
     pub fn of(monitor: Monitor) -> io::Result<Self> {
         let shared = Arc::new(Shared::default());
-        // There is one order at a time.
-        let (sender, orders) = mpsc::sync_channel(1);
+        let (orders_to_run, orders) = mpsc::sync_channel(1);
+        let (resolutions_to_run, resolutions) = mpsc::sync_channel(1);
+        let to_run = ToRun { orders: orders_to_run, resolutions: resolutions_to_run };
         let of_thread = shared.clone();
         let listening = thread::Builder::new()
             .name("monitor".to_owned())
-            .spawn(move || listen(&monitor, &of_thread, &sender))?;
-        Ok(Self { shared, orders, listening: Some(listening) })
+            .spawn(move || listen(&monitor, &of_thread, &to_run))?;
+        Ok(Self { shared, orders, resolutions, listening: Some(listening) })
     }
 
     /// Waits for an order, for `time`.
     pub fn order(&self, time: Duration) -> Option<Order> {
         self.orders.recv_timeout(time).ok()
+    }
+
+    /// Waits for a decision on a migration that is [undecided](Order::undecided), for `time`.
+    pub fn resolution(&self, time: Duration) -> Option<Resolution> {
+        self.resolutions.recv_timeout(time).ok()
     }
 }
 
@@ -102,10 +142,25 @@ impl Order {
         push(&self.client, Worth::Progress, &Answer::Update(update.clone()));
     }
 
+    /// Tells the client that nobody knows how the migration has ended, and what can be done; somebody may decide it now.
+    pub fn undecided(&self, text: &str) {
+        *lock(&self.shared.state) = State::Undecided;
+        push(&self.client, Worth::Report, &Answer::Unconfirmed(text.to_owned()));
+    }
+
     /// Tells the client how the migration has ended; the next one may be ordered. Returns what waits until the client
     /// has heard it.
     pub fn end(self, answer: &Answer) -> LastAnswer {
-        *lock(&self.shared.under_way) = None;
+        *lock(&self.shared.state) = State::Idle;
+        push(&self.client, Worth::Report, answer);
+        LastAnswer(self.client)
+    }
+}
+
+impl Resolution {
+    /// Tells the client that it is done, or why not. The next migration may be ordered.
+    pub fn end(self, answer: &Answer) -> LastAnswer {
+        *lock(&self.shared.state) = State::Idle;
         push(&self.client, Worth::Report, answer);
         LastAnswer(self.client)
     }
@@ -136,11 +191,11 @@ fn push(client: &Background, worth: Worth, answer: &Answer) {
     }
 }
 
-fn listen(monitor: &Monitor, shared: &Arc<Shared>, orders: &SyncSender<Order>) {
+fn listen(monitor: &Monitor, shared: &Arc<Shared>, to_run: &ToRun) {
     while !shared.ended.load(Ordering::Relaxed) {
         match monitor.accept() {
             Ok(Some(stream)) => {
-                if let Err(error) = attend(stream, shared, orders) {
+                if let Err(error) = attend(stream, shared, to_run) {
                     tracing::warn!("a client of the monitor socket was turned away: {error:#}");
                 }
             }
@@ -154,14 +209,14 @@ fn listen(monitor: &Monitor, shared: &Arc<Shared>, orders: &SyncSender<Order>) {
 }
 
 /// Gives a client its thread.
-fn attend(stream: UnixStream, shared: &Arc<Shared>, orders: &SyncSender<Order>) -> Result<()> {
+fn attend(stream: UnixStream, shared: &Arc<Shared>, to_run: &ToRun) -> Result<()> {
     let Some(place) = Place::take(shared) else {
         return Err(anyhow!("{CLIENTS_MAX} others are connected"));
     };
-    let (shared, orders) = (shared.clone(), orders.clone());
+    let (shared, to_run) = (shared.clone(), to_run.clone());
     thread::Builder::new().name("monitor client".to_owned()).spawn(move || {
         let _place = place;
-        if let Err(error) = serve(stream, &shared, &orders) {
+        if let Err(error) = serve(stream, &shared, &to_run) {
             tracing::warn!("a client of the monitor socket was turned away: {error:#}");
         }
     })?;
@@ -188,7 +243,7 @@ impl Drop for Place {
     }
 }
 
-fn serve(stream: UnixStream, shared: &Arc<Shared>, orders: &SyncSender<Order>) -> Result<()> {
+fn serve(stream: UnixStream, shared: &Arc<Shared>, to_run: &ToRun) -> Result<()> {
     let mut line = Line::new(stream)?;
     let Some(request) = line.request(Some(PATIENCE))? else { return Ok(()) };
     let client = Background::new("monitor answers", Outlet(line.writer()?))?;
@@ -200,11 +255,16 @@ fn serve(stream: UnixStream, shared: &Arc<Shared>, orders: &SyncSender<Order>) -
             Ok(progress) => {
                 let order = Order { to, args, progress: progress.clone(), client, shared: shared.clone() };
                 // If `run` has ended meanwhile, so has the connection.
-                if orders.send(order).is_ok() {
+                if to_run.orders.send(order).is_ok() {
                     cancel_on_request(&mut line, &progress);
                 }
             }
             Err(why) => push(&client, Worth::Report, &Answer::Failed(format!("{why:#}"))),
+        },
+        Request::Resolve(decision) => match shared.begin_to_resolve() {
+            // If `run` has ended meanwhile, so has the connection.
+            Ok(()) => drop(to_run.resolutions.send(Resolution { decision, client, shared: shared.clone() })),
+            Err(why) => push(&client, Worth::Report, &Answer::Failed(why.to_string())),
         },
     }
     Ok(())
@@ -222,18 +282,38 @@ fn cancel_on_request(line: &mut Line, progress: &Progress) {
 impl Shared {
     fn begin(&self, args: &MigrateArgs) -> Result<Progress> {
         let progress = args.progress()?;
-        let mut under_way = lock(&self.under_way);
-        if under_way.is_some() {
-            return Err(anyhow!("a migration is under way: wait for its end, or adjust it"));
+        let mut state = lock(&self.state);
+        match *state {
+            State::Idle => {}
+            State::UnderWay(_) => {
+                bail!("a migration is under way: wait for its end, or adjust it")
+            }
+            State::Undecided | State::Resolving => bail!(UNDECIDED),
         }
-        *under_way = Some(progress.clone());
+        *state = State::UnderWay(progress.clone());
         Ok(progress)
     }
 
+    fn begin_to_resolve(&self) -> Result<()> {
+        let mut state = lock(&self.state);
+        match *state {
+            State::Undecided => {}
+            State::Idle | State::UnderWay(_) => {
+                bail!("there is nothing to decide: no migration has ended unconfirmed")
+            }
+            State::Resolving => bail!("somebody else has just decided it"),
+        }
+        *state = State::Resolving;
+        Ok(())
+    }
+
     fn adjust(&self, terms: &TermsArgs) -> Answer {
-        match &*lock(&self.under_way) {
-            None => Answer::Failed("no migration is under way: start one with `ringferry send`".to_owned()),
-            Some(progress) => match terms.change(progress.parameters()) {
+        match &*lock(&self.state) {
+            State::Idle => {
+                Answer::Failed("no migration is under way: start one with `ringferry send`".to_owned())
+            }
+            State::Undecided | State::Resolving => Answer::Failed(UNDECIDED.to_owned()),
+            State::UnderWay(progress) => match terms.change(progress.parameters()) {
                 Ok(()) => Answer::Adjusted,
                 Err(wrong) => Answer::Failed(wrong.to_string()),
             },

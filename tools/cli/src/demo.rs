@@ -72,8 +72,10 @@ pub fn run(mut args: Args, output: Output) -> Result<ExitCode> {
         profiler.compare(report.vcpus.iter().map(|vcpu| (vcpu.index, vcpu.ring_entries)))?.print(output)?;
     }
     match migrated {
-        Ok(report) if output.json() => output.object(&report)?,
-        Ok(report) => output.write(report.text().as_bytes())?,
+        Ok(report) => {
+            report.print(output)?;
+            report.verdict()?;
+        }
         Err(error) => {
             // The promise of a failed migration is that the guest goes on here: show it.
             if let Ok(still_here) = crossing.still_here_per_s() {

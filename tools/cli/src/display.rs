@@ -137,6 +137,10 @@ fn sentence(event: &Event) -> Option<String> {
             )
         }
         Event::DeadlineOutOfReach => "the deadline cannot be kept; going as fast as can be".to_owned(),
+        Event::DowntimeLimitOutOfReach { downtime_limit_ms, fixed_ms } => format!(
+            "the downtime limit of {downtime_limit_ms:.0} ms cannot be kept: the handing over takes {fixed_ms:.0} ms \
+             without a page to send"
+        ),
         Event::SwitchoverCalledOff { pages_left, pages_fit } => format!(
             "the guest runs on: {} pages were left, {} fit the downtime limit",
             HumanCount(*pages_left),
@@ -154,9 +158,9 @@ fn round_line(round: &RoundReport) -> String {
     format!(
         "round {}: {} pages, {} zero, {} in {:.1} ms; {} dirtied meanwhile",
         round.round,
-        HumanCount(round.pages_sent),
-        HumanCount(round.zero_pages),
-        BinaryBytes(round.bytes_sent),
+        HumanCount(round.totals.pages_sent),
+        HumanCount(round.totals.zero_pages),
+        BinaryBytes(round.totals.bytes_sent),
         round.duration_ms,
         HumanCount(round.pages_dirtied),
     )

@@ -13,7 +13,7 @@ use serde::Serialize;
 use crate::output::Output;
 
 mod ebpf;
-mod host;
+pub mod host;
 mod kvm;
 mod memory;
 mod uring;

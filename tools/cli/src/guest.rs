@@ -1,13 +1,16 @@
 //! The guest that the commands run: its options, its start, and what is seen of its progress.
 
+use std::fmt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use clap::ValueEnum;
 use ringferry::kvm::RingSize;
+use ringferry::wire::parts::is_name;
+use ringferry_testvm::device::DeviceConfig;
 use ringferry_testvm::workload::command_line::{self, Pattern};
-use ringferry_testvm::{Boot, Config, Guest, GuestError, Image, Tracking, VcpuStatus, guest_image};
+use ringferry_testvm::{Boot, Config, Guest, GuestError, Image, Tracking, VcpuStatus, check, guest_image};
 use serde::{Deserialize, Serialize};
 
 use crate::interrupt;
@@ -25,10 +28,15 @@ const CONSOLE_LINES_MAX: usize = 40;
 /// How often a booting guest's vCPUs are looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 
-/// What the VM is like. Source and destination of one migration are given the same.
+/// What the VM is like. The destination hears it from the source.
 #[derive(clap::Args, Clone, Debug)]
 #[command(next_help_heading = "Guest")]
 pub struct VmArgs {
+    /// Name of the VM, for those who look at the destination: 1 to 64 printable ASCII characters without spaces
+    /// [default: none]
+    #[arg(long, value_name = "NAME", value_parser = vm_name)]
+    pub name: Option<String>,
+
     /// What the guest runs on [default: kvm; for the demo, threads where there is no /dev/kvm]
     #[arg(long, value_enum, value_name = "KIND")]
     pub guest: Option<GuestKind>,
@@ -90,6 +98,15 @@ pub struct GuestArgs {
     #[arg(long, value_name = "TEXT")]
     pub append: Option<String>,
 
+    /// Let the guest use kvmclock, which KVM keeps in guest RAM
+    #[arg(long)]
+    pub kvmclock: bool,
+
+    /// Give the VM a device that writes guest RAM, with so much state of its own; a quarter of it leaves in each round
+    /// while the guest runs
+    #[arg(long, value_name = "SIZE")]
+    pub device_state: Option<Size>,
+
     /// Where dirty pages come from
     #[arg(long, value_enum, value_name = "KIND", default_value_t = BackendArg::Ring)]
     pub backend: BackendArg,
@@ -132,15 +149,22 @@ fn ring_entries(text: &str) -> Result<u32> {
     Ok(RingSize::from_entries(text.parse()?)?.entries())
 }
 
+fn vm_name(text: &str) -> Result<String, String> {
+    match is_name(text) {
+        true => Ok(text.to_owned()),
+        false => Err("write 1 to 64 printable ASCII characters without spaces, such as web-7".to_owned()),
+    }
+}
+
+/// The test device with this much state.
+fn device(state: Size) -> DeviceConfig {
+    DeviceConfig { state_bytes: state.bytes, round_bytes: state.bytes / 4, ..DeviceConfig::default() }
+}
+
 impl VmArgs {
     /// What the guest runs on.
     pub fn kind(&self) -> GuestKind {
         self.guest.unwrap_or(GuestKind::Kvm)
-    }
-
-    /// The VM without anything to boot.
-    pub fn destination(&self) -> Config {
-        VmDescription::of(self).config(&self.host)
     }
 }
 
@@ -159,10 +183,18 @@ impl GuestArgs {
             BackendArg::Ring => Tracking::Ring { entries: self.ring_entries },
             BackendArg::Bitmap => Tracking::Bitmap,
         };
-        let config = Config { boot: Boot::Image { image, append }, tracking, ..self.vm.destination() };
+        let description = VmDescription::of(&self.vm);
+        let config = Config {
+            boot: Boot::Image { image, append },
+            tracking,
+            kvmclock: self.kvmclock,
+            device: self.device_state.map(device),
+            ..description.config(&self.vm.host)
+        };
         let mut vm = Machine::new(self.vm.kind(), config)?;
         vm.start()?;
-        let mut host = Host { guest: None, vm };
+        let name = self.vm.name.clone().unwrap_or_default();
+        let mut host = Host { name, description, guest: None, vm };
         if self.image.is_none() {
             let guest = Guest::new(host.vm.memory(), host.vm.kvm_tracker())?;
             host.wait_until_working(&guest)?;
@@ -175,6 +207,10 @@ impl GuestArgs {
 /// A running VM, and what is known of its guest if that is ours.
 #[derive(Debug)]
 pub struct Host {
+    /// Its name; empty if it has none.
+    pub name: String,
+    /// What a destination has to build.
+    pub description: VmDescription,
     pub vm: Machine,
     pub guest: Option<Guest>,
 }
@@ -260,6 +296,23 @@ impl Host {
             None
         })
     }
+
+    /// Stops the guest for good and proves its writes. `begin` is where its rate is counted from.
+    pub fn examine(&mut self, begin: Option<Marks>) -> Result<Examined> {
+        let end = self.seen();
+        let _paused = self.vm.as_vm().pause().map_err(|error| anyhow!(error))?;
+        let Some(guest) = &self.guest else { return Ok(Examined::default()) };
+        let checked = check::check(self.vm.memory());
+        let felt = |vcpu| guest.stats(vcpu).ok()?.pause_gap.map(|gap| gap.as_secs_f64() * 1e3);
+        Ok(Examined {
+            guest_consistent: Some(checked.is_ok()),
+            inconsistency: checked.err().map(|error| error.to_string()),
+            progress_after_per_s: begin
+                .zip(end)
+                .map_or_else(Vec::new, |(begin, end)| end.per_s_since(&begin)),
+            pause_felt_ms: (0..self.vm.vcpus()).map(felt).collect(),
+        })
+    }
 }
 
 impl Marks {
@@ -275,15 +328,37 @@ impl Marks {
     }
 }
 
-/// What the guest at the destination looked like after the migration.
+/// What a guest looked like when it was stopped for good.
 #[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
-pub struct AfterMigration {
+pub struct Examined {
     /// Whether every write of the guest's is where its own counters say.
     pub guest_consistent: Option<bool>,
     /// What is wrong, if not.
     pub inconsistency: Option<String>,
-    /// Steps per second of each vCPU.
+    /// Steps per second of each vCPU, where it was watched.
     pub progress_after_per_s: Vec<f64>,
-    /// The pause as each vCPU felt it by its own clock.
+    /// The pause of a migration as each vCPU felt it by its own clock.
     pub pause_felt_ms: Vec<Option<f64>>,
+}
+
+impl Examined {
+    /// An error if the guest lost writes.
+    pub fn verdict(&self) -> Result<()> {
+        if self.guest_consistent == Some(false) {
+            bail!("the guest is not consistent");
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Examined {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.guest_consistent {
+            Some(true) => write!(f, "the guest found every write of its own"),
+            Some(false) => {
+                write!(f, "THE GUEST LOST WRITES: {}", self.inconsistency.as_deref().unwrap_or(""))
+            }
+            None => write!(f, "a foreign guest: nothing is known of its writes"),
+        }
+    }
 }

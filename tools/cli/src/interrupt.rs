@@ -66,6 +66,12 @@ pub fn promise(what: &'static str) {
     state().promise = what;
 }
 
+/// Things are no longer as they were when a signal came: the next one is a first one again, with a promise of its own.
+pub fn forget() {
+    // Relaxed: a flag without data, polled.
+    RAISED.store(false, Ordering::Relaxed);
+}
+
 /// HUP, unless the process was started to outlive its terminal, as `nohup` starts it.
 fn hangup() -> Option<i32> {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();

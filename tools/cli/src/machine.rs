@@ -5,8 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use ringferry::track::{DirtyTracker, VcpuFigures};
-use ringferry::vm::VmError;
-use ringferry::{DirtySource, GuestMemory, Paused, Quiesced, Vm};
+use ringferry::{DirtySource, GuestMemory, Vm};
 use ringferry_testvm::{Config, TestVm, ThreadVm, VcpuStatus};
 use serde::{Deserialize, Serialize};
 
@@ -119,32 +118,16 @@ impl Machine {
             .map_or_else(|| (0..self.vcpus()).map(nothing).collect(), |kvm| kvm.snapshot().vcpus)
     }
 
-    fn vm(&mut self) -> &mut dyn Vm {
+    /// What a migration asks.
+    pub fn as_vm(&mut self) -> &mut (dyn Vm + 'static) {
         match self {
             Self::Kvm(vm) => vm.as_mut(),
             Self::Threads(vm) => vm.as_mut(),
         }
     }
-}
 
-impl Vm for Machine {
-    fn pause(&mut self) -> Result<Paused, VmError> {
-        self.vm().pause()
-    }
-
-    fn resume(&mut self, paused: Paused) -> Result<(), VmError> {
-        self.vm().resume(paused)
-    }
-
-    fn save_state(&mut self, quiesced: &Quiesced<'_>) -> Result<Vec<u8>, VmError> {
-        self.vm().save_state(quiesced)
-    }
-
-    fn restore_state(&mut self, state: &[u8]) -> Result<Paused, VmError> {
-        self.vm().restore_state(state)
-    }
-
-    fn kick(&self, index: usize) {
+    /// Forces vCPU `index` out of the guest.
+    pub fn kick(&self, index: usize) {
         match self {
             Self::Kvm(vm) => vm.kick(index),
             Self::Threads(vm) => vm.kick(index),

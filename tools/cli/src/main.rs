@@ -11,6 +11,7 @@ use ringferry_testvm::TestVmError;
 use tracing::level_filters::LevelFilter;
 
 mod adjust;
+mod arrival;
 mod background;
 mod bars;
 mod bench;
@@ -23,7 +24,9 @@ mod doctor;
 mod guest;
 mod guest_image;
 mod interrupt;
+mod landing;
 mod machine;
+mod memory_budget;
 mod migrate;
 mod monitor;
 mod output;
@@ -31,11 +34,13 @@ mod printable;
 mod receive;
 mod receiving_process;
 mod report;
+mod resolve;
 mod run;
 mod scenario;
 mod send;
 mod sizes;
 mod terms;
+mod told;
 mod two_processes;
 mod vm_description;
 
@@ -71,6 +76,7 @@ enum Command {
     Run(run::Args),
     Send(send::Args),
     Adjust(adjust::Args),
+    Resolve(resolve::Args),
     Receive(receive::Args),
     Bench(bench::Args),
     Doctor(doctor::Args),
@@ -105,7 +111,8 @@ fn main() -> ExitCode {
         Command::Run(args) => run::run(args, output),
         Command::Send(args) => send::run(args, output),
         Command::Adjust(args) => adjust::run(args, output),
-        Command::Receive(args) => receive::run(args, output),
+        Command::Resolve(args) => resolve::run(&args, output),
+        Command::Receive(args) => receive::run(&args, output),
         Command::Bench(args) => bench::run(args, output),
         Command::Doctor(args) => doctor::run(args, output),
         Command::GuestImage(args) => guest_image::run(args, output),

@@ -1,24 +1,26 @@
 //! One migration as the command line asks for it: its options, its run, and what the guest felt of it.
 
+use std::fmt;
 use std::thread;
 use std::time::Duration;
 
 use anyhow::Result;
 use ringferry::progress::{Progress, Update};
-use ringferry::source::{Source, SourceError, SourceOptions, SourceReport};
+use ringferry::source::{Outcome, Source, SourceError, SourceOptions, SourceReport, StandstillLimit};
 use ringferry::track::VcpuFigures;
 use ringferry::transport::{ChannelSpec, ChannelSpecError};
 use serde::{Deserialize, Serialize};
 
 use crate::display::follow;
 use crate::guest::{Host, Marks};
-use crate::printable::printable;
 use crate::report::{MigrationReport, VcpuReport};
-use crate::terms::{TermsArgs, WrongTerms};
+use crate::sizes::Time;
+use crate::terms::{TermsArgs, WrongTerms, factor};
 
 /// Options of a migration.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
 #[command(next_help_heading = "Migration")]
+#[serde(default)]
 pub struct MigrateArgs {
     /// Data connections, each with its own thread and io_uring
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
@@ -29,10 +31,22 @@ pub struct MigrateArgs {
     #[arg(long, value_name = "CHANNEL", value_parser = parse_channel)]
     pub channel: Vec<String>,
 
-    /// Compare the RAM of both sides before the handing over; the guest stands still for as long as that takes
+    /// Compare the RAM of both sides before the handing over, and look for writes that tracking missed after it
     /// [default: false; for the demo, true]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub verify: Option<bool>,
+
+    /// How many times the expected downtime the guest may stand still before it runs on here [default: 4]
+    #[arg(long, value_name = "FACTOR", value_parser = factor)]
+    pub standstill_factor: Option<f64>,
+
+    /// How long it may stand still in any case [default: 1s]
+    #[arg(long, value_name = "TIME")]
+    pub standstill_floor: Option<Time>,
+
+    /// How long the destination may give no sign of life [default: 5s]
+    #[arg(long, value_name = "TIME")]
+    pub peer_timeout: Option<Time>,
 
     #[command(flatten)]
     pub terms: TermsArgs,
@@ -46,8 +60,44 @@ fn parse_channel(text: &str) -> Result<String, ChannelSpecError> {
 impl Default for MigrateArgs {
     /// As the command line has them.
     fn default() -> Self {
-        Self { channels: 2, channel: Vec::new(), verify: None, terms: TermsArgs::default() }
+        Self {
+            channels: 2,
+            channel: Vec::new(),
+            verify: None,
+            standstill_factor: None,
+            standstill_floor: None,
+            peer_timeout: None,
+            terms: TermsArgs::default(),
+        }
     }
+}
+
+/// What becomes of a VM of which nobody knows whether the destination runs it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Decision {
+    /// It does not run there, and never will: it runs on here.
+    Keep,
+    /// It runs there: it is gone here.
+    Drop,
+}
+
+impl fmt::Display for Decision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Keep => "the VM is kept: it runs on here",
+            Self::Drop => "the VM is dropped: it is the destination's",
+        })
+    }
+}
+
+/// Where a migration has left the VM.
+#[derive(Debug)]
+pub enum Migrated {
+    /// At the destination.
+    Moved(Box<MigrationReport>),
+    /// Where somebody decided, because the destination did not say.
+    Decided(Decision),
 }
 
 impl MigrateArgs {
@@ -56,7 +106,13 @@ impl MigrateArgs {
         Ok(Progress::new(self.terms.parameters()?))
     }
 
-    /// Migrates the VM of `host` to `destination`; every update goes to `show`. `before` is how fast the guest was.
+    /// Migrates the VM of `host` to `destination`; every update goes to `show`. `before_per_s` is how fast the guest was.
+    /// If the destination does not say whether it runs the VM, `decide` hears why, and the VM stands still until it
+    /// returns.
+    ///
+    /// # Errors
+    ///
+    /// The VM runs on here, unless it cannot be resumed.
     pub fn migrate(
         &self,
         host: &mut Host,
@@ -64,10 +120,45 @@ impl MigrateArgs {
         progress: &Progress,
         before_per_s: &[f64],
         show: impl FnMut(&Update) + Send,
-    ) -> Result<MigrationReport> {
+        decide: impl FnOnce(&SourceError) -> Decision,
+    ) -> Result<Migrated> {
         let mut tracker = host.vm.dirty_source()?;
         let memory = host.vm.memory().clone();
-        let options = SourceOptions {
+        let options = self.options(host, destination)?;
+        let figures_before = host.vm.figures();
+        if let Some(guest) = &mut host.guest {
+            guest.restart_longest_gap()?;
+        }
+        let begin = host.seen();
+        let outcome = thread::scope(|scope| {
+            scope.spawn(|| follow(progress, show));
+            let vm = host.vm.as_vm();
+            Source::new(vm, tracker.as_mut(), &memory, options, progress.clone()).run()
+        });
+        let migrated = match outcome? {
+            Outcome::HandedOver(report) => report,
+            Outcome::Unconfirmed(unconfirmed) => {
+                let decision = decide(unconfirmed.cause());
+                match decision {
+                    Decision::Keep => unconfirmed.keep()?,
+                    Decision::Drop => drop(unconfirmed.release()),
+                }
+                return Ok(Migrated::Decided(decision));
+            }
+        };
+        let end = host.seen();
+        let marks = begin.as_ref().zip(end.as_ref());
+        let figures = host.vm.figures();
+        let vcpus = figures.iter().zip(&figures_before);
+        let vcpus = vcpus.map(|(now, then)| vcpu_report(host, now, then, &migrated, marks, before_per_s));
+        let vcpus = vcpus.collect();
+        Ok(Migrated::Moved(Box::new(MigrationReport::new(host.vm.kind().name(), *migrated, vcpus))))
+    }
+
+    fn options(&self, host: &Host, destination: &str) -> Result<SourceOptions> {
+        let ours = SourceOptions::default();
+        let time = |given: Option<Time>, default| given.map_or(default, |time| time.0);
+        Ok(SourceOptions {
             destination: destination.to_owned(),
             channels: self.channels,
             channel_specs: self
@@ -75,35 +166,17 @@ impl MigrateArgs {
                 .iter()
                 .map(|text| text.parse())
                 .collect::<Result<_, ChannelSpecError>>()?,
-            verify: self.verify.unwrap_or(false),
+            verify: self.verify.unwrap_or(ours.verify),
             vcpus: u32::try_from(host.vm.vcpus())?,
-            ..SourceOptions::default()
-        };
-        let figures_before = host.vm.figures();
-        if let Some(guest) = &mut host.guest {
-            guest.restart_longest_gap()?;
-        }
-        let begin = host.seen();
-        let migrated = thread::scope(|scope| {
-            scope.spawn(|| follow(progress, show));
-            Source::new(&mut host.vm, tracker.as_mut(), &memory, options, progress.clone()).run()
-        });
-        let migrated = migrated.map_err(printable_error)?;
-        let end = host.seen();
-        let marks = begin.as_ref().zip(end.as_ref());
-        let figures = host.vm.figures();
-        let vcpus = figures.iter().zip(&figures_before);
-        let vcpus = vcpus.map(|(now, then)| vcpu_report(host, now, then, &migrated, marks, before_per_s));
-        Ok(MigrationReport::new(host.vm.kind().name(), migrated.clone(), vcpus.collect()))
-    }
-}
-
-/// Of what the destination said, what can be shown.
-fn printable_error(error: SourceError) -> SourceError {
-    match error {
-        SourceError::Refused(why) => SourceError::Refused(printable(&why)),
-        SourceError::Aborted(why) => SourceError::Aborted(printable(&why)),
-        other => other,
+            vm_id: host.name.clone(),
+            description: host.description.to_bytes()?,
+            peer_timeout: time(self.peer_timeout, ours.peer_timeout),
+            standstill: StandstillLimit {
+                factor: self.standstill_factor.unwrap_or(ours.standstill.factor),
+                floor: time(self.standstill_floor, ours.standstill.floor),
+            },
+            ..ours
+        })
     }
 }
 

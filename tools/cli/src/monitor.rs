@@ -8,7 +8,9 @@
 //! {"cancel":null}             -->     (at any time)
 //! {"adjust":{…}}              -->     (on a connection of its own, while a migration is under way)
 //!                             <--     {"adjusted":null} or {"failed":"…"}
-//!                             <--     {"report":{…}} or {"failed":"…"}
+//!                             <--     {"report":{…}}, {"failed":"…"} or {"unconfirmed":"…"}
+//! {"resolve":"keep"}          -->     (on a connection of its own, after an unconfirmed migration)
+//!                             <--     {"resolved":"keep"} or {"failed":"…"}
 //! ```
 //!
 //! It is a Unix socket that only its owner may open: who can write to it can move the VM. This file owns the socket and
@@ -28,7 +30,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::interrupt::{AtSuddenEnd, at_sudden_end};
-use crate::migrate::MigrateArgs;
+use crate::migrate::{Decision, MigrateArgs};
 use crate::printable::printable;
 use crate::report::MigrationReport;
 use crate::terms::TermsArgs;
@@ -55,6 +57,8 @@ pub enum Request {
     Cancel,
     /// Change the terms of the migration under way.
     Adjust(TermsArgs),
+    /// Decide where the VM is, after a migration that was not confirmed.
+    Resolve(Decision),
 }
 
 /// What `run` answers.
@@ -69,6 +73,10 @@ pub enum Answer {
     Report(Box<MigrationReport>),
     /// It failed, and why; the VM goes on where it is.
     Failed(String),
+    /// Nobody knows whether the destination runs the VM, and what can be done.
+    Unconfirmed(String),
+    /// The VM is where it was decided to be.
+    Resolved(Decision),
 }
 
 /// The listening end; its socket file goes when it does.
@@ -234,7 +242,7 @@ pub fn line_of(value: &impl Serialize) -> io::Result<Vec<u8>> {
 /// Where the monitor of a VM is.
 #[derive(clap::Args, Clone, Debug)]
 pub struct MonitorArg {
-    /// Monitor socket of the VM, where `send` and `adjust` find it [default: ringferry.sock in $XDG_RUNTIME_DIR, else
+    /// Monitor socket of the VM, where `send`, `adjust` and `resolve` find it [default: ringferry.sock in $XDG_RUNTIME_DIR, else
     /// ringferry-UID.sock in the temporary directory]
     #[arg(long, value_name = "PATH")]
     monitor: Option<PathBuf>,
@@ -242,8 +250,13 @@ pub struct MonitorArg {
 
 impl MonitorArg {
     /// The socket's path.
-    pub fn path(self) -> PathBuf {
-        self.monitor.unwrap_or_else(default_path)
+    pub fn path(&self) -> PathBuf {
+        self.monitor.clone().unwrap_or_else(default_path)
+    }
+
+    /// As a command has to be told it: nothing, where it finds the socket by itself.
+    pub fn option(&self) -> String {
+        self.monitor.as_ref().map_or_else(String::new, |path| format!(" --monitor {}", path.display()))
     }
 }
 

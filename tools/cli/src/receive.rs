@@ -1,30 +1,32 @@
-//! `ringferry receive`: waits for a VM, takes it, runs it, and says how it is.
+//! `ringferry receive`: waits for VMs, takes them, runs them, and says how they are.
 
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::process::ExitCode;
-use std::sync::atomic::Ordering;
+use std::thread::{self, Scope, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
-use ringferry::destination::{Destination, DestinationError, DestinationOptions, DestinationReport};
-use ringferry::vm::VmError;
-use ringferry::{Paused, Quiesced, Vm};
-use ringferry_testvm::{Guest, check};
-use serde::{Deserialize, Serialize};
+use anyhow::{Result, anyhow};
+use ringferry::destination::{Destination, DestinationError, Incoming, ListenOptions};
+use ringferry::wire::reason::Reason;
 
-use crate::guest::{AfterMigration, Host, Marks, VmArgs};
+use crate::arrival::{Arrival, Reception};
+use crate::guest::HostArgs;
 use crate::interrupt;
-use crate::machine::Machine;
+use crate::memory_budget::MemoryBudget;
 use crate::output::Output;
-use crate::printable::printable;
-use crate::sizes::Time;
+use crate::sizes::{Size, Time};
+use crate::told::Told;
+
+/// How often the ends of VMs are looked for.
+const POLL: Duration = Duration::from_millis(20);
 
 const EXAMPLES: &str = "\
 Examples:
-  ringferry receive --listen 127.0.0.1:7000                    a guest of 1 GiB and 2 vCPUs
-  ringferry receive --listen 127.0.0.1:7000 --memory 2GiB --vcpus 8 --run-for 5s
+  ringferry receive                                            the next VM that comes, until Ctrl-C
+  ringferry receive --listen 127.0.0.1:7000 --run-for 5s
+  ringferry receive --vms 3 --memory-max 8GiB                  three VMs, at once or one after the other
 
-RAM and vCPUs must be those of the VM that comes. Ctrl-C ends it.";
+RAM and vCPUs are as the source says. Ctrl-C ends it.";
 
 /// Wait for a VM, take it over and run it here
 #[derive(clap::Args, Debug)]
@@ -42,16 +44,28 @@ pub struct Args {
     #[arg(long)]
     insecure: bool,
 
+    /// VMs to take, at once or one after the other
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    vms: u16,
+
+    /// Most RAM that all VMs together may have [default: what this host has available]
+    #[arg(long, value_name = "SIZE")]
+    memory_max: Option<Size>,
+
     /// How long to wait for a source [default: until Ctrl-C]
     #[arg(long, value_name = "TIME")]
     wait: Option<Time>,
 
-    /// How long the guest runs here before it is checked and ended [default: until Ctrl-C]
+    /// How long a source may give no sign of life [default: 5s]
+    #[arg(long, value_name = "TIME")]
+    peer_timeout: Option<Time>,
+
+    /// How long a guest runs here before it is checked and ended [default: until Ctrl-C]
     #[arg(long, value_name = "TIME")]
     run_for: Option<Time>,
 
     #[command(flatten)]
-    vm: VmArgs,
+    host: HostArgs,
 }
 
 /// A name is taken too, and of its addresses the first.
@@ -62,116 +76,119 @@ fn address(text: &str) -> Result<SocketAddr, String> {
     found.next().ok_or_else(|| "this name has no address".to_owned())
 }
 
-/// What `receive` prints, one object per line.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "snake_case")]
-pub enum Told {
-    /// A source may connect.
-    Listening { address: SocketAddr },
-    /// The VM runs here.
-    Received(DestinationReport),
-    /// It has been checked and ended.
-    Checked(AfterMigration),
-}
-
 /// Runs the command.
-pub fn run(args: Args, output: Output) -> Result<ExitCode> {
+pub fn run(args: &Args, output: Output) -> Result<ExitCode> {
     let interrupted = interrupt::flag()?;
     interrupt::promise("no VM is taken; one that is on its way stays at the source");
-    // Said before a source has come.
-    if let Some(exposed) = args.data_listen.iter().find(|at| !args.insecure && !at.ip().is_loopback()) {
-        bail!(DestinationError::Exposed(*exposed));
-    }
-    // Built first: if this machine cannot hold the VM, nobody needs to connect.
-    let vm = Machine::new(args.vm.kind(), args.vm.destination())?;
-    let memory = vm.memory().clone();
-    let mut landing = Landing(Host { guest: None, vm });
-    let destination = Destination::bind(args.listen, args.insecure)?;
-    let address = destination.local_addr()?;
-    tell(output, &Told::Listening { address }, || format!("waiting for a VM on {address}"))?;
-    let options = DestinationOptions { data_addresses: args.data_listen, ..DestinationOptions::default() };
-    let incoming = destination.accept(args.wait.map(|limit| limit.0), interrupted)?;
-    let received = incoming.receive(&mut landing, args.vm.vcpus, &memory, &options, interrupted);
-    let report = received.map_err(printable_error)?;
-    interrupt::promise("the guest is checked, and ends");
-    tell(output, &Told::Received(report.clone()), || {
-        let digest = if report.ram_digest_match == Some(true) { ", RAM digests equal" } else { "" };
-        format!("the VM runs here: {} pages received{digest}", report.pages_received)
+    let ours = ListenOptions::new(args.listen);
+    let destination = Destination::bind(ListenOptions {
+        data_addresses: args.data_listen.clone(),
+        insecure: args.insecure,
+        vms: usize::from(args.vms),
+        peer_timeout: args.peer_timeout.map_or(ours.peer_timeout, |time| time.0),
+        ..ours
     })?;
-    let Landing(mut host) = landing;
-    let begin = host.seen();
-    let since = Instant::now();
-    while args.run_for.is_none_or(|limit| since.elapsed() < limit.0) && !interrupted.load(Ordering::Relaxed) {
-        host.check_vcpus()?;
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    let after = examine(&mut host, begin)?;
-    tell(output, &Told::Checked(after.clone()), || match after.guest_consistent {
-        Some(true) => "the guest found every write of its own".to_owned(),
-        Some(false) => format!("THE GUEST LOST WRITES: {}", after.inconsistency.as_deref().unwrap_or("")),
-        None => "a foreign guest: nothing is known of its writes".to_owned(),
+    Told::Listening { address: destination.local_addr()? }.tell(output)?;
+    let reception = Reception {
+        host: &args.host,
+        budget: MemoryBudget::new(args.memory_max),
+        run_for: args.run_for.map(|limit| limit.0),
+        interrupted,
+        output,
+    };
+    let all_well = thread::scope(|scope| {
+        let places = usize::from(args.vms);
+        let mut vms =
+            Vms { scope, reception: &reception, places, taken: Vec::new(), any: false, all_well: true };
+        vms.receive(&destination, args.wait.map(|limit| limit.0))
     })?;
-    if after.guest_consistent == Some(false) {
-        bail!("the guest is not consistent");
-    }
-    Ok(ExitCode::SUCCESS)
+    Ok(if all_well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Of what the source said, what can be shown.
-fn printable_error(error: DestinationError) -> DestinationError {
-    match error {
-        DestinationError::Aborted(why) => DestinationError::Aborted(printable(&why)),
-        other => other,
-    }
+/// The VMs that have come, each with a thread of its own.
+struct Vms<'s, 'e, 'r> {
+    scope: &'s Scope<'s, 'e>,
+    reception: &'s Reception<'r>,
+    /// VMs that may still come.
+    places: usize,
+    taken: Vec<(String, ScopedJoinHandle<'s, Arrival>)>,
+    /// Whether one has come and not been refused.
+    any: bool,
+    all_well: bool,
 }
 
-fn tell(output: Output, told: &Told, text: impl FnOnce() -> String) -> std::io::Result<()> {
-    if output.json() { output.object(told) } else { output.line(text()) }
-}
-
-/// Stops the guest and proves its writes.
-fn examine(host: &mut Host, begin: Option<Marks>) -> Result<AfterMigration> {
-    let end = host.seen();
-    let _paused = host.vm.pause().map_err(|error| anyhow::anyhow!(error))?;
-    let Some(guest) = &host.guest else { return Ok(AfterMigration::default()) };
-    let checked = check::check(host.vm.memory());
-    let felt = |vcpu| guest.stats(vcpu).ok()?.pause_gap.map(|gap| gap.as_secs_f64() * 1e3);
-    Ok(AfterMigration {
-        guest_consistent: Some(checked.is_ok()),
-        inconsistency: checked.err().map(|error| error.to_string()),
-        progress_after_per_s: begin.zip(end).map_or_else(Vec::new, |(begin, end)| end.per_s_since(&begin)),
-        pause_felt_ms: (0..host.vm.vcpus()).map(felt).collect(),
-    })
-}
-
-/// A VM about to arrive: before it runs, its guest is told that the gap over the pause is no stall.
-struct Landing(Host);
-
-impl Vm for Landing {
-    fn pause(&mut self) -> Result<Paused, VmError> {
-        self.0.vm.pause()
-    }
-
-    fn resume(&mut self, paused: Paused) -> Result<(), VmError> {
-        // A foreign guest has no mailbox, and nothing that could be told.
-        self.0.guest =
-            Guest::new(self.0.vm.memory(), self.0.vm.kvm_tracker()).ok().filter(|guest| guest.plan().is_ok());
-        // The VM is this side's alone by now: a figure less is no reason not to run it.
-        if let Some(Err(error)) = self.0.guest.as_mut().map(Guest::count_pause_apart) {
-            tracing::warn!(%error, "the guest counts the pause as a stall");
+impl<'s> Vms<'s, '_, '_> {
+    /// Takes VMs until all that may come have come and gone; false if one of them did not fare well.
+    fn receive(&mut self, destination: &Destination, wait: Option<Duration>) -> Result<bool> {
+        let mut since = Instant::now();
+        while self.places > 0 || !self.taken.is_empty() {
+            match destination.accept(Some(POLL), self.reception.interrupted) {
+                Ok(incoming) if self.places > 0 => {
+                    self.take(incoming)?;
+                    since = Instant::now();
+                }
+                Ok(incoming) => self.turn_away(incoming),
+                Err(DestinationError::NobodyCame { address, .. }) => {
+                    if let Some(waited) = wait.filter(|wait| self.places > 0 && since.elapsed() >= *wait) {
+                        self.fail(&DestinationError::NobodyCame { address, waited }.into());
+                        self.places = 0;
+                    }
+                }
+                Err(DestinationError::Cancelled) => {
+                    let handles = std::mem::take(&mut self.taken);
+                    handles.into_iter().for_each(|(_, handle)| self.ended(handle));
+                    return if self.any {
+                        Ok(self.all_well)
+                    } else {
+                        Err(DestinationError::Cancelled.into())
+                    };
+                }
+                Err(error) => return Err(error.into()),
+            }
+            self.collect();
         }
-        self.0.vm.resume(paused)
+        Ok(self.all_well)
     }
 
-    fn save_state(&mut self, quiesced: &Quiesced<'_>) -> Result<Vec<u8>, VmError> {
-        self.0.vm.save_state(quiesced)
+    fn take(&mut self, incoming: Incoming) -> Result<()> {
+        let name = incoming.vm_id().to_owned();
+        let reception = self.reception;
+        let handle = thread::Builder::new()
+            .name("incoming VM".to_owned())
+            .spawn_scoped(self.scope, move || reception.take(incoming))?;
+        self.taken.push((name, handle));
+        self.places -= 1;
+        Ok(())
     }
 
-    fn restore_state(&mut self, state: &[u8]) -> Result<Paused, VmError> {
-        self.0.vm.restore_state(state)
+    /// There is no place for this VM.
+    fn turn_away(&self, incoming: Incoming) {
+        let names = self.taken.iter().map(|(name, _)| match name.as_str() {
+            "" => "a VM without a name",
+            name => name,
+        });
+        let why = format!("busy with {}", names.collect::<Vec<_>>().join(", "));
+        self.reception.refuse(incoming, Reason::Busy, why);
     }
 
-    fn kick(&self, index: usize) {
-        self.0.vm.kick(index);
+    /// Looks which VMs have gone.
+    fn collect(&mut self) {
+        let gone: Vec<_> = self.taken.extract_if(.., |(_, handle)| handle.is_finished()).collect();
+        gone.into_iter().for_each(|(_, handle)| self.ended(handle));
+    }
+
+    fn ended(&mut self, handle: ScopedJoinHandle<'s, Arrival>) {
+        match handle.join() {
+            Ok(Arrival::Refused) => self.places += 1,
+            Ok(Arrival::Gone(Ok(()))) => self.any = true,
+            Ok(Arrival::Gone(Err(error))) => self.fail(&error),
+            Err(_) => self.fail(&anyhow!("the thread of a VM panicked: this is a bug of ringferry")),
+        }
+    }
+
+    fn fail(&mut self, error: &anyhow::Error) {
+        self.any = true;
+        self.all_well = false;
+        self.reception.output.error(error);
     }
 }

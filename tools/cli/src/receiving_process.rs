@@ -12,10 +12,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::guest::{AfterMigration, VmArgs};
+use crate::guest::{Examined, HostArgs};
 use crate::interrupt::{self, AtSuddenEnd, at_sudden_end};
 use crate::printable::printable;
-use crate::receive::Told;
+use crate::told::Told;
 
 /// Longest line that the process may say.
 const LINE_BYTES_MAX: u64 = 1 << 20;
@@ -58,8 +58,8 @@ pub struct ReceivingProcess {
 
 impl ReceivingProcess {
     /// Starts it, and waits until it listens. Its guest runs for `run_for` before it is checked.
-    pub fn start(vm: &VmArgs, listen: &Listen, run_for: Duration) -> Result<Self> {
-        let child = command(vm, listen, run_for)?.spawn().context("cannot start the receiving process")?;
+    pub fn start(host: &HostArgs, listen: &Listen, run_for: Duration) -> Result<Self> {
+        let child = command(host, listen, run_for)?.spawn().context("cannot start the receiving process")?;
         Self::listening(child)
     }
 
@@ -93,11 +93,20 @@ impl ReceivingProcess {
     }
 
     /// Waits until the guest has run and been checked there.
-    pub fn checked(&mut self) -> Result<AfterMigration> {
+    pub fn checked(&mut self) -> Result<Examined> {
         loop {
-            if let Told::Checked(after) = self.next(CHECKED_WITHIN)? {
+            if let Told::Checked { found: after, .. } = self.next(CHECKED_WITHIN)? {
                 return Ok(after);
             }
+        }
+    }
+
+    /// Ends it. What it runs is gone afterwards.
+    pub fn end_now(&mut self) {
+        if !matches!(self.child.try_wait(), Ok(Some(_))) {
+            // It may have ended meanwhile.
+            let _ = self.child.kill();
+            let _ = self.child.wait();
         }
     }
 
@@ -142,14 +151,11 @@ impl ReceivingProcess {
 impl Drop for ReceivingProcess {
     fn drop(&mut self) {
         // It ends by itself after a migration; after a failed one there is nothing to wait for.
-        if !matches!(self.child.try_wait(), Ok(Some(_))) {
-            let _ = self.child.kill();
-            let _ = self.child.wait();
-        }
+        self.end_now();
     }
 }
 
-fn command(vm: &VmArgs, listen: &Listen, run_for: Duration) -> Result<Command> {
+fn command(host: &HostArgs, listen: &Listen, run_for: Duration) -> Result<Command> {
     let program = std::env::current_exe().context("cannot find the program that runs")?;
     let mut command = match &listen.namespace {
         Some(namespace) => {
@@ -161,17 +167,14 @@ fn command(vm: &VmArgs, listen: &Listen, run_for: Duration) -> Result<Command> {
     };
     command
         .args(["receive", "--json", "--wait", "60s", "--listen", &listen.address.to_string()])
-        .args(["--memory", &vm.memory.to_string(), "--vcpus", &vm.vcpus.to_string()])
-        .args(["--guest", vm.kind().name()])
-        .args(["--regions", &vm.regions.to_string()])
         .args(["--run-for", &format!("{}ms", run_for.as_millis())]);
-    if let Some(backing) = &vm.host.backing {
+    if let Some(backing) = &host.backing {
         command.args(["--backing", &value_name(backing)]);
     }
-    if let Some(huge_pages) = &vm.host.huge_pages {
+    if let Some(huge_pages) = &host.huge_pages {
         command.args(["--huge-pages", &value_name(huge_pages)]);
     }
-    if vm.host.pin_vcpus {
+    if host.pin_vcpus {
         command.arg("--pin-vcpus");
     }
     if !listen.address.ip().is_loopback() {

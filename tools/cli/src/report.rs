@@ -1,9 +1,13 @@
 //! The object that a migration ends with. Its field names are a contract with those who read it.
 
+use std::io;
+
+use anyhow::{Result, bail};
 use indicatif::{BinaryBytes, HumanCount};
 use ringferry::source::SourceReport;
 use serde::{Deserialize, Serialize};
 
+use crate::output::Output;
 use crate::printable::printable;
 
 /// `migration_report`: what a migration did, to RAM and to the guest.
@@ -48,9 +52,25 @@ impl MigrationReport {
         }
     }
 
+    /// An error if verification found that the guest, which has moved, lost writes.
+    pub fn verdict(&self) -> Result<()> {
+        if self.source.ram_digest_match == Some(false) {
+            bail!(
+                "the guest has moved, and has lost writes: {} pages changed without having been tracked",
+                self.source.untracked_pages
+            );
+        }
+        Ok(())
+    }
+
+    /// Prints the report, for programs or for people.
+    pub fn print(&self, output: Output) -> io::Result<()> {
+        if output.json() { output.object(self) } else { output.write(self.text().as_bytes()) }
+    }
+
     /// The report for people.
     pub fn text(&self) -> String {
-        let sends = if self.source.zero_copy_sends == 0 && self.source.copied_sends > 0 {
+        let sends = if self.source.totals.zero_copy_sends == 0 && self.source.totals.copied_sends > 0 {
             "the kernel copied every send, as it always does on loopback"
         } else {
             "as the kernel reported them"
@@ -74,15 +94,15 @@ impl MigrationReport {
             self.source.downtime_ms,
             self.source.pause_ms,
             self.source.verify_ms,
-            HumanCount(self.source.pages_sent),
-            HumanCount(self.source.zero_pages),
-            BinaryBytes(self.source.bytes_sent),
-            HumanCount(self.source.zero_copy_sends),
-            HumanCount(self.source.copied_sends),
+            HumanCount(self.source.totals.pages_sent),
+            HumanCount(self.source.totals.zero_pages),
+            BinaryBytes(self.source.totals.bytes_sent),
+            HumanCount(self.source.totals.zero_copy_sends),
+            HumanCount(self.source.totals.copied_sends),
             verdict(
                 self.source.ram_digest_match,
                 "RAM digests are equal",
-                "RAM DIGESTS DIFFER",
+                "WRITES WERE LOST",
                 "RAM digests were not compared"
             ),
             verdict(
@@ -92,6 +112,10 @@ impl MigrationReport {
                 "the guest's writes were not checked"
             ),
         );
+        if !self.source.downtime_limit_kept {
+            let limit = self.source.downtime_limit_ms;
+            text.push_str(&format!("the downtime limit of {limit:.0} ms was not kept\n"));
+        }
         for channel in &self.source.channel_reports {
             for loss in &channel.losses {
                 text.push_str(&format!(

@@ -5,15 +5,18 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
+use ringferry::source::SourceError;
 use ringferry_testvm::VcpuStatus;
 use serde::Serialize;
 
-use crate::clients::{Clients, LastAnswer, Order};
+use crate::clients::{Clients, LastAnswer, Order, Resolution};
 use crate::guest::{GuestArgs, Host, Marks};
 use crate::interrupt;
+use crate::migrate::{Decision, Migrated};
 use crate::monitor::{Answer, Monitor, MonitorArg};
 use crate::output::Output;
 use crate::report::{MigrationReport, rate};
+use crate::told::Told;
 
 /// How often the guest's progress is printed.
 const REPORT_EVERY: Duration = Duration::from_secs(1);
@@ -21,7 +24,10 @@ const REPORT_EVERY: Duration = Duration::from_secs(1);
 const POLL: Duration = Duration::from_millis(10);
 
 /// What a signal comes to, while no migration is under way.
-const GUEST_ENDS: &str = "the guest ends";
+const GUEST_ENDS: &str = "the guest is checked, and ends";
+/// What it comes to while nobody knows whether the destination runs the VM.
+const VM_IS_HELD: &str = "the VM is still held here, because it would be lost if the destination does not run it; \
+                          `ringferry resolve` decides";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -59,18 +65,25 @@ pub fn run(args: Args, output: Output) -> Result<ExitCode> {
         output.line("the guest runs; `ringferry send --to ADDRESS:PORT` moves it; Ctrl-C ends it")?;
     }
     let mut pace = Pace::new(&host);
+    let waiting = Waiting { clients: &clients, monitor: &args.monitor, interrupted, output };
     // Relaxed: a flag without data, polled.
     while !interrupted.load(Ordering::Relaxed) {
         host.check_vcpus()?;
         if let Some(order) = clients.order(POLL) {
-            if let Some((report, answer)) = serve(order, &mut host, &pace.steps_per_s, interrupted, output)? {
-                answer.delivered();
-                return finish(output, &report);
+            match waiting.serve(order, &mut host, &pace.steps_per_s)? {
+                Served::StillHere => pace.skip(&host),
+                Served::Moved(report, answer) => {
+                    answer.delivered();
+                    return finish(output, &report);
+                }
+                Served::Dropped => return Ok(ExitCode::SUCCESS),
             }
-            pace.skip(&host);
         }
         pace.tell(&host, output)?;
     }
+    let found = host.examine(None)?;
+    Told::Checked { vm_id: host.name.clone(), found: found.clone() }.tell(output)?;
+    found.verdict()?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -123,41 +136,99 @@ fn finish(output: Output, report: &MigrationReport) -> Result<ExitCode> {
     } else {
         output.line("the guest has moved away")?;
     }
+    report.verdict()?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// Does what a client asks; the report, and the client's, if the guest is gone afterwards.
-fn serve(
-    order: Order,
-    host: &mut Host,
-    before_per_s: &[f64],
-    interrupted: &AtomicBool,
+/// Where a client's order has left the VM.
+enum Served {
+    StillHere,
+    /// Its client hears it.
+    Moved(Box<MigrationReport>, LastAnswer),
+    /// Somebody has decided that the destination runs it.
+    Dropped,
+}
+
+/// A VM's side of its monitor socket.
+struct Waiting<'a> {
+    clients: &'a Clients,
+    monitor: &'a MonitorArg,
+    interrupted: &'a AtomicBool,
     output: Output,
-) -> Result<Option<(MigrationReport, LastAnswer)>> {
-    let Order { to, args, progress, .. } = &order;
-    if !output.json() {
-        output.line(format_args!("migrating to {to}; `ringferry send` shows how it goes"))?;
-    }
-    interrupt::promise("the migration is cancelled, and the guest ends");
-    let migrated = interrupt::cancelling(
-        interrupted,
-        || progress.parameters().cancel(),
-        || args.migrate(host, to, progress, before_per_s, |update| order.update(update)),
-    );
-    interrupt::promise(GUEST_ENDS);
-    match migrated {
-        Ok(report) => {
-            let answer = order.end(&Answer::Report(Box::new(report.clone())));
-            Ok(Some((report, answer)))
+}
+
+impl Waiting<'_> {
+    /// Does what a client asks.
+    fn serve(&self, order: Order, host: &mut Host, before_per_s: &[f64]) -> Result<Served> {
+        let Order { to, args, progress, .. } = &order;
+        if !self.output.json() {
+            self.output.line(format_args!("migrating to {to}; `ringferry send` shows how it goes"))?;
         }
-        Err(error) => {
-            let answer = order.end(&Answer::Failed(format!("{error:#}")));
-            if host.vm.status().contains(&VcpuStatus::Paused) {
-                answer.delivered();
-                bail!(error)
+        interrupt::promise("the migration is cancelled, and the guest ends");
+        let vm_id = host.name.clone();
+        let mut resolution = None;
+        let decide = |cause: &SourceError| {
+            let decided = self.hold(&order, &vm_id, cause);
+            resolution.insert(decided).decision
+        };
+        let migrated = interrupt::cancelling(
+            self.interrupted,
+            || progress.parameters().cancel(),
+            || args.migrate(host, to, progress, before_per_s, |update| order.update(update), decide),
+        );
+        interrupt::promise(GUEST_ENDS);
+        match (migrated, resolution) {
+            (Ok(Migrated::Moved(report)), _) => {
+                let answer = order.end(&Answer::Report(report.clone()));
+                Ok(Served::Moved(report, answer))
             }
-            tracing::warn!("the migration failed, the guest runs on here: {error:#}");
-            Ok(None)
+            (Ok(Migrated::Decided(decision)), resolution) => {
+                Told::Resolved { vm_id, decision }.tell(self.output)?;
+                if let Some(resolution) = resolution {
+                    resolution.end(&Answer::Resolved(decision)).delivered();
+                }
+                Ok(match decision {
+                    Decision::Keep => Served::StillHere,
+                    Decision::Drop => Served::Dropped,
+                })
+            }
+            (Err(error), resolution) => {
+                let failed = Answer::Failed(format!("{error:#}"));
+                let answer = match resolution {
+                    Some(resolution) => resolution.end(&failed),
+                    None => order.end(&failed),
+                };
+                if host.vm.status().contains(&VcpuStatus::Paused) {
+                    answer.delivered();
+                    bail!(error)
+                }
+                tracing::warn!("the migration failed, the guest runs on here: {error:#}");
+                Ok(Served::StillHere)
+            }
         }
+    }
+
+    /// Holds a VM of which nobody knows whether the destination runs it, until somebody has decided.
+    fn hold(&self, order: &Order, vm_id: &str, cause: &SourceError) -> Resolution {
+        interrupt::promise(VM_IS_HELD);
+        interrupt::forget();
+        let (destination, monitor) = (order.to.clone(), self.monitor.option());
+        let message = format!(
+            "the VM was handed over, and the destination did not confirm that it runs ({cause}). It stays here, \
+             stopped. Find out whether it runs at {destination}; if it does not, `ringferry resolve --keep{monitor}` \
+             lets it run on here; if it does, `ringferry resolve --drop{monitor}` ends it here"
+        );
+        order.undecided(&message);
+        let told = Told::Unconfirmed { vm_id: vm_id.to_owned(), destination, message }.tell(self.output);
+        if let Err(error) = told {
+            tracing::warn!(%error, "the undecided end could not be told");
+        }
+        let resolution = loop {
+            if let Some(resolution) = self.clients.resolution(REPORT_EVERY) {
+                break resolution;
+            }
+        };
+        interrupt::forget();
+        resolution
     }
 }

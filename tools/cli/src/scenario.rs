@@ -105,6 +105,7 @@ impl Scenario {
         let work = self.guest.vcpus.iter().enumerate();
         Ok(GuestArgs {
             vm: VmArgs {
+                name: None,
                 guest: None,
                 memory: self.guest.memory,
                 vcpus,
@@ -115,6 +116,8 @@ impl Scenario {
             work: work.map(|(vcpu, work)| format!("vcpu{vcpu}={work}")).collect(),
             image: None,
             append: None,
+            kvmclock: false,
+            device_state: None,
             backend,
             ring_entries,
         })

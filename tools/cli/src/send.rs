@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
+use serde::Serialize;
 
 use crate::display::Display;
 use crate::interrupt;
@@ -34,6 +35,12 @@ pub struct Args {
     migrate: MigrateArgs,
 }
 
+#[derive(Serialize)]
+struct Unconfirmed<'a> {
+    kind: &'static str,
+    message: &'a str,
+}
+
 /// Runs the command.
 pub fn run(args: Args, output: Output) -> Result<ExitCode> {
     let interrupted = interrupt::flag()?;
@@ -53,15 +60,20 @@ fn show_until_the_end(line: &mut Line, output: Output) -> Result<ExitCode> {
     loop {
         match line.answer(None)? {
             Some(Answer::Update(update)) => display.show(&update),
-            // The answer to another request.
-            Some(Answer::Adjusted) => {}
-            Some(Answer::Report(report)) if output.json() => {
-                output.object(&report)?;
+            // Answers to other requests.
+            Some(Answer::Adjusted | Answer::Resolved(_)) => {}
+            Some(Answer::Report(report)) => {
+                report.print(output)?;
+                report.verdict()?;
                 return Ok(ExitCode::SUCCESS);
             }
-            Some(Answer::Report(report)) => {
-                output.write(report.text().as_bytes())?;
-                return Ok(ExitCode::SUCCESS);
+            Some(Answer::Unconfirmed(text)) => {
+                let message = printable(&text);
+                if output.json() {
+                    output.object(&Unconfirmed { kind: "unconfirmed", message: &message })?;
+                }
+                output.note(message);
+                return Ok(ExitCode::FAILURE);
             }
             Some(Answer::Failed(why)) => bail!("{}", printable(&why)),
             None => bail!("`ringferry run` ended before the migration did"),

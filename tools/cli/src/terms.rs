@@ -246,10 +246,11 @@ fn percent(least: u8) -> clap::builder::RangedI64ValueParser<u8> {
     clap::value_parser!(u8).range(i64::from(least)..=99)
 }
 
-fn factor(text: &str) -> Result<f64, String> {
+/// How many times something, not less than once.
+pub fn factor(text: &str) -> Result<f64, String> {
     match text.parse() {
         Ok(factor) if (1.0..=1e6).contains(&factor) => Ok(factor),
-        _ => Err("write how many times the guest's RAM, 1 or more, such as 3 or 2.5".to_owned()),
+        _ => Err("write a factor, 1 or more, such as 3 or 2.5".to_owned()),
     }
 }
 

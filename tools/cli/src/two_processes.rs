@@ -5,12 +5,13 @@ use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use ringferry::progress::Update;
+use ringferry::source::SourceError;
 
 use crate::guest::{GuestArgs, Host};
 use crate::interrupt;
-use crate::migrate::MigrateArgs;
+use crate::migrate::{Decision, MigrateArgs, Migrated};
 use crate::printable::printable;
 use crate::receiving_process::{Listen, ReceivingProcess};
 use crate::report::MigrationReport;
@@ -32,7 +33,7 @@ impl Crossing {
         interrupt::promise("the guest ends");
         let host = guest.boot()?;
         host.wait_until_warm()?;
-        let receiver = ReceivingProcess::start(&guest.vm, listen, MEASURE)?;
+        let receiver = ReceivingProcess::start(&guest.vm.host, listen, MEASURE)?;
         let before_per_s = measure(&host)?;
         Ok(Self { host, receiver, before_per_s })
     }
@@ -60,15 +61,24 @@ impl Crossing {
         show: impl FnMut(&Update) + Send,
     ) -> Result<MigrationReport> {
         let progress = &args.progress()?;
-        let address = self.receiver.address();
+        let address = self.receiver.address().to_owned();
+        let (host, receiver) = (&mut self.host, &mut self.receiver);
+        // It may run the guest, as long as it lives.
+        let decide = |_: &SourceError| {
+            receiver.end_now();
+            Decision::Keep
+        };
         interrupt::promise(
             "the migration is cancelled; the guest goes on at the source, and ends with the command",
         );
-        let mut report = interrupt::cancelling(
+        let migrated = interrupt::cancelling(
             interrupted,
             || progress.parameters().cancel(),
-            || args.migrate(&mut self.host, address, progress, &self.before_per_s, show),
+            || args.migrate(host, &address, progress, &self.before_per_s, show, decide),
         )?;
+        let Migrated::Moved(mut report) = migrated else {
+            bail!("the destination did not confirm that the guest runs there, and was ended");
+        };
         interrupt::promise("the guest has moved, and ends unchecked");
         let after = self.receiver.checked()?;
         report.guest_consistent = after.guest_consistent;
@@ -80,7 +90,7 @@ impl Crossing {
             "the guest lost writes: {}",
             printable(&after.inconsistency.unwrap_or_default())
         );
-        Ok(report)
+        Ok(*report)
     }
 }
 

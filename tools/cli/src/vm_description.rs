@@ -2,7 +2,6 @@
 //! hundred bytes of JSON that the migration carries without looking into them.
 //!
 //! Whoever reads them trusts nobody: the sender is whoever has connected.
-#![cfg_attr(not(test), expect(dead_code, reason = "the wire carries descriptions from version 2 on"))]
 
 use ringferry_testvm::{Backing, Config, HugePages, TestVmError};
 use serde::{Deserialize, Serialize};

@@ -213,14 +213,19 @@ impl Device {
         self.streamed = 0;
     }
 
+    /// Bytes of state that the migration under way has still to take.
+    pub fn left(&self) -> u64 {
+        self.config.state_bytes.saturating_sub(self.streamed)
+    }
+
     /// Writes the next part of the state: a round's, or all that is left.
     ///
     /// # Errors
     ///
     /// What `out` says.
     pub fn stream(&mut self, all_of_it: bool, out: &mut dyn Write) -> io::Result<()> {
-        let DeviceConfig { seed, state_bytes, round_bytes, .. } = self.config;
-        let left = state_bytes.saturating_sub(self.streamed);
+        let DeviceConfig { seed, round_bytes, .. } = self.config;
+        let left = self.left();
         let mut part = if all_of_it { left } else { left.min(round_bytes) };
         if part > 0 && self.streamed == 0 {
             let header = StreamHeader { magic: STREAM_MAGIC.into(), seed: seed.into() };

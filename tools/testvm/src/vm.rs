@@ -404,6 +404,10 @@ impl Vm for TestVm {
         Ok(())
     }
 
+    fn device_state_bytes_left(&mut self) -> u64 {
+        self.device.as_ref().map_or(0, Device::left)
+    }
+
     /// For a VM that was built and has not run yet.
     fn load_device_state(&mut self, piece: &[u8]) -> Result<(), VmError> {
         if self.phase != Phase::Built {

@@ -67,7 +67,12 @@ pub struct Args {
     #[arg(long, value_name = "TIME", default_value = GIVE_UP)]
     timeout: Time,
 
-    /// Compare the RAM of both sides; the comparison is part of the downtime [default: true]
+    /// How long the guest may stand still in any case, on a host that is slow to compare RAM [default: 1s]
+    #[arg(long, value_name = "TIME")]
+    standstill_floor: Option<Time>,
+
+    /// Compare the RAM of both sides before the handing over, and look for writes that tracking missed after it
+    /// [default: true]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     verify: Option<bool>,
 }
@@ -137,6 +142,7 @@ fn one(
     let migrate = MigrateArgs {
         channels: args.channels,
         verify: args.verify.or(Some(true)),
+        standstill_floor: args.standstill_floor,
         terms: TermsArgs { timeout: Some(args.timeout), ..terms.clone() },
         ..MigrateArgs::default()
     };
@@ -171,6 +177,7 @@ fn one(
             } else {
                 output.write(report.text().as_bytes())?;
             }
+            report.report.verdict()?;
             Ok(true)
         }
         Err(error) => {

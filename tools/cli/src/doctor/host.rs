@@ -35,7 +35,7 @@ fn processors() -> Check {
 }
 
 /// A field of /proc/meminfo, in the unit it has there (KiB where there is one).
-pub(super) fn meminfo(field: &str) -> Option<u64> {
+pub fn meminfo(field: &str) -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let value = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
     value.split_whitespace().next()?.parse().ok()

@@ -37,9 +37,19 @@ pub struct Guest {
 
 impl Guest {
     pub fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// One with further options.
+    pub fn start_with(more: &[&str]) -> Self {
+        Self::start_as(&SMALL, &[&SMALL_WORK, more].concat())
+    }
+
+    /// One of any size.
+    pub fn start_as(vm: &[&str], more: &[&str]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let monitor = directory.path().join("monitor").to_str().unwrap().to_owned();
-        let run = Running::start(&[&["run", "--monitor", &monitor], &SMALL[..], &SMALL_WORK].concat());
+        let run = Running::start(&[&["run", "--monitor", &monitor], vm, more].concat());
         let mut guest = Self { run, monitor, _directory: directory };
         guest.assert_runs();
         guest
@@ -65,9 +75,9 @@ impl Guest {
     }
 }
 
-/// `ringferry receive` with `vm`, and the address that it waits at.
-pub fn receive(vm: &[&str], more: &[&str]) -> (Running, String) {
-    let mut receive = Running::start(&[&["receive", "--json", "--listen", "127.0.0.1:0"], vm, more].concat());
+/// `ringferry receive`, and the address that it waits at.
+pub fn receive(more: &[&str]) -> (Running, String) {
+    let mut receive = Running::start(&[&["receive", "--json", "--listen", "127.0.0.1:0"], more].concat());
     let listening: Value = serde_json::from_str(&receive.line_with("listening")).unwrap();
     (receive, listening["address"].as_str().unwrap().to_owned())
 }

@@ -7,6 +7,9 @@ use serde_json::Value;
 
 use crate::support::{Running, ringferry};
 
+/// Unoptimized, a comparison of RAM takes seconds.
+const PATIENTLY: [&str; 2] = ["--standstill-floor", "60s"];
+
 /// Two shaped links for data, and a third for control.
 fn links() -> std::io::Result<Links> {
     let links = Links::new("cli")?;
@@ -35,12 +38,11 @@ fn a_vm_arrives_whole_although_one_of_its_two_links_falls_silent_and_the_report_
     guest.line_with("steps: ");
     let listen = ["--listen", "10.77.3.2:7000", "--data-listen", "10.77.1.2:7001"];
     let more = ["--data-listen", "10.77.2.2:7002", "--insecure", "--run-for", "1s"];
-    let mut receive =
-        Running::start_in(links.far(), &[&["receive", "--json"], &listen[..], &more, &vm].concat());
+    let mut receive = Running::start_in(links.far(), &[&["receive", "--json"], &listen[..], &more].concat());
     receive.line_with("listening");
     let channels = ["--channel", "10.77.1.1%v1=10.77.1.2:7001", "--channel", "10.77.2.1%v2=10.77.2.2:7002"];
     let send = ["send", "--json", "--verify", "--monitor", &monitor, "--to", "10.77.3.2:7000"];
-    let send = Running::start_in(links.near(), &[&send[..], &channels].concat());
+    let send = Running::start_in(links.near(), &[&send[..], &channels, &PATIENTLY].concat());
     // The first round takes two seconds or more: 384 MiB over 1.5 Gbit/s.
     std::thread::sleep(std::time::Duration::from_millis(900));
     links.cut(2).unwrap();
@@ -96,7 +98,8 @@ fn two_heavy_writers_are_held_to_the_same_number_of_pages_and_light_ones_are_not
     }
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), SHARED).unwrap();
-    let run = ringferry(&["bench", "migrate", "--json", "--scenario", file.path().to_str().unwrap()]);
+    let scenario = ["bench", "migrate", "--json", "--scenario", file.path().to_str().unwrap()];
+    let run = ringferry(&[&scenario[..], &PATIENTLY].concat());
     assert_eq!(run.code, Some(0), "{run:?}");
     let report = run.objects().into_iter().find(|object| object["kind"] == "migration_report").unwrap();
     assert_eq!(

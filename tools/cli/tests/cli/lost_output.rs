@@ -13,8 +13,7 @@ fn a_guest_moves_between_sides_that_write_to(stdout: impl Fn() -> Stdio, why: &s
     let run = [&["run", "--monitor", &monitor], &SMALL[..], &SMALL_WORK].concat();
     let run = Running::start_writing_to(&run, stdout());
     let to = closed_port();
-    let mut receive =
-        Running::start_writing_to(&[&["receive", "--listen", &to], &SMALL[..]].concat(), stdout());
+    let mut receive = Running::start_writing_to(&["receive", "--listen", &to], stdout());
     let send = ["send", "--verify", "--monitor", &monitor, "--to", &to];
     // Neither side can say when it is ready.
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
@@ -99,7 +98,7 @@ fn a_reader_of_a_running_guest_that_goes_away_is_no_failure() {
     let guest = Guest::start();
     let reader_gone = std::io::pipe().unwrap().1;
     let to = closed_port();
-    let receive = [&["receive", "--listen", &to, "--run-for", "100ms"], &SMALL[..]].concat();
+    let receive = ["receive", "--listen", &to, "--run-for", "100ms"];
     let receive = Running::start_writing_to(&receive, reader_gone);
     std::thread::sleep(std::time::Duration::from_millis(500));
     assert_eq!(ringferry(&guest.send(&to)).code, Some(0));

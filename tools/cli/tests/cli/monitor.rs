@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use crate::guest::{Guest, SMALL, kvm, receive};
+use crate::guest::{Guest, kvm, receive};
 use crate::support::{Running, ringferry};
 
 #[test]
@@ -17,7 +17,7 @@ fn silent_clients_hold_up_neither_the_guest_nor_a_migration_nor_an_adjustment_no
     let silent = || -> Vec<_> { (0..4).map(|_| UnixStream::connect(&guest.monitor).unwrap()).collect() };
     let before = silent();
     guest.assert_runs();
-    let (receive, to) = receive(&SMALL, &["--run-for", "100ms"]);
+    let (receive, to) = receive(&["--run-for", "100ms"]);
     let slowly = ["--max-bandwidth", "200kB/s"];
     let mut send = Running::start(&[&guest.send(&to)[..], &slowly].concat());
     send.line_with("tracking is on");
@@ -48,7 +48,7 @@ fn a_client_that_asks_for_a_migration_and_reads_nothing_does_not_hold_it_up() {
         return;
     }
     let guest = Guest::start();
-    let (receive, to) = receive(&SMALL, &["--run-for", "100ms"]);
+    let (receive, to) = receive(&["--run-for", "100ms"]);
     let mut client = UnixStream::connect(&guest.monitor).unwrap();
     let migrate = format!(
         r#"{{"migrate":{{"to":"{to}","args":{{"channels":1,"channel":[],"verify":true,"terms":{{}}}}}}}}"#

@@ -22,7 +22,9 @@ fn each_signal_ends_a_running_guest_cleanly_and_says_what_a_second_one_does() {
         guest.run.signal(signal);
         let run = guest.run.end();
         assert_eq!(run.code, Some(0), "{name}: {run:?}");
-        let said = format!("stopping ({name}): the guest ends; a second signal ends the process at once");
+        let said = format!(
+            "stopping ({name}): the guest is checked, and ends; a second signal ends the process at once"
+        );
         assert!(run.stderr.contains(&said), "{run:?}");
         assert!(!Path::new(&guest.monitor).exists(), "{name}: the socket file is left behind");
     }
@@ -34,7 +36,7 @@ fn each_signal_ends_a_destination_that_waits() {
         return;
     }
     for (signal, name) in ALL {
-        let (receive, _) = receive(&SMALL, &[]);
+        let (receive, _) = receive(&[]);
         receive.signal(signal);
         assert_failed(&receive.end(), &[&format!("stopping ({name}): no VM is taken"), "cancelled"]);
     }
@@ -47,7 +49,7 @@ fn each_signal_cancels_a_migration_of_run_and_then_ends_it_and_both_sides_know()
     }
     for (signal, name) in ALL {
         let guest = Guest::start();
-        let (receive, to) = receive(&SMALL, &[]);
+        let (receive, to) = receive(&[]);
         // 12 MiB at this rate take a minute.
         let slowly = ["--max-bandwidth", "200kB/s"];
         let mut send = Running::start(&[&guest.send(&to)[..], &slowly].concat());

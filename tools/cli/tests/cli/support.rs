@@ -27,7 +27,7 @@ impl Outcome {
     }
 }
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_ringferry");
+pub const PROGRAM: &str = env!("CARGO_BIN_EXE_ringferry");
 
 /// Runs it as this user, in this environment.
 pub fn ringferry(args: &[&str]) -> Outcome {

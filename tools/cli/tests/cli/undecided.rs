@@ -1,0 +1,130 @@
+//! The control connection breaks between `Commit` and `Running`: `ringferry run` holds the VM until somebody has found out
+//! where it runs, and has said so.
+
+use std::path::Path;
+
+use rustix::process::Signal;
+
+use crate::control_proxy::{Fault, Proxied, proxy};
+use crate::guest::{Guest, assert_failed, kvm, receive};
+use crate::support::{Running, ringferry};
+
+/// A guest whose migration has ended unconfirmed, because `message` did not arrive; and its destination.
+fn undecided(message: &'static str, fault: Fault) -> (Guest, Running) {
+    let mut guest = Guest::start();
+    let (receive, to) = receive(&[]);
+    let proxied = proxy(to.parse().unwrap(), Proxied { fault: Some((message, fault)) }).to_string();
+    let send = ringferry(&[&guest.send(&proxied)[..], &["--json"]].concat());
+    let told = ["did not confirm that it runs", "`ringferry resolve --keep", "`ringferry resolve --drop"];
+    assert_failed(&send, &told);
+    let object = send.objects().pop().unwrap();
+    assert_eq!(object["kind"], "unconfirmed", "{object}");
+    assert!(object["message"].as_str().unwrap().contains(&proxied), "{object}");
+    let told = guest.run.line_with("did not confirm");
+    assert!(told.contains(&guest.monitor), "{told}");
+    (guest, receive)
+}
+
+fn resolve(guest: &Guest, decision: &str) -> crate::support::Outcome {
+    ringferry(&["resolve", decision, "--monitor", &guest.monitor])
+}
+
+#[test]
+fn a_vm_that_its_destination_does_not_run_is_held_and_kept_and_can_migrate_again() {
+    if !kvm() {
+        return;
+    }
+    for fault in [Fault::Cut, Fault::Half] {
+        let (mut guest, receive) = undecided("Commit", fault);
+        assert_failed(&receive.end(), &["error: "]);
+        let adjusted = ringferry(&["adjust", "--monitor", &guest.monitor, "--downtime-limit", "1s"]);
+        assert_failed(&adjusted, &["was not confirmed", "ringferry resolve"]);
+        assert_failed(&ringferry(&guest.send("127.0.0.1:1")), &["was not confirmed", "ringferry resolve"]);
+        let kept = resolve(&guest, "--keep");
+        assert_eq!(
+            (kept.code, kept.stdout.as_str()),
+            (Some(0), "the VM is kept: it runs on here\n"),
+            "{kept:?}"
+        );
+        guest.assert_runs();
+        assert_failed(&resolve(&guest, "--drop"), &["nothing to decide"]);
+        let (receive, to) = crate::guest::receive(&["--run-for", "100ms"]);
+        let send = ringferry(&[&guest.send(&to)[..], &["--verify"]].concat());
+        assert_eq!(send.code, Some(0), "{send:?}");
+        assert_eq!(guest.run.end().code, Some(0));
+        let received = receive.end();
+        assert_eq!(received.code, Some(0), "{received:?}");
+        assert_eq!(received.objects().last().unwrap()["guest_consistent"], true, "{received:?}");
+    }
+}
+
+#[test]
+fn a_vm_that_its_destination_runs_is_dropped_and_run_ends() {
+    if !kvm() {
+        return;
+    }
+    let (guest, mut receive) = undecided("Running", Fault::Cut);
+    receive.line_with("received");
+    assert_eq!(resolve(&guest, "--drop").code, Some(0));
+    let run = guest.run.end();
+    assert_eq!(run.code, Some(0), "{run:?}");
+    assert!(run.stdout.contains("the VM is dropped"), "{run:?}");
+    assert!(!Path::new(&guest.monitor).exists(), "the socket file is left behind");
+    receive.interrupt();
+    let received = receive.end();
+    assert_eq!(received.code, Some(0), "{received:?}");
+    assert_eq!(received.objects().last().unwrap()["guest_consistent"], true, "{received:?}");
+}
+
+#[test]
+fn a_signal_does_not_end_a_vm_that_may_run_nowhere_else_and_a_second_one_does() {
+    if !kvm() {
+        return;
+    }
+    let (mut guest, receive) = undecided("Commit", Fault::Cut);
+    drop(receive);
+    guest.run.signal(Signal::TERM);
+    // It answers still, and the signal is forgotten once the VM is kept.
+    assert_eq!(resolve(&guest, "--keep").code, Some(0));
+    guest.assert_runs();
+    guest.run.interrupt();
+    let run = guest.run.end();
+    assert_eq!(run.code, Some(0), "{run:?}");
+    assert!(run.stderr.contains("stopping (SIGTERM): the VM is still held here"), "{run:?}");
+
+    let (guest, receive) = undecided("Commit", Fault::Cut);
+    drop(receive);
+    // Both are there when it looks.
+    for signal in [Signal::STOP, Signal::TERM, Signal::INT, Signal::CONT] {
+        guest.run.signal(signal);
+    }
+    let run = guest.run.end();
+    assert!(matches!(run.code, Some(130 | 143)), "{run:?}");
+    assert!(!Path::new(&guest.monitor).exists(), "the socket file is left behind");
+}
+
+#[test]
+fn a_destination_that_never_reads_commit_says_that_it_does_not_run_the_vm_and_nobody_has_to_decide() {
+    if !kvm() {
+        return;
+    }
+    let guest = Guest::start();
+    let (receive, to) = receive(&["--peer-timeout", "1s"]);
+    let proxied = proxy(to.parse().unwrap(), Proxied { fault: Some(("Commit", Fault::Stall)) }).to_string();
+    assert_failed(&ringferry(&guest.send(&proxied)), &["the destination ended the migration"]);
+    assert_failed(&receive.end(), &["silent"]);
+    guest.assert_runs_on();
+}
+
+#[test]
+fn there_is_nothing_to_decide_on_a_vm_that_has_not_migrated_and_a_decision_is_one_of_two() {
+    if !kvm() {
+        return;
+    }
+    let guest = Guest::start();
+    assert_failed(&resolve(&guest, "--keep"), &["nothing to decide"]);
+    guest.assert_runs_on();
+    for decisions in [&["resolve"][..], &["resolve", "--keep", "--drop"]] {
+        assert_eq!(ringferry(decisions).code, Some(2));
+    }
+}
