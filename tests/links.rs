@@ -105,20 +105,18 @@ fn a_link_on_which_everything_is_slow_keeps_its_channels() {
         Ok(links) => links,
         Err(reason) => return skip(&format!("namespaces with shaped links cannot be made here: {reason}")),
     };
-    let (source, target) = (Ram::new(), Ram::new());
+    let (source, target) = (AnonymousRam::new(150).unwrap(), AnonymousRam::new(150).unwrap());
     source.fill(1);
     let address = SocketAddr::from((Links::far_address(1), 4400));
     let listener = links.at_far(|| DataListener::bind(&[address]).unwrap()).unwrap();
-    let receiver = listener.receive(TOKEN, target.memory.clone()).unwrap();
+    let receiver = listener.receive(TOKEN, target.memory().clone()).unwrap();
     let never = AtomicBool::new(false);
     let channels = vec![ChannelSpec::to(address); 2];
     let options = SendOptions { connect_timeout: PATIENCE, ..SendOptions::default() };
-    let connect = || Sender::connect(&channels, TOKEN, source.memory.clone(), options, &never).unwrap();
+    let connect = || Sender::connect(&channels, TOKEN, source.memory().clone(), options, &never).unwrap();
     let mut sender = links.at_near(connect).unwrap();
-    let mut pages = PageSet::new(PageIndex(PAGES));
-    pages.insert_run(PageRun { first: PageIndex(0), pages: 150 });
     for round in 1..4 {
-        let sent = sender.send_round(round, pages.clone()).unwrap();
+        let sent = sender.send_round(round, source.pages()).unwrap();
         assert_eq!(sent.totals.pages_sent, 150);
         assert!(sent.losses.is_empty(), "{sent:?}, {:?}", receiver.failures());
     }
@@ -130,15 +128,15 @@ fn a_source_that_falls_silent_is_noticed_by_an_idle_destination() {
         Ok(links) => links,
         Err(reason) => return skip(&format!("namespaces with links cannot be made here: {reason}")),
     };
-    let (source, target) = (Ram::new(), Ram::new());
+    let (source, target) = (AnonymousRam::new(1).unwrap(), AnonymousRam::new(1).unwrap());
     let address = SocketAddr::from((Links::far_address(1), 4400));
     let bind = || DataListener::bind_with(&[address], Duration::from_secs(2)).unwrap();
-    let receiver = links.at_far(bind).unwrap().receive(TOKEN, target.memory.clone()).unwrap();
+    let receiver = links.at_far(bind).unwrap().receive(TOKEN, target.memory().clone()).unwrap();
     let never = AtomicBool::new(false);
     let channels = [ChannelSpec::to(address)];
     let connect = || {
         let options = SendOptions::default();
-        Sender::connect(&channels, TOKEN, source.memory.clone(), options, &never).unwrap()
+        Sender::connect(&channels, TOKEN, source.memory().clone(), options, &never).unwrap()
     };
     let _sender = links.at_near(connect).unwrap();
     assert!(!receiver.is_abandoned());
