@@ -80,8 +80,12 @@ impl<'p> Settled<'p> {
 /// When a device's state is asked for.
 #[derive(Clone, Copy, Debug)]
 pub enum Moment<'q> {
-    /// While the guest runs, once a round: what can leave early, as a VFIO device's pre-copy data.
-    Running,
+    /// While the guest runs, once a round: what can leave early, as a VFIO device's pre-copy data. The guest is not
+    /// steered meanwhile, so that a VMM writes no more than about `bytes` at a time.
+    Running {
+        /// What the link carries in a moment.
+        bytes: u64,
+    },
     /// While the guest stands still: the rest.
     Stopped(&'q Quiesced<'q>),
 }
@@ -145,8 +149,8 @@ pub trait Vm: Send {
         Ok(())
     }
 
-    /// Bytes of device state that [`save_device_state`](Self::save_device_state) is going to write once the guest stands
-    /// still, as far as is known: the plan counts them.
+    /// Bytes of device state that [`save_device_state`](Self::save_device_state) would write if the guest were stopped now,
+    /// as far as is known: the plan counts them, and waits as long as they become fewer.
     fn device_state_bytes_left(&mut self) -> u64 {
         0
     }
@@ -163,7 +167,8 @@ pub trait Vm: Send {
     }
 
     /// Adds pages whose content the guest has given up (balloon, free page reporting): they are not sent unless they are
-    /// dirtied later. Asked once, after tracking has begun; whatever is written afterwards must be dirty.
+    /// dirtied later. Asked once, after tracking has begun. From then on a page whose content changes must be dirty, also
+    /// one that changes because the VMM discards it.
     fn discarded_pages(&mut self, discarded: &mut PageSet) {
         let _ = discarded;
     }
@@ -178,6 +183,7 @@ pub trait Vm: Send {
         Ok(())
     }
 
-    /// At the destination: the VM will not run here. Gives back what [`prepare`](Self::prepare) took.
+    /// At the destination: the VM will not run here. Gives back what [`prepare`](Self::prepare) took, without delay: the
+    /// source lets the guest run again once it is done.
     fn release(&mut self) {}
 }

@@ -13,7 +13,7 @@ use std::time::Duration;
 use common::bare::{BareVm, DATA, Pages, Privilege, Work, install_kick_handler, kvm};
 use common::{Writer, harvest_for, my_counts, profiler};
 use ringferry::converge::{Limits, Policy};
-use ringferry::destination::{Destination, DestinationOptions, DestinationReport};
+use ringferry::destination::{Destination, DestinationOptions, DestinationReport, ListenOptions};
 use ringferry::kvm::RingSize;
 use ringferry::progress::{Parameters, Progress, Terms};
 use ringferry::source::{Source, SourceOptions, SourceReport};
@@ -173,9 +173,10 @@ fn over_a_migration(profilers: &mut [Profiler; 2]) -> (Vec<Counted>, SourceRepor
     let rings: Vec<_> = mine.vcpus.iter().map(|vcpu| vcpu.ring).collect();
     let threads: Vec<_> = mine.vcpus.iter().map(|vcpu| i32::try_from(vcpu.tid.unwrap()).unwrap()).collect();
 
-    let destination = Destination::bind("127.0.0.1:0".parse().unwrap(), false).unwrap();
+    let destination = Destination::bind(ListenOptions::new("127.0.0.1:0".parse().unwrap())).unwrap();
     let address = destination.local_addr().unwrap().to_string();
-    let options = SourceOptions { destination: address, vcpus: VCPU_COUNT, ..SourceOptions::default() };
+    let options =
+        SourceOptions { destination: address, vcpus: VCPU_COUNT, verify: true, ..SourceOptions::default() };
     let limits = Limits { downtime: Duration::from_millis(1), max_rounds: Some(5), ..Limits::default() };
     let terms = Terms { policy: Policy::None, limits, switchover_bandwidth: None };
     let progress = Progress::new(Parameters::new(terms, MaxBandwidth::default()));
@@ -195,7 +196,7 @@ fn over_a_migration(profilers: &mut [Profiler; 2]) -> (Vec<Counted>, SourceRepor
         });
         let sent = Source::new(&mut vm, &mut tracker, &memory, options, progress).run();
         moved.store(true, Ordering::Release);
-        (sent.unwrap(), receiver.join().unwrap())
+        (sent.unwrap().confirmed().unwrap(), receiver.join().unwrap())
     });
     let counts = profilers.each_mut().map(|profiler| profiler.counts().unwrap());
     let pushed = |ring| {

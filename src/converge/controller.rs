@@ -201,9 +201,15 @@ impl Controller {
     }
 
     fn fits_at(&self, now: Duration, bandwidth: f64) -> Pages {
-        let overhead = self.settings.switchover_overhead;
+        switchover::fit(self.time_left(now), Duration::ZERO, bandwidth, self.page_bytes)
+    }
+
+    /// What the downtime limit leaves for pages. A limit that is out of reach gives way to what the switchover takes
+    /// whenever it comes; a backlog is waited for.
+    fn time_left(&self, now: Duration) -> Duration {
+        let Settings { switchover_overhead: overhead, switchover_backlog: backlog, .. } = self.settings;
         let limit = self.settings.limits.downtime_at(now).max(overhead.mul_f64(1.0 + UNREACHABLE_SHARE));
-        switchover::fit(limit, overhead, bandwidth, self.page_bytes)
+        limit.saturating_sub(overhead).saturating_sub(backlog)
     }
 
     /// What has happened since this was last called.
@@ -394,7 +400,8 @@ impl Controller {
     fn switch_if_it_fits(&mut self, now: Duration, left: f64) -> Action {
         // A controller that was wrong before leaves more room.
         let room = CAREFUL.powi(i32::try_from(self.called_off).unwrap_or(i32::MAX));
-        if left > 0.0 && left > self.fits(now).as_f64() * room {
+        let late = self.time_left(now).is_zero();
+        if late || (left > 0.0 && left > self.fits(now).as_f64() * room) {
             return Action::Continue;
         }
         self.events.record(now, Change::SwitchOver(Why::Fits));

@@ -54,6 +54,9 @@ pub struct Settings {
     pub switchover_bandwidth: Option<f64>,
     /// What the final phase takes besides sending pages (pausing, device state, handing over), as measured.
     pub switchover_overhead: Duration,
+    /// What the switchover would take besides that if it came now, and need not take if it comes later: work that goes on
+    /// while the guest runs. It is waited for.
+    pub switchover_backlog: Duration,
     /// From a vCPU's overdraft to its gate being closed on it: the time between two observations, and a kick. Until
     /// it has been measured.
     pub gate_latency: Duration,
@@ -75,6 +78,7 @@ impl Settings {
             limits: Limits::default(),
             switchover_bandwidth: None,
             switchover_overhead: Duration::from_millis(20),
+            switchover_backlog: Duration::ZERO,
             gate_latency: Duration::from_micros(170),
             ram,
             per_vcpu: true,

@@ -457,3 +457,27 @@ fn rounds_of_a_millisecond_hardly_count_against_the_limit_of_rounds() {
     assert_eq!(rounds_of(Duration::from_millis(1)), 60);
     assert_eq!(rounds_of(Duration::from_millis(100)), 1, "the limit was reached");
 }
+
+#[test]
+fn a_backlog_is_waited_for_and_never_makes_the_limit_give_way() {
+    let mut settings = Settings::new(Pages(1 << 18));
+    settings.limits.downtime = Duration::from_millis(300);
+    settings.switchover_backlog = Duration::from_secs(13);
+    let mut controller = Controller::new(settings);
+    let nothing = Observation {
+        vcpus: &[],
+        others: Pages(0),
+        pages_done: Pages(1000),
+        pages_struck_off: Pages(0),
+        bytes_acked: 4_096_000,
+    };
+    let mut round_at = |ms: u64, controller: &mut Controller| {
+        controller.round_started(Duration::from_millis(ms), Pages(1000));
+        controller.round_ended(Duration::from_millis(ms + 50), &nothing)
+    };
+    assert_eq!(round_at(0, &mut controller), Action::Continue, "although nothing is left");
+    controller.change(Duration::from_millis(60), |settings| {
+        settings.switchover_backlog = Duration::from_millis(100)
+    });
+    assert_eq!(round_at(100, &mut controller), Action::SwitchOver(Why::Fits));
+}

@@ -21,6 +21,7 @@ use crate::transport::connection::Connection;
 use crate::transport::control::{ControlConnection, ControlError, Wait, first_message, send_bytes};
 use crate::transport::{DataListener, socket};
 use crate::wire::control::{Message, refusal_of_version_1};
+use crate::wire::error::ControlFormatError;
 use crate::wire::features;
 use crate::wire::hello::Hello;
 use crate::wire::reason::Reason;
@@ -104,8 +105,12 @@ impl Door {
         let since = Instant::now();
         let mut state = self.shared.state.lock();
         loop {
-            if let Some(incoming) = state.waiting.pop_front() {
-                return Ok(incoming);
+            // A source that has gone meanwhile leaves its seat.
+            while let Some(incoming) = state.waiting.pop_front() {
+                match incoming.control.poll("patience") {
+                    Ok(None) => return Ok(incoming),
+                    left => tracing::warn!(?left, "a source has not waited"),
+                }
             }
             // Relaxed: a flag without data, read again at the next poll.
             if cancel.load(Ordering::Relaxed) {
@@ -130,6 +135,17 @@ impl Drop for Door {
         if let Some(listening) = self.listening.take() {
             // A thread that panicked has said so.
             let _ = listening.join();
+        }
+        // Greetings end at once, now that their connections have.
+        let deadline = Instant::now() + GREETING_TIMEOUT;
+        let mut state = self.shared.state.lock();
+        while !state.greetings.is_empty() && !self.shared.changed.wait_until(&mut state, deadline).timed_out()
+        {
+        }
+        let waiting = std::mem::take(&mut state.waiting);
+        drop(state);
+        for incoming in waiting {
+            incoming.refuse(Reason::Cancelled, "the destination has ended".to_owned());
         }
     }
 }
@@ -170,13 +186,11 @@ impl Shared {
         let greeting = std::thread::Builder::new().name("ringferry-greet".to_owned()).spawn(move || {
             let peer = stream.peer();
             match of_thread.greet(stream) {
-                Ok(incoming) => {
-                    of_thread.state.lock().waiting.push_back(incoming);
-                    of_thread.changed.notify_all();
-                }
+                Ok(incoming) => of_thread.state.lock().waiting.push_back(incoming),
                 Err(error) => tracing::warn!(peer, %error, "turned away"),
             }
             of_thread.state.lock().greetings.retain(|(greeted, _)| *greeted != number);
+            of_thread.changed.notify_all();
         });
         if let Err(error) = greeting {
             tracing::warn!(%error, "no thread to greet a connection");
@@ -191,9 +205,14 @@ impl Shared {
         stream.set_nonblocking(false).map_err(broken)?;
         socket::prepare(&stream, self.options.peer_timeout).map_err(broken)?;
         let local = stream.local_addr().map_err(broken)?;
-        let hello = match first_message(&*stream, "Hello", wait)? {
-            Message::Hello(hello) => hello,
-            other => return Err(DestinationError::Unexpected { expected: "Hello", got: other.name() }),
+        let hello = match first_message(&*stream, "Hello", wait) {
+            Ok(Message::Hello(hello)) => hello,
+            Ok(other) => return Err(DestinationError::of_message(other, "Hello")),
+            // It speaks our protocol, and a part of it is unknown here: it hears which.
+            Err(ControlError::Format(error @ ControlFormatError::UnknownPart { .. })) => {
+                return Err(refuse(&*stream, &Hello::default(), Reason::Feature, error.to_string(), wait));
+            }
+            Err(error) => return Err(error.into()),
         };
         if let Some((reason, text)) = objection(&hello) {
             return Err(refuse(&*stream, &hello, reason, text, wait));

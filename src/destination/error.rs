@@ -7,6 +7,7 @@ use std::time::Duration;
 use crate::transport::TransportError;
 use crate::transport::control::ControlError;
 use crate::vm::VmError;
+use crate::wire::control::Message;
 use crate::wire::reason::Reason;
 use crate::wire::state::StateFormatError;
 
@@ -38,7 +39,7 @@ pub enum DestinationError {
     Exposed(SocketAddr),
     /// The control connection failed.
     #[error(transparent)]
-    Control(#[from] ControlError),
+    Control(ControlError),
     /// The data connections failed.
     #[error(transparent)]
     Transport(#[from] TransportError),
@@ -101,7 +102,24 @@ pub enum DestinationError {
     Cancelled,
 }
 
+impl From<ControlError> for DestinationError {
+    fn from(error: ControlError) -> Self {
+        match error {
+            ControlError::Cancelled { .. } => Self::Cancelled,
+            error => Self::Control(error),
+        }
+    }
+}
+
 impl DestinationError {
+    /// A message that ends the migration, or comes when it must not.
+    pub(super) fn of_message(message: Message, expected: &'static str) -> Self {
+        match message {
+            Message::Abort(reason, text) => Self::Aborted { reason, text },
+            other => Self::Unexpected { expected, got: other.name() },
+        }
+    }
+
     /// For programs, on the wire and in reports.
     pub fn reason(&self) -> Reason {
         match self {

@@ -36,6 +36,7 @@ pub use options::{DestinationOptions, ListenOptions};
 pub use report::DestinationReport;
 
 use self::door::Door;
+use self::receive::Receiving;
 use crate::layout::GuestMemory;
 use crate::vm::Vm;
 use crate::wire::reason::Reason;
@@ -97,32 +98,40 @@ impl Incoming {
         if let Some(mismatch) = setup::mismatch(self.hello(), vcpus, memory) {
             return Err(self.refuse(Reason::Layout, mismatch));
         }
-        match attempt(&self, vm, memory, options, cancel) {
+        let started = Instant::now();
+        let mut receiving = match setup::run(&self, memory, options, cancel) {
+            Ok(receiving) => receiving,
+            Err(error) => {
+                self.tell_of_the_end(&error);
+                return Err(error);
+            }
+        };
+        match take(&mut receiving, &self, vm, options, cancel) {
             Ok(report) => {
                 self.finish();
-                Ok(report)
+                Ok(DestinationReport { total_ms: started.elapsed().as_secs_f64() * 1e3, ..report })
             }
             Err(error) => {
+                // First what the source needs to run the VM again, then the word that it may, and only then the
+                // connections, whose threads take a while to end.
                 vm.release();
                 self.tell_of_the_end(&error);
+                drop(receiving);
                 Err(error)
             }
         }
     }
 }
 
-/// The phases in their order.
-fn attempt(
+/// The phases after setup, in their order. The receiver outlives them all.
+fn take(
+    receiving: &mut Receiving,
     incoming: &Incoming,
     vm: &mut dyn Vm,
-    memory: &GuestMemory,
     options: &DestinationOptions,
     cancel: &AtomicBool,
 ) -> Result<DestinationReport, DestinationError> {
-    let started = Instant::now();
-    let receiving = setup::run(incoming, memory, options, cancel)?;
     let arrived = receive::run(receiving, incoming, vm, cancel)?;
-    let prepared = prepare::run(arrived, incoming, vm, options, cancel)?;
-    let report = take_over::run(prepared, incoming, vm, options, cancel)?;
-    Ok(DestinationReport { total_ms: started.elapsed().as_secs_f64() * 1e3, ..report })
+    let prepared = prepare::run(receiving, &arrived, incoming, vm, options, cancel)?;
+    take_over::run(prepared, incoming, vm, options, cancel)
 }

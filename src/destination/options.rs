@@ -35,6 +35,9 @@ impl ListenOptions {
 /// What the user of a destination chooses for one VM.
 #[derive(Clone, Debug)]
 pub struct DestinationOptions {
+    /// Longest time without a page or a piece of state, from the acceptance to `Prepare`: a source that answers pings and
+    /// sends nothing does not keep a seat for ever.
+    pub silence: Duration,
     /// Longest time from `Prepare` to `Prepared`, and from there to `Commit`. The source has a bound of its own, which
     /// is shorter as a rule.
     pub commit: Duration,
@@ -44,8 +47,9 @@ pub struct DestinationOptions {
 }
 
 impl Default for DestinationOptions {
-    /// A minute, 64 MiB.
+    /// A minute for either, 64 MiB.
     fn default() -> Self {
-        Self { commit: Duration::from_secs(60), machine_state_bytes_max: 64 << 20 }
+        let minute = Duration::from_secs(60);
+        Self { silence: minute, commit: minute, machine_state_bytes_max: 64 << 20 }
     }
 }

@@ -2,14 +2,13 @@
 //! then everything is done that can fail.
 
 use std::sync::atomic::AtomicBool;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::error::DestinationError;
 use super::incoming::Incoming;
 use super::options::DestinationOptions;
 use super::receive::{Arrived, Receiving};
 use super::report::DestinationReport;
-use crate::transport::Receiver;
 use crate::transport::control::{ControlError, Wait};
 use crate::vm::{Paused, Vm};
 use crate::wire::control::Message;
@@ -19,33 +18,37 @@ use crate::wire::control::Message;
 pub(super) struct Prepared {
     pub paused: Paused,
     pub report: DestinationReport,
-    /// It outlives `Commit`; nobody writes RAM through it since it was sealed.
-    pub receiver: Receiver,
     /// When the source had sent everything.
     pub arrived_at: Instant,
 }
 
+/// How often the rest of the state is looked for.
+const STATE_POLL: Duration = Duration::from_micros(100);
+
 /// Brings the VM to where it could run, and says so.
 pub(super) fn run(
-    arrived: Arrived,
+    receiving: &mut Receiving,
+    arrived: &Arrived,
     incoming: &Incoming,
     vm: &mut dyn Vm,
     options: &DestinationOptions,
     cancel: &AtomicBool,
 ) -> Result<Prepared, DestinationError> {
-    let Arrived { mut receiving, ram_digest: theirs, state_bytes, at } = arrived;
+    let Arrived { ram_digest: theirs, state_bytes, at } = *arrived;
     let wait = Wait { deadline: at + options.commit, cancel };
-    take_the_rest_of_state(&mut receiving, incoming, vm, state_bytes, wait)?;
+    take_the_rest_of_state(receiving, incoming, vm, state_bytes, wait)?;
     let Receiving { receiver, state, verification, .. } = receiving;
     // The source says `Prepare` when every page has been acknowledged; from here on no connection writes RAM.
     receiver.seal(wait.deadline)?;
     let verified = verification.is_some();
     let ours = match verification {
         None => 0,
-        Some(mut verification) => match verification.digest(receiver.arrived(), wait.deadline, cancel) {
+        Some(verification) => match verification.digest(receiver.arrived(), wait.deadline, cancel) {
             Some(digest) => digest.0,
-            None if wait.is_cancelled() => return Err(DestinationError::Cancelled),
-            None => return Err(ControlError::Timeout { expected: "the digest of RAM" }.into()),
+            None => {
+                wait.check("the digest of RAM")?;
+                return Err(ControlError::Timeout { expected: "the digest of RAM" }.into());
+            }
         },
     };
     if ours != theirs {
@@ -66,7 +69,7 @@ pub(super) fn run(
         ..DestinationReport::default()
     };
     incoming.control.send(&Message::Prepared { ram_digest: ours }, wait)?;
-    Ok(Prepared { paused, report, receiver, arrived_at: at })
+    Ok(Prepared { paused, report, arrived_at: at })
 }
 
 /// The last state may still be on its way when `Prepare` comes, on another connection.
@@ -79,17 +82,12 @@ fn take_the_rest_of_state(
 ) -> Result<(), DestinationError> {
     let Receiving { receiver, state, .. } = receiving;
     while state.taken < state_bytes {
-        if wait.is_cancelled() {
-            return Err(DestinationError::Cancelled);
-        }
-        if Instant::now() >= wait.deadline {
-            return Err(ControlError::Timeout { expected: "the rest of the state" }.into());
-        }
+        wait.check("the rest of the state")?;
         if !state.take(receiver, &incoming.control, vm, wait)? {
-            if let Some(Message::Abort(reason, text)) = incoming.control.poll("the rest of the state")? {
-                return Err(DestinationError::Aborted { reason, text });
+            if let Some(message) = incoming.control.poll("the rest of the state")? {
+                return Err(DestinationError::of_message(message, "nothing but state"));
             }
-            std::thread::sleep(std::time::Duration::from_micros(100));
+            std::thread::sleep(STATE_POLL);
         }
     }
     state.finish()

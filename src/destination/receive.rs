@@ -15,6 +15,9 @@ use crate::wire::STATE_WINDOW_BYTES;
 use crate::wire::control::Message;
 use crate::wire::state::{RecordKind, StateReader};
 
+/// How long the source is told how much state was taken. One that does not read for so long is frozen, which the
+/// control connection notices sooner or later anyway.
+const TELL_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the source's next word is awaited before everything else is looked after, as long as nothing but pages
 /// comes.
 const IDLE: Duration = Duration::from_millis(20);
@@ -28,7 +31,11 @@ pub(super) struct Receiving {
     pub state: IncomingState,
     /// If the source asked for it.
     pub verification: Option<Verification>,
-    bytes_seen: u64,
+    /// Bytes that have arrived, and since when no more did.
+    progress: u64,
+    since: Instant,
+    /// How long that may be.
+    silence: Duration,
 }
 
 /// The state stream at its end: device state goes to the VMM as it comes, the machine's is kept until RAM is complete.
@@ -85,7 +92,6 @@ impl IncomingState {
 /// Everything has been sent, says the source.
 #[derive(Debug)]
 pub(super) struct Arrived {
-    pub receiving: Receiving,
     /// Digest of the source's RAM.
     pub ram_digest: u128,
     /// Length of the state stream.
@@ -112,7 +118,9 @@ impl Receiving {
                 told: 0,
             },
             verification: verification.map_err(DestinationError::Verification)?,
-            bytes_seen: 0,
+            progress: 0,
+            since: Instant::now(),
+            silence: options.silence,
         })
     }
 
@@ -123,10 +131,12 @@ impl Receiving {
         vm: &mut dyn Vm,
         wait: Wait<'_>,
     ) -> Result<bool, DestinationError> {
-        let bytes = self.receiver.received().bytes;
-        if bytes != self.bytes_seen {
-            self.bytes_seen = bytes;
-            incoming.control.heard();
+        let received = self.receiver.received();
+        let progress = received.bytes + received.state_bytes;
+        if progress != self.progress {
+            (self.progress, self.since) = (progress, Instant::now());
+        } else if self.since.elapsed() > self.silence {
+            return Err(ControlError::Timeout { expected: "pages" }.into());
         }
         if let Some(verification) = &mut self.verification {
             verification.follow(self.receiver.arrived());
@@ -138,7 +148,7 @@ impl Receiving {
 /// Receives until the source says that everything has been sent. A source that is gone or frozen is noticed by the
 /// control connection.
 pub(super) fn run(
-    mut receiving: Receiving,
+    receiving: &mut Receiving,
     incoming: &Incoming,
     vm: &mut dyn Vm,
     cancel: &AtomicBool,
@@ -148,19 +158,17 @@ pub(super) fn run(
         let wait = Wait { deadline: Instant::now() + nap, cancel };
         match incoming.control.receive("Prepare", wait) {
             Ok(Message::Prepare { ram_digest, state_bytes }) => {
-                return Ok(Arrived { receiving, ram_digest, state_bytes, at: Instant::now() });
+                return Ok(Arrived { ram_digest, state_bytes, at: Instant::now() });
             }
-            Ok(Message::Abort(reason, text)) => return Err(DestinationError::Aborted { reason, text }),
-            Ok(other) => return Err(DestinationError::Unexpected { expected: "Prepare", got: other.name() }),
+            Ok(other) => return Err(DestinationError::of_message(other, "Prepare")),
             Err(ControlError::Timeout { .. }) => {}
-            Err(ControlError::Cancelled { .. }) => return Err(DestinationError::Cancelled),
             Err(error) => return Err(error.into()),
         }
         // Relaxed: a flag without data, read again at the next turn.
         if cancel.load(Ordering::Relaxed) {
             return Err(DestinationError::Cancelled);
         }
-        let wait = Wait { deadline: Instant::now() + Duration::from_secs(1), cancel };
+        let wait = Wait { deadline: Instant::now() + TELL_TIMEOUT, cancel };
         nap = if receiving.follow(incoming, vm, wait)? { BUSY } else { IDLE };
     }
 }

@@ -28,6 +28,7 @@ pub(super) fn run(
 ) -> Result<Receiving, DestinationError> {
     let verify = incoming.hello().features.iter().any(|f| f.name == features::VERIFY && f.required);
     let receiver = incoming.data.receive(MigrationToken(incoming.hello().token), memory.clone())?;
+    incoming.control.watch_elsewhere(receiver.bytes_arrived());
     let receiving = Receiving::new(receiver, memory, verify, options)?;
     let accept = Accept {
         version: features::common_version(incoming.hello().oldest, incoming.hello().newest)

@@ -8,7 +8,7 @@ use super::incoming::Incoming;
 use super::options::DestinationOptions;
 use super::prepare::Prepared;
 use super::report::DestinationReport;
-use crate::transport::control::{ControlError, Wait};
+use crate::transport::control::Wait;
 use crate::vm::Vm;
 use crate::wire::control::Message;
 
@@ -23,13 +23,11 @@ pub(super) fn run(
     options: &DestinationOptions,
     cancel: &AtomicBool,
 ) -> Result<DestinationReport, DestinationError> {
-    let Prepared { paused, mut report, receiver, arrived_at } = prepared;
+    let Prepared { paused, mut report, arrived_at } = prepared;
     let wait = Wait { deadline: Instant::now() + options.commit, cancel };
     match incoming.control.receive("Commit", wait) {
         Ok(Message::Commit) => {}
-        Ok(Message::Abort(reason, text)) => return Err(DestinationError::Aborted { reason, text }),
-        Ok(other) => return Err(DestinationError::Unexpected { expected: "Commit", got: other.name() }),
-        Err(ControlError::Cancelled { .. }) => return Err(DestinationError::Cancelled),
+        Ok(other) => return Err(DestinationError::of_message(other, "Commit")),
         Err(error) => return Err(error.into()),
     }
     // The caller tells the source if this fails: it lets the VM run there again.
@@ -40,6 +38,5 @@ pub(super) fn run(
     if let Err(error) = incoming.control.send(&Message::Running, wait) {
         tracing::warn!(%error, "the VM runs here, but the source could not be told");
     }
-    drop(receiver);
     Ok(report)
 }

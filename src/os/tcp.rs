@@ -66,6 +66,8 @@ pub(crate) struct TcpInfo {
     pub min_rtt: Duration,
     /// Bytes that the peer's kernel acknowledged since the connection began.
     pub bytes_acked: u64,
+    /// Bytes that arrived from the peer since the connection began, read or not.
+    pub bytes_received: u64,
 }
 
 pub(crate) fn tcp_info(stream: &TcpStream) -> io::Result<TcpInfo> {
@@ -86,7 +88,11 @@ pub(crate) fn tcp_info(stream: &TcpStream) -> io::Result<TcpInfo> {
     if result != 0 {
         return Err(io::Error::last_os_error());
     }
-    Ok(TcpInfo { min_rtt: Duration::from_micros(raw.min_rtt_us.into()), bytes_acked: raw.bytes_acked })
+    Ok(TcpInfo {
+        min_rtt: Duration::from_micros(raw.min_rtt_us.into()),
+        bytes_acked: raw.bytes_acked,
+        bytes_received: raw.bytes_received,
+    })
 }
 
 /// Drops a connection at once, with everything queued in it: whatever io_uring has in flight on it completes,

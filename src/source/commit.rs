@@ -32,8 +32,14 @@ pub(super) fn run<V: Vm + ?Sized, D: DirtySource + ?Sized>(
 ) -> Result<HandedOver, SourceError> {
     let progress = migration.progress.clone();
     let wait = prepared.standstill.wait(progress.parameters().cancel_flag());
-    if wait.is_cancelled() {
-        return Err(prepared.standstill.undo(migration, link, SourceError::Cancelled));
+    // A destination that has had enough has said so by now, or ended.
+    let may_leave = wait.check("Commit to leave").and_then(|()| link.control.poll("Commit to leave"));
+    match may_leave {
+        Ok(None) => {}
+        Ok(Some(message)) => {
+            return Err(prepared.standstill.undo(migration, link, refusal(message, "nothing")));
+        }
+        Err(error) => return Err(prepared.standstill.undo(migration, link, error.into())),
     }
     if let Err(error) = link.control.send(&Message::Commit, wait) {
         return Err(prepared.standstill.undo(migration, link, error.into()));
@@ -120,12 +126,20 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Unconfirmed<'a, V, D> {
     ///
     /// # Errors
     ///
-    /// [`SourceError::Vm`] if the VMM cannot resume it; it is then still paused.
-    pub fn keep(mut self) -> Result<(), SourceError> {
-        let resumed = self.migration.vm.resume(self.paused);
-        self.migration.tracker.give_back(&self.migration.taken);
-        self.migration.stop_tracking();
-        resumed.map_err(|source| SourceError::Vm { action: "resume the VM that it keeps", source })
+    /// [`SourceError::Vm`] if the VMM cannot resume it, and the VM as it was: still paused, still to be decided on.
+    pub fn keep(mut self) -> Result<(), (Self, SourceError)> {
+        match self.migration.vm.resume(self.paused) {
+            Ok(()) => {
+                self.migration.tracker.give_back(&self.migration.taken);
+                self.migration.stop_tracking();
+                Ok(())
+            }
+            Err(source) => {
+                // `Vm::resume` leaves the VM paused when it fails.
+                self.paused = Paused::declare_every_vcpu_is_outside_kvm_run();
+                Err((self, SourceError::Vm { action: "resume the VM that it keeps", source }))
+            }
+        }
     }
 
     /// The VM runs at the destination: it is not this side's any more. Tracking is off, and RAM may be freed.

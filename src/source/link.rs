@@ -6,17 +6,16 @@ use std::time::{Duration, Instant};
 use super::error::SourceError;
 use crate::progress::Parameters;
 use crate::transport::Sender;
-use crate::transport::control::{ControlConnection, ControlError, Wait};
+use crate::transport::control::{ControlConnection, Wait};
 use crate::wire::control::Message;
 
 /// While the guest runs, the destination is asked this often whether it is alive.
 const PING_EVERY: Duration = Duration::from_millis(100);
-/// Before the guest is stopped, the destination must have answered a ping that is no older than this.
+/// Before the guest is stopped, the destination must have answered a ping that is no older than this, or than two round
+/// trips where those are longer.
 const ALIVE_WITHIN: Duration = Duration::from_millis(250);
 /// How long the destination is told about a failure at most: the guest runs here already.
 const TELL_TIMEOUT: Duration = Duration::from_secs(1);
-/// A wait for the answer to a ping looks this often whether it has come.
-const ALIVE_POLL: Duration = Duration::from_micros(200);
 
 /// The way to the destination.
 #[derive(Debug)]
@@ -25,15 +24,14 @@ pub(super) struct Link {
     pub sender: Sender,
     /// Bytes of the state stream that were given to the data connections.
     pub state_bytes: u64,
-    pub peer_timeout: Duration,
     asked: Instant,
-    bytes_seen: u64,
 }
 
 impl Link {
-    pub fn new(control: ControlConnection, sender: Sender, peer_timeout: Duration) -> Self {
-        let asked = Instant::now();
-        Self { control, sender, state_bytes: 0, peer_timeout, asked, bytes_seen: 0 }
+    pub fn new(control: ControlConnection, sender: Sender) -> Self {
+        let counters = sender.counters();
+        control.watch_elsewhere(move || counters.bytes_acknowledged());
+        Self { control, sender, state_bytes: 0, asked: Instant::now() }
     }
 
     /// To be called all the time while the guest runs: notices a destination that gives up or is gone, and keeps a fresh
@@ -42,39 +40,37 @@ impl Link {
         if let Some(message) = self.control.poll("a sign of life")? {
             return Err(refusal(message, "no message"));
         }
-        let pages = self.sender.handle().totals();
-        let acknowledged = pages.pages_sent + pages.zero_pages;
-        if acknowledged != self.bytes_seen {
-            self.bytes_seen = acknowledged;
-            self.control.heard();
-        }
         if self.asked.elapsed() >= PING_EVERY {
             self.asked = Instant::now();
             self.control
-                .ping(Wait { deadline: self.asked + self.peer_timeout, cancel: parameters.cancel_flag() })?;
+                .ping(Wait { deadline: self.asked + PING_EVERY, cancel: parameters.cancel_flag() })?;
         }
         Ok(())
     }
 
-    /// To be called before the guest is stopped: returns once the destination has answered a recent ping on the very
-    /// connection that `Commit` is going to take.
-    pub fn confirm_alive(&mut self, parameters: &Parameters) -> Result<(), SourceError> {
-        let begun = Instant::now();
-        let fresh = begun.checked_sub(ALIVE_WITHIN).unwrap_or(begun);
-        while !self.control.answered_since(fresh) {
-            if parameters.is_cancelled() {
-                return Err(SourceError::Cancelled);
-            }
-            if begun.elapsed() > self.peer_timeout {
-                return Err(ControlError::Silent { silent: begun.elapsed() }.into());
-            }
-            self.watch_peer(parameters)?;
-            std::thread::sleep(ALIVE_POLL);
-        }
-        Ok(())
+    /// Whether the destination has answered a recent ping on the very connection that `Commit` is going to take: before
+    /// that the guest is not stopped.
+    pub fn is_alive(&self) -> bool {
+        let recent = ALIVE_WITHIN.max(self.round_trip() * 2 + PING_EVERY);
+        Instant::now().checked_sub(recent).is_none_or(|since| self.control.answered_since(since))
     }
 
-    /// The destination's next message, which must be one that `accept` takes.
+    /// The shortest round trip that was seen; nothing before the first answer.
+    pub fn round_trip(&self) -> Duration {
+        self.control.round_trip().unwrap_or_default()
+    }
+
+    /// Bytes of state that are on their way. The destination's word for what it has taken is believed as far as it can
+    /// be true.
+    pub fn state_under_way(&self) -> Result<u64, SourceError> {
+        let taken = self.control.state_taken();
+        self.state_bytes.checked_sub(taken).ok_or(SourceError::Unexpected {
+            expected: "StateTaken of what was sent",
+            got: "StateTaken of more",
+        })
+    }
+
+    /// The destination's next message, unless it ends the migration.
     pub fn answer(&self, expected: &'static str, wait: Wait<'_>) -> Result<Message, SourceError> {
         match self.control.receive(expected, wait)? {
             message @ (Message::Refuse(..) | Message::Abort(..)) => Err(refusal(message, expected)),
@@ -83,7 +79,7 @@ impl Link {
     }
 
     /// A destination that ended the migration has said why, before its connections broke.
-    pub fn cause(&self, error: SourceError) -> SourceError {
+    pub fn explained_by_peer(&self, error: SourceError) -> SourceError {
         let broken = matches!(error, SourceError::Transport(_) | SourceError::Control(_));
         match self.control.poll("Abort") {
             Ok(Some(message @ Message::Abort(..))) if broken => refusal(message, "Abort"),

@@ -87,7 +87,10 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Migration<'a, V, D> {
     pub fn resume_first(&mut self, paused: Paused, error: SourceError) -> SourceError {
         match self.vm.resume(paused) {
             Ok(()) => error,
-            Err(source) => SourceError::Vm { action: "resume after a failed switchover", source },
+            Err(source) => {
+                tracing::error!(%error, "the switchover failed");
+                SourceError::Vm { action: "resume after a failed switchover", source }
+            }
         }
     }
 
@@ -95,7 +98,7 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Migration<'a, V, D> {
     pub fn give_up(&mut self, link: &Link, error: SourceError) -> SourceError {
         self.tracker.give_back(&self.taken);
         self.stop_tracking();
-        let error = link.cause(self.cancelled_or(error));
+        let error = link.explained_by_peer(self.cancelled_or(error));
         tell_of_the_end(&link.control, &error);
         error
     }
@@ -121,7 +124,10 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Migration<'a, V, D> {
     /// the same can be found now, when it costs the guest nothing.
     pub fn audit(&mut self) {
         let Some(verification) = self.verification.take() else { return };
-        let audit = verification.audit();
+        // The digests were equal, or the VM would not have been handed over.
+        self.report.ram_digest_match = Some(true);
+        let Some(audit) = verification.audit(self.progress.parameters().cancel_flag()) else { return };
+        self.report.audited = true;
         self.report.ram_digest_match = Some(audit.differing_pages == 0);
         self.report.untracked_pages = audit.differing_pages;
         if let Some(first) = audit.first {

@@ -68,10 +68,10 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Source<'a, V, D> {
         let mut migration = self.migration;
         migration.started = Instant::now();
         let handed_over = attempt(&mut migration);
+        publish_end(&migration.progress, &handed_over);
         if let Ok(commit::HandedOver::Confirmed) = &handed_over {
             migration.audit();
         }
-        publish_end(&migration.progress, &handed_over);
         Ok(match handed_over? {
             commit::HandedOver::Confirmed => Outcome::HandedOver(Box::new(migration.report)),
             commit::HandedOver::Unconfirmed(paused, cause) => {

@@ -33,10 +33,24 @@ pub(super) fn run<V: Vm + ?Sized, D: DirtySource + ?Sized>(
     let result = start_tracking(migration).and_then(|first_round| {
         let _sampled_in_time = ShortSlice::for_this_thread();
         let steering = Steering::new(migration);
-        Precopy { migration: &mut *migration, link: &mut *link, steering }.rounds(first_round)
+        let device_bytes_left = 0;
+        Precopy { migration: &mut *migration, link: &mut *link, steering, device_bytes_left }
+            .rounds(first_round)
     });
     result.map_err(|error| migration.give_up(link, error))
 }
+
+/// Device state that leaves early is given to the link for so long at a time, and a guest that cannot be stopped yet is
+/// left alone for so long.
+const MOMENT: Duration = Duration::from_millis(100);
+/// And at least so much of it.
+const STATE_BYTES_MIN: u64 = 1 << 20;
+/// Early device state is waited for no longer than this: what bounds it before is the destination's sign of life, which
+/// the control connection watches.
+const STATE_LIMIT: Duration = Duration::from_secs(3600);
+/// Round trips between the pause and the word that the destination runs: the pages on their way, the last pages, what
+/// saving state wrote, `Prepare` and `Commit`.
+const ROUND_TRIPS: u32 = 5;
 
 /// Switches tracking on, and finds the pages that the first round has to send: those that exist. A page that is populated
 /// later is written by someone, and so dirty.
@@ -51,8 +65,9 @@ fn start_tracking<V: Vm + ?Sized, D: DirtySource + ?Sized>(
     // What was dirtied while the populated pages were looked for says nothing about how fast the guest dirties.
     let dirty = migration.harvest()?;
     pages.union(&dirty);
+    discarded.subtract(&dirty);
     if migration.options.verify {
-        let verification = Verification::new(migration.memory, &pages, &discarded);
+        let verification = Verification::new(migration.memory, &pages, &dirty, discarded);
         migration.verification = Some(verification.map_err(SourceError::Verification)?);
     }
     let (ram_pages, populated_pages) = (migration.memory.pages(), pages.len());
@@ -67,6 +82,8 @@ struct Precopy<'m, 'a, V: ?Sized, D: ?Sized> {
     migration: &'m mut Migration<'a, V, D>,
     link: &'m mut Link,
     steering: Steering,
+    /// Device state that would have had to leave during the standstill, when it was last asked for.
+    device_bytes_left: u64,
 }
 
 /// How a round ended for this phase.
@@ -80,6 +97,8 @@ enum RoundEnd {
 impl<V: Vm + ?Sized, D: DirtySource + ?Sized> Precopy<'_, '_, V, D> {
     fn rounds(mut self, mut to_send: PageSet) -> Result<Standstill, SourceError> {
         loop {
+            self.heed_wishes()?;
+            self.plan_besides()?;
             let (number, pages_to_send) = (self.migration.next_round(), to_send.len());
             self.steering.round_started(number, pages_to_send, self.link.sender.handle().totals());
             self.link.sender.begin_round(number, to_send)?;
@@ -88,6 +107,8 @@ impl<V: Vm + ?Sized, D: DirtySource + ?Sized> Precopy<'_, '_, V, D> {
             let sent = loop {
                 match self.round()? {
                     RoundEnd::Complete(sent) => break sent,
+                    // The controller does not see what is carried: it has to be sent first.
+                    RoundEnd::Stop(Why::Fits) if !carried.is_empty() => {}
                     RoundEnd::Stop(why) => {
                         if let Some(standstill) = self.stop_guest(why, &mut carried, Some(pages_to_send))? {
                             return Ok(standstill);
@@ -101,20 +122,26 @@ impl<V: Vm + ?Sized, D: DirtySource + ?Sized> Precopy<'_, '_, V, D> {
             if let Some(verification) = &mut self.migration.verification {
                 verification.harvested(&dirty);
             }
+            self.plan_besides()?;
             let totals = self.link.sender.handle().totals();
-            let besides_pages = self.besides_pages();
-            self.steering.set_overhead(besides_pages);
             let action = self.steering.round_ended(&observed, dirty.len(), totals);
             if self.migration.report.rounds.len() == 1 {
                 self.migration.report.prediction_after_round_1 = self.steering.prediction();
             }
+            let called_off = !carried.is_empty();
             dirty.union(&carried);
             match action {
-                Action::Continue => self.send_device_state()?,
                 Action::GiveUp(_) => return Err(SourceError::GaveUp),
-                Action::SwitchOver(why) => {
+                Action::SwitchOver(why) if !(called_off && why == Why::Fits) => {
+                    self.wait_until_alive()?;
                     if let Some(standstill) = self.stop_guest(why, &mut dirty, None)? {
                         return Ok(standstill);
+                    }
+                }
+                Action::Continue | Action::SwitchOver(_) => {
+                    self.send_device_state()?;
+                    if sent.duration < MOMENT / 10 && self.steering.waits_for_a_backlog() {
+                        self.steer_for(MOMENT / 10)?;
                     }
                 }
             }
@@ -122,47 +149,84 @@ impl<V: Vm + ?Sized, D: DirtySource + ?Sized> Precopy<'_, '_, V, D> {
         }
     }
 
-    /// Follows the round that is being sent: samples who dirties what, and slows down whoever has to be slowed down.
+    /// Follows the round that is being sent until it ends, or until the guest is to be stopped.
     fn round(&mut self) -> Result<RoundEnd, SourceError> {
         loop {
             if let Some(sent) = self.link.sender.wait_round(self.steering.next_sample())? {
                 return Ok(RoundEnd::Complete(sent));
             }
-            let parameters = self.migration.progress.parameters();
-            if parameters.is_cancelled() {
-                return Err(SourceError::Cancelled);
-            }
-            self.link.watch_peer(parameters)?;
-            let sending = self.link.sender.handle();
-            match self.steering.sample(self.migration.tracker, self.migration.vm, &sending)? {
-                Action::Continue => {}
-                Action::GiveUp(_) => return Err(SourceError::GaveUp),
-                Action::SwitchOver(why) => return Ok(RoundEnd::Stop(why)),
+            match self.sample()? {
+                Action::SwitchOver(why) if self.link.is_alive() => return Ok(RoundEnd::Stop(why)),
+                _ => {}
             }
         }
     }
 
-    /// What the standstill takes besides pages, as far as it is known by now: the rest of the verification, and device
-    /// state that can only leave then.
-    fn besides_pages(&mut self) -> Duration {
-        let verifying = self.migration.verification.as_ref().map_or(Duration::ZERO, Verification::left);
-        let state = self.steering.time_to_send(self.migration.vm.device_state_bytes_left());
-        verifying + state
+    /// Samples which vCPU dirties what, slows down the vCPUs that have to be slowed down, and looks after the peer.
+    fn sample(&mut self) -> Result<Action, SourceError> {
+        self.heed_wishes()?;
+        let sending = self.link.sender.handle();
+        match self.steering.sample(self.migration.tracker, self.migration.vm, &sending)? {
+            Action::GiveUp(_) => Err(SourceError::GaveUp),
+            action => Ok(action),
+        }
     }
 
-    /// Stops the guest, now that the destination has shown that it is alive, and adds all that is left to `left`. If that
-    /// is too much the guest runs on: then `None`. `round_pages` is the size of the round that is being sent, if one is.
+    /// The user may have cancelled, the destination may have ended.
+    fn heed_wishes(&mut self) -> Result<(), SourceError> {
+        let parameters = self.migration.progress.parameters();
+        if parameters.is_cancelled() {
+            return Err(SourceError::Cancelled);
+        }
+        self.link.watch_peer(parameters)
+    }
+
+    /// Between two rounds: steers on until the destination has shown that it is alive. One that never does ends the
+    /// control connection.
+    fn wait_until_alive(&mut self) -> Result<(), SourceError> {
+        while !self.link.is_alive() {
+            self.steer_for(Duration::from_millis(1))?;
+        }
+        Ok(())
+    }
+
+    fn steer_for(&mut self, time: Duration) -> Result<(), SourceError> {
+        let deadline = Instant::now() + time;
+        while Instant::now() < deadline {
+            self.sample()?;
+            let left = deadline.saturating_duration_since(Instant::now());
+            std::thread::sleep(self.steering.next_sample().min(left));
+        }
+        Ok(())
+    }
+
+    /// Tells the plan what the standstill takes besides pages: round trips, and device state that can only leave then, in
+    /// any case; the rest of the verification, and state that is on its way or becomes less, if it comes now.
+    fn plan_besides(&mut self) -> Result<(), SourceError> {
+        let before = self.device_bytes_left;
+        self.device_bytes_left = self.migration.vm.device_state_bytes_left();
+        let device = self.steering.time_to_send(self.device_bytes_left);
+        let stays = self.device_bytes_left >= before && before > 0;
+        let (fixed, waits) = if stays { (device, Duration::ZERO) } else { (Duration::ZERO, device) };
+        let verifying = self.migration.verification.as_ref().map_or(Duration::ZERO, Verification::left);
+        let under_way = self.steering.time_to_send(self.link.state_under_way()?);
+        self.steering
+            .set_besides(self.link.round_trip() * ROUND_TRIPS + fixed, verifying + under_way + waits);
+        Ok(())
+    }
+
+    /// Stops the guest and adds all that is left to `left`. If that is too much the guest runs on: then `None`.
+    /// `round_pages` is the size of the round that is being sent, if one is.
     fn stop_guest(
         &mut self,
         why: Why,
         left: &mut PageSet,
         round_pages: Option<u64>,
     ) -> Result<Option<Standstill>, SourceError> {
-        self.link.confirm_alive(self.migration.progress.parameters())?;
         let since = Instant::now();
         let paused =
             self.migration.vm.pause().map_err(|source| SourceError::Vm { action: "pause", source })?;
-        // Not before: a vCPU that was held back would use the time until the pause.
+        // A gate that opened before the pause would let its vCPU use the time until then.
         self.steering.open_gates();
         self.migration.report.pause_ms = millis(since.elapsed());
         let dirty = match self.migration.harvest() {
@@ -182,11 +246,12 @@ impl<V: Vm + ?Sized, D: DirtySource + ?Sized> Precopy<'_, '_, V, D> {
             resumed.map_err(|source| SourceError::Vm { action, source })?;
             return Ok(None);
         }
-        let expected = self.steering.expected_downtime(left.len());
+        let limit = self.steering.downtime_limit();
+        let expected = self.steering.expected_downtime(left.len() + self.link.sender.pages_left());
         let report = &mut self.migration.report;
         report.predicted_downtime_ms = Some(millis(expected));
-        report.downtime_limit_ms = millis(self.steering.downtime_limit());
-        let budget = self.migration.options.standstill.budget(expected.max(self.steering.downtime_limit()));
+        report.downtime_limit_ms = millis(limit);
+        let budget = self.migration.options.standstill.budget(expected.max(limit));
         let pages_left = left.len();
         self.migration
             .progress
@@ -195,15 +260,14 @@ impl<V: Vm + ?Sized, D: DirtySource + ?Sized> Precopy<'_, '_, V, D> {
         Ok(Some(Standstill::new(paused, since, budget, left, round_pages)))
     }
 
-    /// Device state that can leave early. Every gate is open meanwhile, for nobody steers.
+    /// Device state that can leave early. Every gate is open meanwhile, because nothing is sampled.
     fn send_device_state(&mut self) -> Result<(), SourceError> {
         self.steering.open_gates();
+        let bytes = self.steering.bytes_in(MOMENT).max(STATE_BYTES_MIN);
         let parameters = self.migration.progress.parameters();
-        // The guest runs: what bounds this is the peer's sign of life, which the control connection watches.
-        let wait =
-            Wait { deadline: Instant::now() + Duration::from_secs(3600), cancel: parameters.cancel_flag() };
+        let wait = Wait { deadline: Instant::now() + STATE_LIMIT, cancel: parameters.cancel_flag() };
         let mut writer = StateWriter::new(self.link, &self.migration.progress, wait);
-        let saved = self.migration.vm.save_device_state(Moment::Running, &mut writer);
+        let saved = self.migration.vm.save_device_state(Moment::Running { bytes }, &mut writer);
         writer.finish(saved)
     }
 }

@@ -49,6 +49,8 @@ pub struct SourceReport {
     /// Whether the RAM digests of both sides are equal, and an audit after the handing over found every page as it was
     /// digested; `None` if they were not compared.
     pub ram_digest_match: Option<bool>,
+    /// Whether that audit came to its end: somebody may have cancelled it.
+    pub audited: bool,
     /// Pages whose last change tracking missed, by that audit: lost writes.
     pub untracked_pages: u64,
 }

@@ -30,7 +30,7 @@ pub(super) fn run<V: Vm + ?Sized, D: DirtySource + ?Sized>(
     socket::prepare(&stream, options.peer_timeout).map_err(unreachable)?;
     let control = ControlConnection::keep(Arc::new(stream), options.peer_timeout)?;
     match offer(migration, &control, peer, wait) {
-        Ok(sender) => Ok(Link::new(control, sender, migration.options.peer_timeout)),
+        Ok(sender) => Ok(Link::new(control, sender)),
         Err(error) => {
             let error = migration.cancelled_or(error);
             tell_of_the_end(&control, &error);
@@ -74,6 +74,8 @@ fn offer<V: Vm + ?Sized, D: DirtySource + ?Sized>(
         }),
         wait,
     )?;
+    // The first answer says how long a round trip is, before anything is planned.
+    control.ping(wait)?;
     let accept = match control.receive("Accept", wait)? {
         Message::Accept(accept) => accept,
         other => return Err(refusal(other, "Accept")),

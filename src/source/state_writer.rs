@@ -2,12 +2,12 @@
 //! destination takes.
 
 use std::io::{self, Write};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::error::SourceError;
 use super::link::{Link, refusal};
 use crate::progress::Progress;
-use crate::transport::control::{ControlError, Wait};
+use crate::transport::control::Wait;
 use crate::vm::VmError;
 use crate::wire::STATE_WINDOW_BYTES;
 use crate::wire::state::{RECORD_BYTES_MAX, RecordKind, record};
@@ -54,6 +54,7 @@ impl<'l> StateWriter<'l> {
         if self.buffer.is_empty() {
             return Ok(());
         }
+        self.wait.check("the end of device state")?;
         let record = record(kind, &self.buffer);
         self.buffer.clear();
         let bytes = record.len() as u64;
@@ -65,19 +66,17 @@ impl<'l> StateWriter<'l> {
     }
 
     fn wait_for_room(&self, bytes: u64) -> Result<(), SourceError> {
-        while self.link.state_bytes + bytes > self.link.control.state_taken() + STATE_WINDOW_BYTES {
-            if self.wait.is_cancelled() {
-                return Err(SourceError::Cancelled);
+        loop {
+            let under_way = self.link.state_under_way()?;
+            if under_way + bytes <= STATE_WINDOW_BYTES {
+                return Ok(());
             }
-            if Instant::now() >= self.wait.deadline {
-                return Err(ControlError::Timeout { expected: "room for device state" }.into());
-            }
+            self.wait.check("room for device state")?;
             if let Some(message) = self.link.control.poll("StateTaken")? {
                 return Err(refusal(message, "StateTaken"));
             }
             std::thread::sleep(ROOM_POLL);
         }
-        Ok(())
     }
 }
 

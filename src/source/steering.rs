@@ -4,6 +4,7 @@
 use std::time::{Duration, Instant};
 
 use super::migration::Migration;
+use crate::converge::units::whole;
 use crate::converge::{
     Action, Change, Controller, GateState, LastCheck, Observation, Pages, Prediction, Settings, VcpuSample,
     Why,
@@ -160,7 +161,9 @@ impl Steering {
 
     /// How long the guest is going to stand still if `left` pages are left, as far as the link is known.
     pub fn expected_downtime(&self, left: u64) -> Duration {
-        self.controller.settings().switchover_overhead + self.time_to_send(left * PAGE_SIZE as u64)
+        let settings = self.controller.settings();
+        let besides = settings.switchover_overhead + settings.switchover_backlog;
+        besides + self.time_to_send(left * PAGE_SIZE as u64)
     }
 
     /// How long the link takes for so many bytes while the guest stands still; nothing, if it is not known yet.
@@ -171,14 +174,27 @@ impl Steering {
         Duration::try_from_secs_f64(seconds).unwrap_or_default()
     }
 
-    /// What the switchover takes besides sending pages, now that more is known of it.
-    pub fn set_overhead(&mut self, besides: Duration) {
-        let overhead = SWITCHOVER_OVERHEAD + besides;
-        let known = self.controller.settings().switchover_overhead;
+    /// Bytes that the link carries in `time`, as far as it is known.
+    pub fn bytes_in(&self, time: Duration) -> u64 {
+        whole(self.controller.bandwidth().unwrap_or(0.0) * time.as_secs_f64())
+    }
+
+    /// Whether the guest could be stopped but for work that goes on while it runs.
+    pub fn waits_for_a_backlog(&self) -> bool {
+        !self.controller.settings().switchover_backlog.is_zero()
+    }
+
+    /// What the switchover takes besides sending pages, now that more is known of it: in any case, and if it comes now.
+    pub fn set_besides(&mut self, fixed: Duration, backlog: Duration) {
+        let overhead = SWITCHOVER_OVERHEAD + fixed;
+        let known = self.controller.settings();
+        let differs = |a: Duration, b: Duration| a.abs_diff(b) > Duration::from_millis(1);
         // Each change makes the controller plan anew: not for what makes no difference.
-        if overhead.abs_diff(known) > Duration::from_millis(1) {
-            self.controller
-                .change(self.started.elapsed(), |settings| settings.switchover_overhead = overhead);
+        if differs(overhead, known.switchover_overhead) || differs(backlog, known.switchover_backlog) {
+            self.controller.change(self.started.elapsed(), |settings| {
+                settings.switchover_overhead = overhead;
+                settings.switchover_backlog = backlog;
+            });
         }
     }
 
@@ -312,7 +328,7 @@ impl Steering {
     }
 }
 
-/// The switchover takes this long besides pages, verification and device state in pieces: stopping vCPUs (0.4 ms mean, 7 ms worst here),
+/// The switchover takes this long besides pages, round trips, verification and device state in pieces: stopping vCPUs (0.4 ms mean, 7 ms worst here),
 /// saving, restoring and handing over.
 const SWITCHOVER_OVERHEAD: Duration = Duration::from_millis(20);
 

@@ -6,7 +6,8 @@
 //! Every wait of this phase ends with one budget. When it is spent, or anything fails, the guest runs here again before
 //! anything else is done.
 
-use std::time::{Duration, Instant};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::time::Instant;
 
 use super::error::SourceError;
 use super::link::{Link, refusal};
@@ -17,13 +18,10 @@ use super::state_writer::StateWriter;
 use crate::page_set::PageSet;
 use crate::progress::RoundReport;
 use crate::track::DirtySource;
+use crate::transport::RoundSent;
 use crate::transport::control::{ControlError, Wait};
-use crate::transport::{RoundSent, TransportError};
 use crate::vm::{Moment, Vm};
 use crate::wire::control::Message;
-
-/// A wait for pages looks this often whether it was cancelled.
-const CANCEL_POLL: Duration = Duration::from_millis(10);
 
 /// The destination could run the VM; the guest stands still here.
 #[derive(Debug)]
@@ -39,9 +37,16 @@ pub(super) fn run<V: Vm + ?Sized, D: DirtySource + ?Sized>(
     migration: &mut Migration<'_, V, D>,
     link: &mut Link,
 ) -> Result<Prepared, SourceError> {
-    match bring_over(&mut standstill, migration, link) {
-        Ok(copied_at) => Ok(Prepared { standstill, copied_at }),
-        Err(error) => Err(standstill.undo(migration, link, error)),
+    // Unwind safety: what a panic leaves half done is given up with the migration.
+    let brought = catch_unwind(AssertUnwindSafe(|| bring_over(&mut standstill, migration, link)));
+    match brought {
+        Ok(Ok(copied_at)) => Ok(Prepared { standstill, copied_at }),
+        Ok(Err(error)) => Err(standstill.undo(migration, link, error)),
+        Err(panic) => {
+            // A panic in the VMM's code is no reason to leave its guest standing.
+            let _ = standstill.undo(migration, link, SourceError::Cancelled);
+            resume_unwind(panic)
+        }
     }
 }
 
@@ -112,17 +117,11 @@ fn save_state<V: Vm + ?Sized, D: DirtySource + ?Sized>(
 /// Waits until every page of the round is in place at the destination.
 fn in_place(link: &mut Link, wait: Wait<'_>) -> Result<RoundSent, SourceError> {
     loop {
-        let now = Instant::now();
-        let poll = wait.deadline.saturating_duration_since(now).min(CANCEL_POLL);
-        match link.sender.wait_round(poll) {
-            Ok(Some(sent)) => return Ok(sent),
-            Ok(None) if wait.is_cancelled() => return Err(TransportError::Cancelled.into()),
-            Ok(None) if Instant::now() >= wait.deadline => {
-                return Err(ControlError::Timeout { expected: "the last pages to be in place" }.into());
-            }
-            Ok(None) => {}
-            Err(error) => return Err(error.into()),
+        let poll = wait.next_poll().saturating_duration_since(Instant::now());
+        if let Some(sent) = link.sender.wait_round(poll)? {
+            return Ok(sent);
         }
+        wait.check("the last pages to be in place")?;
         if let Some(message) = link.control.poll("Prepared")? {
             return Err(refusal(message, "Prepared"));
         }
@@ -140,8 +139,10 @@ fn prepare<V: Vm + ?Sized, D: DirtySource + ?Sized>(
         None => 0,
         Some(verification) => match verification.digest(wait.deadline, wait.cancel) {
             Some(digest) => digest.0,
-            None if wait.is_cancelled() => return Err(SourceError::Cancelled),
-            None => return Err(ControlError::Timeout { expected: "the digest of RAM" }.into()),
+            None => {
+                wait.check("the digest of RAM")?;
+                return Err(ControlError::Timeout { expected: "the digest of RAM" }.into());
+            }
         },
     };
     let state_bytes = link.state_bytes;

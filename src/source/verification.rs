@@ -22,10 +22,17 @@ pub(super) struct Verification {
 }
 
 impl Verification {
-    /// Begins with `populated` pages, of which the guest has given up `discarded`.
-    pub fn new(memory: &GuestMemory, populated: &PageSet, discarded: &PageSet) -> std::io::Result<Self> {
-        let ledger = RamLedger::new(memory)?;
-        Ok(Self { ledger, unhashed: populated.clone(), discarded: discarded.clone() })
+    /// Begins, with all RAM write-protected: `populated` pages have content, of which `dirty` ones have changed since, and
+    /// the guest has given up `discarded`.
+    pub fn new(
+        memory: &GuestMemory,
+        populated: &PageSet,
+        dirty: &PageSet,
+        discarded: PageSet,
+    ) -> std::io::Result<Self> {
+        let mut begun = Self { ledger: RamLedger::new(memory)?, unhashed: populated.clone(), discarded };
+        begun.harvested(dirty);
+        Ok(begun)
     }
 
     /// A harvest found these pages dirty; all others are believed to be final.
@@ -56,7 +63,8 @@ impl Verification {
 
     /// Reads all RAM once more and compares it with what was digested: finds a write that tracking missed. The guest must
     /// not run here any more.
-    pub fn audit(&self) -> Audit {
-        self.ledger.audit(&self.discarded, &AtomicBool::new(false)).unwrap_or_default()
+    /// `None` if `cancel` was raised meanwhile.
+    pub fn audit(&self, cancel: &AtomicBool) -> Option<Audit> {
+        self.ledger.audit(&self.discarded, cancel)
     }
 }

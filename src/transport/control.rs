@@ -5,6 +5,7 @@
 //! in [`wire::control`](crate::wire::control).
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,6 +24,8 @@ const CANCEL_POLL: Duration = Duration::from_millis(10);
 const HEARTBEAT: Duration = Duration::from_millis(500);
 /// Messages that wait to be taken. No phase has more than three; a peer that sends more breaks the protocol.
 const INBOX_MAX: usize = 16;
+/// What the keeper sends by itself has to be taken within this time: a peer that reads takes it at once.
+const KEEPER_PATIENCE: Duration = Duration::from_millis(200);
 /// The end of a connection waits so long for the peer to have read the last message.
 const LINGER: Duration = Duration::from_secs(1);
 
@@ -41,7 +44,23 @@ impl Wait<'_> {
         self.cancel.load(Ordering::Relaxed)
     }
 
-    fn next_poll(&self) -> Instant {
+    /// Whether the wait may go on for `expected`.
+    ///
+    /// # Errors
+    ///
+    /// [`ControlError::Cancelled`] or [`ControlError::Timeout`].
+    pub fn check(&self, expected: &'static str) -> Result<(), ControlError> {
+        if self.is_cancelled() {
+            Err(ControlError::Cancelled { expected })
+        } else if Instant::now() >= self.deadline {
+            Err(ControlError::Timeout { expected })
+        } else {
+            Ok(())
+        }
+    }
+
+    /// When to look again, at the latest.
+    pub fn next_poll(&self) -> Instant {
         self.deadline.min(Instant::now() + CANCEL_POLL)
     }
 }
@@ -193,17 +212,13 @@ pub fn first_message(
     wait: Wait<'_>,
 ) -> Result<Message, ControlError> {
     let mut reader = Reader::default();
-    while Instant::now() < wait.deadline {
-        if wait.is_cancelled() {
-            return Err(ControlError::Cancelled { expected });
-        }
-        if let Read::Message(message) =
-            reader.read(connection, wait.next_poll()).map_err(|end| end.error(expected))?
-        {
+    loop {
+        wait.check(expected)?;
+        let read = reader.read(connection, wait.next_poll()).map_err(|end| end.error(expected))?;
+        if let Read::Message(message) = read {
             return Ok(message);
         }
     }
-    Err(ControlError::Timeout { expected })
 }
 
 /// Sends one message to such a peer.
@@ -250,8 +265,24 @@ struct Shared {
     /// Held while a message is written, so that messages never mix.
     writing: Mutex<()>,
     closing: AtomicBool,
+    /// Nothing more is written: a message went in part, or the last one has gone.
+    mute: AtomicBool,
     state: Mutex<State>,
     changed: Condvar,
+    elsewhere: Mutex<Elsewhere>,
+}
+
+/// Signs of life on other connections: on a slow link those delay the answers to pings.
+struct Elsewhere {
+    /// Bytes that the peer took or sent there, so far.
+    bytes: Box<dyn Fn() -> u64 + Send>,
+    seen: u64,
+}
+
+impl fmt::Debug for Elsewhere {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Elsewhere").field("seen", &self.seen).finish_non_exhaustive()
+    }
 }
 
 #[derive(Debug)]
@@ -264,6 +295,8 @@ struct State {
     asked: Option<Instant>,
     /// When the newest ping was sent that is answered.
     answered: Option<Instant>,
+    /// The shortest time that an answer took.
+    round_trip: Option<Duration>,
     state_taken: u64,
 }
 
@@ -282,6 +315,7 @@ impl ControlConnection {
             ping: 0,
             asked: None,
             answered: None,
+            round_trip: None,
             state_taken: 0,
         };
         let shared = Arc::new(Shared {
@@ -289,8 +323,10 @@ impl ControlConnection {
             peer_timeout,
             writing: Mutex::new(()),
             closing: AtomicBool::new(false),
+            mute: AtomicBool::new(false),
             state: Mutex::new(state),
             changed: Condvar::new(),
+            elsewhere: Mutex::new(Elsewhere { bytes: Box::new(|| 0), seen: 0 }),
         });
         let of_keeper = Arc::clone(&shared);
         let keeper = std::thread::Builder::new()
@@ -325,12 +361,7 @@ impl ControlConnection {
             if let Some(end) = &state.end {
                 return Err(end.error(expected));
             }
-            if wait.is_cancelled() {
-                return Err(ControlError::Cancelled { expected });
-            }
-            if Instant::now() >= wait.deadline {
-                return Err(ControlError::Timeout { expected });
-            }
+            wait.check(expected)?;
             self.shared.changed.wait_until(&mut state, wait.next_poll());
         }
     }
@@ -348,9 +379,15 @@ impl ControlConnection {
         }
     }
 
-    /// The peer gave a sign of life elsewhere: it took or sent pages. On a slow link those delay the answers to pings.
-    pub fn heard(&self) {
-        self.shared.state.lock().last_heard = Instant::now();
+    /// From now on, that `bytes` grows is a sign of life of the peer, too: it counts what the peer took or sent on other
+    /// connections.
+    pub fn watch_elsewhere(&self, bytes: impl Fn() -> u64 + Send + 'static) {
+        *self.shared.elsewhere.lock() = Elsewhere { bytes: Box::new(bytes), seen: 0 };
+    }
+
+    /// The shortest time that the peer has taken to answer a ping.
+    pub fn round_trip(&self) -> Option<Duration> {
+        self.shared.state.lock().round_trip
     }
 
     /// Asks the peer for a sign of life, unless it was asked and has not answered yet.
@@ -374,7 +411,7 @@ impl ControlConnection {
 
     /// Says that nothing more follows, and waits a moment for the peer to close: what was sent last is read then.
     pub fn finish(self) {
-        self.shared.connection.close_write();
+        self.shared.fall_silent();
         let deadline = Instant::now() + LINGER;
         let mut state = self.shared.state.lock();
         while state.end.is_none() && !self.shared.changed.wait_until(&mut state, deadline).timed_out() {
@@ -427,16 +464,41 @@ impl Shared {
     }
 
     fn look_after_the_peer(&self) -> Result<(), End> {
-        let silent = self.state.lock().last_heard.elapsed();
+        let lives_elsewhere = {
+            let mut elsewhere = self.elsewhere.lock();
+            let bytes = (elsewhere.bytes)();
+            std::mem::replace(&mut elsewhere.seen, bytes) != bytes
+        };
+        let silent = {
+            let mut state = self.state.lock();
+            if lives_elsewhere {
+                state.last_heard = Instant::now();
+            }
+            state.last_heard.elapsed()
+        };
         if silent > self.peer_timeout {
             return Err(End::Silent(silent));
         }
-        self.ping(self.own_wait()).map_err(|error| io::Error::other(error.to_string()).into())
+        self.say(|wait| self.ping(wait));
+        Ok(())
     }
 
-    /// For what the keeper sends by itself.
-    fn own_wait(&self) -> Wait<'_> {
-        Wait { deadline: Instant::now() + self.peer_timeout, cancel: &self.closing }
+    /// Sends what the keeper sends by itself. That it cannot is no end of the connection: what the peer said before it
+    /// closed is still to be read.
+    fn say(&self, send: impl FnOnce(Wait<'_>) -> Result<(), ControlError>) {
+        // Relaxed: a flag without data.
+        if self.mute.load(Ordering::Relaxed) {
+            return;
+        }
+        if let Err(error) = send(Wait { deadline: Instant::now() + KEEPER_PATIENCE, cancel: &self.closing }) {
+            tracing::debug!(%error, "the control connection falls silent");
+        }
+    }
+
+    /// Nothing more is written.
+    fn fall_silent(&self) {
+        self.mute.store(true, Ordering::Relaxed);
+        self.connection.close_write();
     }
 
     fn take(&self, message: Message) -> Result<(), End> {
@@ -446,12 +508,16 @@ impl Shared {
         match message {
             Message::Ping(number) => {
                 drop(state);
-                let answered = self.send(&Message::Pong(number), self.own_wait());
-                return answered.map_err(|error| io::Error::other(error.to_string()).into());
+                self.say(|wait| self.send(&Message::Pong(number), wait));
+                return Ok(());
             }
             Message::Pong(number) => {
-                if number == state.ping {
-                    state.answered = state.asked.take().or(state.answered);
+                if number == state.ping
+                    && let Some(asked) = state.asked.take()
+                {
+                    let took = asked.elapsed();
+                    state.answered = Some(asked);
+                    state.round_trip = Some(state.round_trip.map_or(took, |shortest| shortest.min(took)));
                 }
             }
             Message::StateTaken(bytes) => state.state_taken = state.state_taken.max(bytes),
@@ -479,11 +545,16 @@ impl Shared {
     fn send(&self, message: &Message, wait: Wait<'_>) -> Result<(), ControlError> {
         let bytes = message.encode()?;
         tracing::trace!(message = message.name(), bytes = bytes.len(), "send");
-        let _one_at_a_time = self.writing.lock();
+        let _one_at_a_time = loop {
+            wait.check(message.name())?;
+            if let Some(guard) = self.writing.try_lock_until(wait.next_poll()) {
+                break guard;
+            }
+        };
         let sent = send_bytes(&*self.connection, message.name(), &bytes, wait);
         if sent.is_err() {
-            // A message that went in part would be taken for the beginning of the next one.
-            self.connection.shutdown();
+            // The rest of a message that went in part would be taken for the beginning of the next one.
+            self.fall_silent();
         }
         sent
     }

@@ -33,6 +33,7 @@ pub(super) struct ChannelCounters {
     pub zero_pages: Counter,
     pub pages_returned: Counter,
     pub bytes_sent: Counter,
+    pub bytes_acknowledged: Counter,
     pub zero_copy_sends: Counter,
     pub copied_sends: Counter,
     pub reconnects: Counter,
@@ -65,6 +66,7 @@ impl ChannelCounters {
             zero_pages: Counter::default(),
             pages_returned: Counter::default(),
             bytes_sent: Counter::default(),
+            bytes_acknowledged: Counter::default(),
             zero_copy_sends: Counter::default(),
             copied_sends: Counter::default(),
             reconnects: Counter::default(),
@@ -219,6 +221,11 @@ impl SendCounters {
     pub fn totals(&self) -> Totals {
         let of_none = Totals { pages_struck_off: self.pages_struck_off.get(), ..Totals::default() };
         self.channels().iter().map(|channel| channel.totals).fold(of_none, Totals::plus)
+    }
+
+    /// Bytes that the destination's kernel acknowledged, over all channels: while it grows, the destination's host lives.
+    pub fn bytes_acknowledged(&self) -> u64 {
+        self.channels.iter().map(|channel| channel.bytes_acknowledged.get()).sum()
     }
 
     /// What the links that are up carry together. The channels send at the same time, so their rates add up.

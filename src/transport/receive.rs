@@ -143,6 +143,13 @@ pub struct Received {
 }
 
 impl Receiver {
+    /// Counts the bytes that arrived on the data connections, whole frames or not: while the count changes, the source's
+    /// host lives.
+    pub fn bytes_arrived(&self) -> impl Fn() -> u64 + Send + 'static {
+        let inbound = Arc::clone(&self.inbound);
+        move || inbound.connections.bytes_arrived()
+    }
+
     /// What has arrived so far.
     pub fn received(&self) -> Received {
         let Inbound { arrivals, state, connections } = &*self.inbound;

@@ -11,6 +11,7 @@ use ringferry::source::SourceError;
 use ringferry::wire::control::{HEAD_BYTES, Head, Message};
 use ringferry::wire::features::{self, Feature};
 use ringferry::wire::hello::{Accept, Hello};
+use ringferry::wire::parts::{self, Part};
 use ringferry::wire::reason::Reason;
 
 use crate::world::{NEVER, World};
@@ -72,6 +73,29 @@ fn a_source_of_the_next_release_is_refused_by_the_name_of_what_it_needs_and_we_l
     let answer = answer_to(hello_of_the_next_release(&[("teleport", true)]));
     let Message::Refuse(Reason::Feature, text) = answer else { panic!("{answer:?}") };
     assert!(text.contains("`teleport`"), "{text}");
+}
+
+#[test]
+fn a_hello_with_a_required_part_that_we_do_not_know_is_refused_by_its_name() {
+    let destination = Destination::bind(ListenOptions::new(SocketAddr::from(([127, 0, 0, 1], 0)))).unwrap();
+    let mut source = TcpStream::connect(destination.local_addr().unwrap()).unwrap();
+    let hello = Message::Hello(hello_of_the_next_release(&[])).encode().unwrap();
+    source.write_all(&with_part(&hello, Part::required("confidential", vec![1, 2, 3]))).unwrap();
+    let Message::Refuse(Reason::Feature, text) = read_message(&mut source) else { panic!("no refusal") };
+    assert!(text.contains("`confidential`"), "{text}");
+}
+
+/// The message with one part more, as a later release would send it.
+fn with_part(message: &[u8], part: Part) -> Vec<u8> {
+    let (head, body) = message.split_at(HEAD_BYTES);
+    let mut body = body.to_vec();
+    parts::write(&mut body, &[part]);
+    let mut head = head.to_vec();
+    head[8..12].copy_from_slice(&u32::try_from(body.len()).unwrap().to_le_bytes());
+    head[12..16].fill(0);
+    let checksum = crc32c::crc32c_append(crc32c::crc32c(&head), &body);
+    head[12..16].copy_from_slice(&checksum.to_le_bytes());
+    [head, body].concat()
 }
 
 #[test]

@@ -9,7 +9,7 @@ use crate::proxy::{Fault, Proxied};
 use crate::world::{PAGES, Resolution, World};
 
 fn cut(message: &'static str, half: bool) -> Proxied {
-    Proxied { fault: Some((message, if half { Fault::Half } else { Fault::Cut })) }
+    Proxied { fault: Some((message, if half { Fault::Half } else { Fault::Cut })), inserted: None }
 }
 
 #[test]

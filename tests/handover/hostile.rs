@@ -49,6 +49,19 @@ fn of_a_destination() -> Vec<Message> {
     vec![Message::Accept(accept), Message::Prepared { ram_digest: 0 }, Message::Running]
 }
 
+/// A destination that says it took state that was never sent.
+#[test]
+fn a_destination_that_takes_more_than_it_was_sent_ends_the_migration_and_not_the_guest() {
+    for taken in [u64::MAX, 1 << 40] {
+        let mut world = World::new();
+        world.source_vm.device_bytes = 1000;
+        world.proxied.inserted = Some(Message::StateTaken(taken).encode().unwrap().leak());
+        let error = world.migrate().source.unwrap_err();
+        assert!(error.to_string().contains("StateTaken of more"), "{error}");
+        assert!(world.source_runs());
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(32))]
 

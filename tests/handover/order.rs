@@ -2,7 +2,7 @@
 
 use ringferry::layout::PageIndex;
 
-use crate::proxy::{Fault, Proxied};
+use crate::proxy::Fault;
 use crate::world::World;
 
 #[test]
@@ -34,7 +34,7 @@ fn ram_is_verified_before_restoring_state_writes_it() {
 fn the_first_act_of_a_failure_is_to_let_the_guest_run() {
     for message in ["Prepare", "Prepared"] {
         let mut world = World::new();
-        world.proxied = Proxied { fault: Some((message, Fault::Cut)) };
+        world.proxied.fault = Some((message, Fault::Cut));
         assert!(world.migrate().source.is_err());
         let log = &world.source_vm.log;
         let resumed = log.position("resume").unwrap();

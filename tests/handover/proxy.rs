@@ -21,6 +21,8 @@ pub enum Fault {
 #[derive(Clone, Copy, Default, Debug)]
 pub struct Proxied {
     pub fault: Option<(&'static str, Fault)>,
+    /// What the source is told besides, before the first word of the destination.
+    pub inserted: Option<&'static [u8]>,
 }
 
 /// A proxy for one connection to `to`.
@@ -30,7 +32,10 @@ pub fn proxy(to: SocketAddr, proxied: Proxied) -> SocketAddr {
     thread::spawn(move || {
         let (source, _) = listener.accept().unwrap();
         let destination = TcpStream::connect(to).unwrap();
-        let back = (destination.try_clone().unwrap(), source.try_clone().unwrap());
+        let mut back = (destination.try_clone().unwrap(), source.try_clone().unwrap());
+        if let Some(bytes) = proxied.inserted {
+            let _ = back.1.write_all(bytes);
+        }
         thread::spawn(move || forward(back.0, back.1, proxied));
         forward(source, destination, proxied);
     });

@@ -13,7 +13,7 @@ use ringferry::source::{SourceError, StandstillLimit};
 use ringferry::transport::MaxBandwidth;
 use ringferry::transport::control::ControlError;
 
-use crate::proxy::{Fault, Proxied};
+use crate::proxy::Fault;
 use crate::world::{PAGES, World, wait_until};
 
 /// What a busy machine may add to a bound: far less than what the bound replaces.
@@ -41,7 +41,7 @@ fn assert_resumed_in_time(world: &World) {
 fn a_destination_that_freezes_during_the_standstill_costs_the_guest_no_more_than_the_budget() {
     for message in ["Prepare", "Prepared"] {
         let mut world = with_a_budget();
-        world.proxied = Proxied { fault: Some((message, Fault::Stall)) };
+        world.proxied.fault = Some((message, Fault::Stall));
         let error = world.migrate().source.unwrap_err();
         assert!(matches!(error, SourceError::StandstillOver { .. }), "{message}: {error}");
         assert_resumed_in_time(&world);
@@ -66,7 +66,7 @@ fn a_guest_is_not_stopped_for_a_destination_that_does_not_answer_a_ping() {
     for fault in [Fault::Stall, Fault::Cut] {
         let mut world = World::new();
         world.options.peer_timeout = Duration::from_millis(500);
-        world.proxied = Proxied { fault: Some(("Ping", fault)) };
+        world.proxied.fault = Some(("Ping", fault));
         let error = world.migrate().source.unwrap_err();
         assert!(matches!(error, SourceError::Control(_)), "{error}");
         assert_eq!(world.source_vm.log.at("pause"), None, "{error}");
@@ -79,7 +79,7 @@ fn a_destination_that_is_frozen_during_the_rounds_is_noticed_by_both_sides() {
     world.options.peer_timeout = Duration::from_millis(500);
     world.progress.parameters().max_bandwidth().set(NonZeroU64::new(2_000));
     world.tracker.dirty_pages = Some(PageRun { first: PageIndex(0), pages: PAGES });
-    world.proxied = Proxied { fault: Some(("Pong", Fault::Stall)) };
+    world.proxied.fault = Some(("Pong", Fault::Stall));
     let begun = Instant::now();
     let ended = world.migrate();
     assert!(ended.source.is_err() && ended.destination.is_err());
@@ -175,7 +175,7 @@ fn a_silent_peer_is_told_from_a_broken_connection() {
     let mut world = World::new();
     world.options.peer_timeout = Duration::from_millis(300);
     world.options.answer_timeout = Duration::from_secs(20);
-    world.proxied = Proxied { fault: Some(("Accept", Fault::Stall)) };
+    world.proxied.fault = Some(("Accept", Fault::Stall));
     let error = world.migrate().source.unwrap_err();
     assert!(matches!(error, SourceError::Control(ControlError::Silent { .. })), "{error}");
 }

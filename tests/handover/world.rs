@@ -165,10 +165,14 @@ impl Vm for TestVm {
 
     fn kick(&self, _: usize) {}
 
+    fn device_state_bytes_left(&mut self) -> u64 {
+        self.device_bytes - self.device.at
+    }
+
     fn save_device_state(&mut self, moment: Moment<'_>, out: &mut dyn Write) -> Result<(), VmError> {
         let left = self.device_bytes - self.device.at;
         let bytes = match moment {
-            Moment::Running => left.min(self.device_bytes / 10),
+            Moment::Running { .. } => left.min(self.device_bytes / 10),
             Moment::Stopped(_) => left,
         };
         Ok(self.device.write(bytes, out)?)
@@ -328,7 +332,10 @@ impl World {
                 Outcome::Unconfirmed(open) => {
                     unconfirmed = Some(open.to_string());
                     match resolution {
-                        Some(Resolution::Keep) => open.keep().map(|()| SourceReport::default()),
+                        Some(Resolution::Keep) => match open.keep() {
+                            Ok(()) => Ok(SourceReport::default()),
+                            Err((_, error)) => Err(error),
+                        },
                         Some(Resolution::Release) => Ok(open.release()),
                         None => Ok(SourceReport::default()),
                     }

@@ -318,7 +318,9 @@ impl<'a> Connection<'a> {
 
     fn sample(&mut self, now: Instant) -> Result<(), TransportError> {
         let busy = self.is_busy();
-        if self.link.sample(&self.stream, now, busy).map_err(|error| self.broken(error))? {
+        let arrived = self.link.sample(&self.stream, now, busy).map_err(|error| self.broken(error))?;
+        if arrived > 0 {
+            self.counters.bytes_acknowledged.add(arrived);
             self.last_progress = now;
         }
         if let Some(reason) = self.link.make_room(&self.stream).map_err(|error| self.broken(error))? {

@@ -72,14 +72,14 @@ impl Link {
         self.estimator.waited_for_tokens();
     }
 
-    /// Asks the kernel what arrived; `busy` if more is under way. True if anything did since the last sample.
-    pub(super) fn sample(&mut self, stream: &TcpStream, now: Instant, busy: bool) -> io::Result<bool> {
+    /// Asks the kernel what arrived; `busy` if more is under way. The bytes that did since the last sample.
+    pub(super) fn sample(&mut self, stream: &TcpStream, now: Instant, busy: bool) -> io::Result<u64> {
         let info = socket::tcp_info(stream)?;
-        let progress = info.bytes_acked != self.bytes_acked;
+        let arrived = info.bytes_acked.saturating_sub(self.bytes_acked);
         self.bytes_acked = info.bytes_acked;
         self.min_rtt = info.min_rtt;
         self.estimator.sample(now, info.bytes_acked, busy);
-        Ok(progress)
+        Ok(arrived)
     }
 
     pub(super) fn bandwidth(&self) -> Bandwidth {

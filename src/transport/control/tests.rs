@@ -1,6 +1,7 @@
 //! Two ends of a control connection, and peers that are none.
 
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::AtomicU64;
 use std::thread;
 
 use super::*;
@@ -72,11 +73,40 @@ fn a_peer_that_keeps_its_connection_open_and_says_nothing_is_found_silent() {
 #[test]
 fn a_sign_of_life_elsewhere_counts() {
     let (near, _far) = pair(Duration::from_millis(900));
-    for _ in 0..20 {
-        near.heard();
-        thread::sleep(Duration::from_millis(100));
-    }
+    let bytes = AtomicU64::new(0);
+    near.watch_elsewhere(move || bytes.fetch_add(1, Ordering::Relaxed));
+    thread::sleep(Duration::from_secs(2));
     assert!(near.poll("anything").unwrap().is_none());
+    near.watch_elsewhere(|| 1);
+    let error = near.receive("a sign of life", within(LONG)).unwrap_err();
+    assert!(matches!(error, ControlError::Silent { .. }), "{error}");
+}
+
+#[test]
+fn what_a_peer_said_before_it_closed_is_read_although_it_cannot_be_answered() {
+    let (near, far) = UnixStream::pair().unwrap();
+    write(&far, &Message::Ping(1).encode().unwrap());
+    write(&far, &Message::Running.encode().unwrap());
+    // The answer to the ping cannot be written.
+    drop(far);
+    let near = ControlConnection::keep(Arc::new(near), LONG).unwrap();
+    assert_eq!(near.receive("Running", within(LONG)).unwrap(), Message::Running);
+}
+
+#[test]
+fn a_peer_that_asks_and_does_not_read_delays_no_wait_beyond_its_deadline() {
+    let (near, far) = pair(LONG);
+    let pings: Vec<u8> = (0..200_000).flat_map(|number| Message::Ping(number).encode().unwrap()).collect();
+    let flooding = thread::spawn(move || {
+        let _ = send_bytes(&far, "pings", &pings, within(Duration::from_secs(2)));
+        far
+    });
+    thread::sleep(Duration::from_millis(300));
+    let begun = Instant::now();
+    let _ = near.send(&Message::Commit, within(Duration::from_millis(100)));
+    assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+    drop(near);
+    drop(flooding.join().unwrap());
 }
 
 #[test]

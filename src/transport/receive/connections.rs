@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
+use crate::transport::socket::tcp_info;
 use crate::wire::CHANNELS_MAX;
 use crate::wire::data::Verdict;
 
@@ -209,6 +210,17 @@ impl Connections {
 
     pub(super) fn failures(&self) -> Vec<String> {
         self.state.lock().failures.clone()
+    }
+}
+
+impl Connections {
+    /// Bytes that arrived on the connections that are up, whole frames or not.
+    pub(super) fn bytes_arrived(&self) -> u64 {
+        let arrived = |connection: &Connection| match connection {
+            Connection::Live { stream, .. } => tcp_info(stream).map_or(0, |info| info.bytes_received),
+            Connection::Ended => 0,
+        };
+        self.state.lock().by_number.values().map(arrived).sum()
     }
 }
 

@@ -138,7 +138,7 @@ fn streamed_state_leaves_in_rounds_and_arrives_whole_however_it_is_cut() {
     source.discarded_pages(&mut PageSet::new(source.memory().end()));
     let mut out = Pieces { target: &mut target, bytes: 0, damaged: None };
     for round in 1..=3 {
-        source.save_device_state(Moment::Running, &mut out).unwrap();
+        source.save_device_state(Moment::Running { bytes: 1 << 20 }, &mut out).unwrap();
         assert_eq!(out.bytes, 16 + round * 1_000_001);
     }
     let paused = source.pause().unwrap();
@@ -156,7 +156,7 @@ fn streamed_state_leaves_in_rounds_and_arrives_whole_however_it_is_cut() {
 fn streamed_state_that_lacks_its_end_or_differs_in_a_byte_is_refused() {
     let Some((mut source, mut target)) = pair(with_state()) else { return };
     let mut out = Pieces { target: &mut target, bytes: 0, damaged: None };
-    source.save_device_state(Moment::Running, &mut out).unwrap();
+    source.save_device_state(Moment::Running { bytes: 1 << 20 }, &mut out).unwrap();
     let paused = source.pause().unwrap();
     let quiesced = source.quiesce(&paused).unwrap();
     let state = source.save_state(&quiesced).unwrap();
