@@ -229,7 +229,10 @@ impl Trial {
         let here = matches!(found, Found::AtSource | Found::Kept);
         let there = matches!(found, Found::AtDestination | Found::Dropped);
         for process in [Process::Run, Process::Receive] {
-            self.side(process).signal(Signal::INT);
+            // A second signal would end it at once.
+            if !fault.ends(process) {
+                self.side(process).signal(Signal::INT);
+            }
             let ended = self.side(process).wait(LIMIT);
             let holds = if process == Process::Run { here } else { there };
             let Some(status) = ended else {
