@@ -152,8 +152,8 @@ impl Trial {
                 }
                 (true, false) if run_ended.is_none() => Found::AtSource,
                 (true, false) if fault.ends(Process::Run) => Found::Ended,
-                (false, true) if there => Found::AtDestination,
                 (false, true) if fault.ends(Process::Receive) => Found::Ended,
+                (false, true) if there => Found::AtDestination,
                 (false, false) if fault == Fault::Kill(Process::Run) => Found::Ended,
                 _ => {
                     self.wrong("the VM is nowhere");
