@@ -77,7 +77,7 @@ impl Trial {
         assert!(wait_for(LIMIT, || run.has_said("progress")), "no guest:\n{}", run.transcript());
         assert!(wait_for(LIMIT, || receive.has_said("listening")), "no destination");
         let to: SocketAddr = receive.said("listening")[0]["address"].as_str().unwrap().parse().unwrap();
-        let control = Wire::to(to, random.one_of(&[Duration::ZERO, Duration::from_millis(15)]));
+        let control = Wire::to(to, random.one_of(&[Duration::ZERO, Duration::from_millis(40)]));
         let data = Wire::to(data_address.parse().unwrap(), Duration::ZERO);
         let (to, channel) = (control.address.to_string(), data.address.to_string());
         let mut send = vec!["send", "--monitor", &monitor_arg, "--to", &to, "--peer-timeout", "2s"];
