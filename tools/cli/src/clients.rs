@@ -409,4 +409,21 @@ mod tests {
         assert!(shared.begin(&args).unwrap_err().to_string().contains("under way"));
         assert!(matches!(shared.adjust(&TermsArgs::default()), Answer::Adjusted));
     }
+    #[test]
+    fn while_nobody_has_decided_a_decision_is_all_that_is_taken_and_only_one() {
+        let (order, _theirs) = order();
+        let shared = order.shared.clone();
+        assert!(shared.begin_to_resolve().unwrap_err().to_string().contains("nothing to decide"));
+        order.undecided("nobody knows");
+        for _ in 0..2 {
+            assert!(shared.begin(&MigrateArgs::default()).unwrap_err().to_string().contains("not confirmed"));
+            let Answer::Failed(why) = shared.adjust(&TermsArgs::default()) else { panic!("adjusted") };
+            assert!(why.contains("ringferry resolve"), "{why}");
+            // The first time it is taken, and nothing else is until it has been carried out.
+            let _ = shared.begin_to_resolve();
+        }
+        assert!(shared.begin_to_resolve().unwrap_err().to_string().contains("somebody else"));
+        drop(order.end(&Answer::Resolved(Decision::Keep)));
+        assert!(shared.begin(&MigrateArgs::default()).is_ok());
+    }
 }

@@ -162,3 +162,35 @@ pub fn rate(per_s: f64) -> String {
         r => format!("{r:.0}"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(source: SourceReport) -> MigrationReport {
+        MigrationReport::new("kvm", source, Vec::new())
+    }
+
+    #[test]
+    fn a_downtime_limit_that_was_not_kept_is_told() {
+        let source = SourceReport { downtime_limit_ms: 300.0, downtime_ms: 400.0, ..SourceReport::default() };
+        let told = "the downtime limit of 300 ms was not kept";
+        assert!(report(source.clone()).text().contains(told));
+        let kept = SourceReport { downtime_limit_kept: true, ..source };
+        assert!(!report(kept).text().contains(told));
+    }
+
+    #[test]
+    fn writes_that_tracking_missed_are_a_failure_although_the_guest_has_moved() {
+        let lost =
+            SourceReport { ram_digest_match: Some(false), untracked_pages: 3, ..SourceReport::default() };
+        let lost = report(lost);
+        assert!(lost.text().contains("WRITES WERE LOST"));
+        let error = lost.verdict().unwrap_err().to_string();
+        assert!(error.contains("has moved") && error.contains("3 pages"), "{error}");
+        for unharmed in [Some(true), None] {
+            let source = SourceReport { ram_digest_match: unharmed, ..SourceReport::default() };
+            assert!(report(source).verdict().is_ok());
+        }
+    }
+}

@@ -51,7 +51,7 @@ pub enum Moment {
 /// Longest time that a process is frozen: longer than a peer may be silent.
 const FROZEN_MAX: Duration = Duration::from_secs(3);
 /// What a standstill takes, the waits for a delayed control connection included.
-const STANDSTILL: Duration = Duration::from_millis(150);
+const STANDSTILL: Duration = Duration::from_millis(250);
 
 impl Fault {
     /// Any of them.

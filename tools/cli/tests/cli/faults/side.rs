@@ -85,7 +85,8 @@ impl Side {
     pub fn transcript(&self) -> String {
         let said = self.said.lock().unwrap();
         let telling = said.iter().filter(|object| object["kind"] != "progress");
-        let objects: Vec<String> = telling.map(|object| format!("    {object}\n")).collect();
+        let objects: Vec<String> =
+            telling.map(|object| format!("    {:.300}\n", object.to_string())).collect();
         let last = objects.len().saturating_sub(12);
         format!("{}    stderr: {}", objects[last..].concat(), self.stderr.lock().unwrap().trim_end())
     }

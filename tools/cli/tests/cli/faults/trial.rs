@@ -77,7 +77,7 @@ impl Trial {
         assert!(wait_for(LIMIT, || run.has_said("progress")), "no guest:\n{}", run.transcript());
         assert!(wait_for(LIMIT, || receive.has_said("listening")), "no destination");
         let to: SocketAddr = receive.said("listening")[0]["address"].as_str().unwrap().parse().unwrap();
-        let control = Wire::to(to, random.one_of(&[Duration::ZERO, Duration::from_millis(15)]));
+        let control = Wire::to(to, random.one_of(&[Duration::ZERO, Duration::from_millis(40)]));
         let data = Wire::to(data_address.parse().unwrap(), Duration::ZERO);
         let (to, channel) = (control.address.to_string(), data.address.to_string());
         let mut send = vec!["send", "--monitor", &monitor_arg, "--to", &to, "--peer-timeout", "2s"];
@@ -152,8 +152,8 @@ impl Trial {
                 }
                 (true, false) if run_ended.is_none() => Found::AtSource,
                 (true, false) if fault.ends(Process::Run) => Found::Ended,
-                (false, true) if there => Found::AtDestination,
                 (false, true) if fault.ends(Process::Receive) => Found::Ended,
+                (false, true) if there => Found::AtDestination,
                 (false, false) if fault == Fault::Kill(Process::Run) => Found::Ended,
                 _ => {
                     self.wrong("the VM is nowhere");
@@ -229,7 +229,10 @@ impl Trial {
         let here = matches!(found, Found::AtSource | Found::Kept);
         let there = matches!(found, Found::AtDestination | Found::Dropped);
         for process in [Process::Run, Process::Receive] {
-            self.side(process).signal(Signal::INT);
+            // A second signal would end it at once.
+            if !fault.ends(process) {
+                self.side(process).signal(Signal::INT);
+            }
             let ended = self.side(process).wait(LIMIT);
             let holds = if process == Process::Run { here } else { there };
             let Some(status) = ended else {
