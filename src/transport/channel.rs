@@ -37,7 +37,7 @@ pub(super) fn run(session: &Session, index: usize, connected: impl FnOnce(Result
     let mut pause = RECONNECT_FIRST;
     loop {
         let (carried_anything, end) = serve(session, index, connection);
-        if end.is_ok() {
+        if end.map_or_else(|error| error.is_final(), |()| true) {
             return;
         }
         if carried_anything {

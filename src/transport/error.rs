@@ -122,6 +122,14 @@ pub enum TransportError {
         /// The longest possible.
         limit: u32,
     },
+    /// More device state than may be on its way.
+    #[error("device state at {offset} cannot be sent yet: {limit} bytes before it have not arrived")]
+    StateWindow {
+        /// Where the chunk begins.
+        offset: u64,
+        /// How much may be on its way.
+        limit: u64,
+    },
     /// Every channel is gone.
     #[error("no channel is left: {}", losses.join("; "))]
     NoChannelLeft {
@@ -134,11 +142,12 @@ pub enum TransportError {
 }
 
 impl TransportError {
-    /// Whether another attempt to connect is bound to end in the same way.
+    /// Whether another connection of the channel is bound to end in the same way.
     pub(super) fn is_final(&self) -> bool {
         match self {
             Self::Refused { verdict, .. } => *verdict != Verdict::Busy,
-            Self::Cancelled => true,
+            // What this host does not allow now, it will not allow in a second.
+            Self::Cancelled | Self::Ring { .. } => true,
             _ => false,
         }
     }

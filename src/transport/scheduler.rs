@@ -35,6 +35,7 @@ use parking_lot::{Condvar, Mutex};
 use super::error::TransportError;
 use crate::layout::{PageIndex, PageRun};
 use crate::page_set::PageSet;
+use crate::wire::STATE_WINDOW_BYTES;
 
 /// Pages of the set that the first scan covers, and those where there are few: so that the lock is held for
 /// microseconds.
@@ -46,7 +47,7 @@ const WINDOW_PAGES_MAX: u64 = 1 << 24;
 pub(super) struct StateChunk {
     /// Where in the stream it begins.
     pub offset: u64,
-    pub bytes: Arc<[u8]>,
+    pub bytes: Arc<Vec<u8>>,
 }
 
 /// What a channel shall send next.
@@ -111,6 +112,8 @@ struct State {
     copies_in_flight: u64,
     /// Device state that was not dealt yet.
     chunks: VecDeque<StateChunk>,
+    /// Bytes of device state that were not acknowledged, those that were not dealt included.
+    state_bytes: u64,
     /// Connections to retire, and retirements on their way.
     to_retire: Vec<u32>,
     retiring: u64,
@@ -168,10 +171,25 @@ impl Scheduler {
         self.changed.notify_all();
     }
 
-    /// Puts a chunk of device state before the channels.
-    pub(super) fn add_state(&self, chunk: StateChunk) {
-        self.state.lock().chunks.push_back(chunk);
+    /// Puts a chunk of device state before the channels; false if more is on its way already than may be.
+    pub(super) fn add_state(&self, chunk: StateChunk) -> bool {
+        let mut state = self.state.lock();
+        let state_bytes = state.state_bytes + chunk.bytes.len() as u64;
+        if state_bytes > STATE_WINDOW_BYTES {
+            return false;
+        }
+        state.state_bytes = state_bytes;
+        state.chunks.push_back(chunk);
+        drop(state);
         self.changed.notify_all();
+        true
+    }
+
+    /// The destination has a chunk of device state.
+    pub(super) fn state_arrived(&self, chunk: &StateChunk) {
+        let mut state = self.state.lock();
+        state.hopeless_since = None;
+        state.state_bytes = state.state_bytes.saturating_sub(chunk.bytes.len() as u64);
     }
 
     /// Lets `strike_off` take pages out of those that were never dealt; how many it took.

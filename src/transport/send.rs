@@ -16,7 +16,7 @@ use super::session::Session;
 use super::token::MigrationToken;
 use crate::layout::GuestMemory;
 use crate::page_set::PageSet;
-use crate::wire::{CHANNELS_MAX, STATE_CHUNK_BYTES_MAX};
+use crate::wire::{CHANNELS_MAX, STATE_CHUNK_BYTES_MAX, STATE_WINDOW_BYTES};
 
 /// The end of a sender waits no longer than this for its threads; only one that panicked takes so long.
 const END_TIMEOUT: Duration = Duration::from_secs(5);
@@ -222,14 +222,13 @@ impl Sender {
     }
 
     /// Queues a chunk of device state that begins at `offset` of the whole stream: any channel sends it, ahead of
-    /// pages that no channel has yet, and another sends it again if that one dies. Never blocks: the caller keeps what
-    /// is on its way below [`STATE_WINDOW_BYTES`](crate::wire::STATE_WINDOW_BYTES) beyond what the destination's VMM
-    /// has taken.
+    /// pages that no channel has yet, and another sends it again if that one dies. Never blocks: the caller sends no
+    /// further than [`STATE_WINDOW_BYTES`] beyond what the destination's VMM has taken.
     ///
     /// # Errors
     ///
     /// [`TransportError::StateChunk`] for an empty chunk or one of more than
-    /// [`STATE_CHUNK_BYTES_MAX`], [`TransportError::Cancelled`].
+    /// [`STATE_CHUNK_BYTES_MAX`], [`TransportError::StateWindow`] if that much is on its way, [`TransportError::Cancelled`].
     pub fn send_state(&self, offset: u64, bytes: Vec<u8>) -> Result<(), TransportError> {
         if self.session.is_cancelled() {
             return Err(TransportError::Cancelled);
@@ -238,8 +237,11 @@ impl Sender {
         if bytes.is_empty() || bytes.len() as u64 > u64::from(limit) {
             return Err(TransportError::StateChunk { bytes: bytes.len(), limit });
         }
-        self.session.scheduler.add_state(StateChunk { offset, bytes: bytes.into() });
-        Ok(())
+        if self.session.scheduler.add_state(StateChunk { offset, bytes: Arc::new(bytes) }) {
+            Ok(())
+        } else {
+            Err(TransportError::StateWindow { offset, limit: STATE_WINDOW_BYTES })
+        }
     }
 
     fn no_channel_left(&self) -> TransportError {

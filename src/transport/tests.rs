@@ -248,7 +248,8 @@ fn zero_pages_cost_no_bytes_and_no_memory_and_clear_what_was_there() {
     let all = source.pages();
     let sent = sender.send_round(1, all.clone()).unwrap();
     assert_eq!((sent.totals.pages_sent, sent.totals.zero_pages), (0, 4660));
-    assert!(sent.totals.bytes_sent < 50_000, "{sent:?}");
+    // A header and a run for every four pages, at worst.
+    assert!(sent.totals.bytes_sent < 100_000, "{sent:?}");
     assert_eq!(target.resident_bytes(), 0);
     source.fill(1);
     sender.send_round(2, all.clone()).unwrap();

@@ -246,7 +246,7 @@ impl<'a> Connection<'a> {
                     pages += content_pages + zero_pages;
                 }
                 Content::Copies { pages, .. } => copies += pages,
-                Content::State(_) => {}
+                Content::State(chunk) => self.session.scheduler.state_arrived(&chunk),
                 Content::Retirement(_) => self.session.scheduler.retired(),
             }
         }

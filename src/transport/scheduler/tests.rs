@@ -26,7 +26,7 @@ fn count(runs: &[PageRun]) -> u64 {
 }
 
 fn chunk(offset: u64) -> StateChunk {
-    StateChunk { offset, bytes: vec![1].into() }
+    StateChunk { offset, bytes: Arc::new(vec![1]) }
 }
 
 const PAGES: Work = Work::Pages { round: 1, copies: false };
@@ -100,6 +100,7 @@ impl Model {
         self.landed.extend(pages_of(&flying.runs).chain(pages_of(&flying.copies)));
         self.count(&flying.runs);
         self.state.extend(flying.state.iter().map(|chunk| chunk.offset));
+        flying.state.iter().for_each(|chunk| self.scheduler.state_arrived(chunk));
         self.scheduler.acknowledged(count(&flying.runs), count(&flying.copies));
         for connection in flying.retiring {
             self.undead.remove(&connection);
@@ -197,7 +198,7 @@ proptest! {
                     model.scheduler.recall().runs().flat_map(|run| run.first.0..run.end().0).inspect(|_| struck += 1)
                 ),
                 6 if chunks.len() < 20 => {
-                    model.scheduler.add_state(chunk(chunks.len() as u64));
+                    prop_assert!(model.scheduler.add_state(chunk(chunks.len() as u64)));
                     chunks.insert(chunks.len() as u64);
                 }
                 7..=8 => model.dawdle(channel)?,
@@ -288,7 +289,7 @@ fn the_slow_channels_own_acknowledgement_ends_the_round_without_the_copies() {
 fn device_state_goes_ahead_of_pages_and_is_sent_again_in_order() {
     let scheduler = scheduler(2);
     scheduler.begin(1, set(0..10));
-    (0..3).for_each(|offset| scheduler.add_state(chunk(offset)));
+    assert!((0..3).all(|offset| scheduler.add_state(chunk(offset))));
     let mut runs = Vec::new();
     assert_eq!(scheduler.take(1, 10, &mut runs), Work::State(chunk(0)));
     assert_eq!(scheduler.take(1, 10, &mut runs), Work::State(chunk(1)));
@@ -297,6 +298,18 @@ fn device_state_goes_ahead_of_pages_and_is_sent_again_in_order() {
         assert_eq!(scheduler.take(2, 10, &mut runs), Work::State(chunk(offset)));
     }
     assert_eq!(scheduler.take(2, 10, &mut runs), PAGES);
+}
+
+#[test]
+fn no_more_device_state_is_taken_than_may_be_on_its_way() {
+    let scheduler = scheduler(1);
+    let bytes = Arc::new(vec![1; usize::try_from(STATE_WINDOW_BYTES).unwrap() / 2]);
+    let half = |offset| StateChunk { offset, bytes: Arc::clone(&bytes) };
+    assert!(scheduler.add_state(half(0)) && scheduler.add_state(half(1)) && !scheduler.add_state(chunk(2)));
+    assert_eq!(scheduler.take(1, 1, &mut Vec::new()), Work::State(half(0)));
+    assert!(!scheduler.add_state(chunk(2)));
+    scheduler.state_arrived(&half(0));
+    assert!(scheduler.add_state(chunk(2)));
 }
 
 #[test]
