@@ -151,6 +151,12 @@ impl Controller {
         self.next_plan = 0.0;
     }
 
+    /// What the switchover would take besides, if it came now. It changes all the time, and changes no plan: it is waited
+    /// for.
+    pub fn set_backlog(&mut self, backlog: Duration) {
+        self.settings.switchover_backlog = backlog;
+    }
+
     /// Where each vCPU's gate is to be, as of the last observation. A closed gate opens by itself; a vCPU that
     /// runs while its gate is closed has to be kicked.
     pub fn gates(&self) -> &[GateState] {

@@ -471,7 +471,7 @@ fn a_backlog_is_waited_for_and_never_makes_the_limit_give_way() {
         pages_struck_off: Pages(0),
         bytes_acked: 4_096_000,
     };
-    let mut round_at = |ms: u64, controller: &mut Controller| {
+    let round_at = |ms: u64, controller: &mut Controller| {
         controller.round_started(Duration::from_millis(ms), Pages(1000));
         controller.round_ended(Duration::from_millis(ms + 50), &nothing)
     };

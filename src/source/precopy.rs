@@ -33,9 +33,8 @@ pub(super) fn run<V: Vm + ?Sized, D: DirtySource + ?Sized>(
     let result = start_tracking(migration).and_then(|first_round| {
         let _sampled_in_time = ShortSlice::for_this_thread();
         let steering = Steering::new(migration);
-        let device_bytes_left = 0;
-        Precopy { migration: &mut *migration, link: &mut *link, steering, device_bytes_left }
-            .rounds(first_round)
+        let device = DeviceState::default();
+        Precopy { migration: &mut *migration, link: &mut *link, steering, device }.rounds(first_round)
     });
     result.map_err(|error| migration.give_up(link, error))
 }
@@ -82,8 +81,15 @@ struct Precopy<'m, 'a, V: ?Sized, D: ?Sized> {
     migration: &'m mut Migration<'a, V, D>,
     link: &'m mut Link,
     steering: Steering,
-    /// Device state that would have had to leave during the standstill, when it was last asked for.
-    device_bytes_left: u64,
+    device: DeviceState,
+}
+
+/// What is known of the device state that would have to leave during the standstill.
+#[derive(Debug, Default)]
+struct DeviceState {
+    bytes_left: u64,
+    /// It does not become less by what leaves early.
+    stays: bool,
 }
 
 /// How a round ended for this phase.
@@ -98,7 +104,6 @@ impl<V: Vm + ?Sized, D: DirtySource + ?Sized> Precopy<'_, '_, V, D> {
     fn rounds(mut self, mut to_send: PageSet) -> Result<Standstill, SourceError> {
         loop {
             self.heed_wishes()?;
-            self.plan_besides()?;
             let (number, pages_to_send) = (self.migration.next_round(), to_send.len());
             self.steering.round_started(number, pages_to_send, self.link.sender.handle().totals());
             self.link.sender.begin_round(number, to_send)?;
@@ -165,6 +170,7 @@ impl<V: Vm + ?Sized, D: DirtySource + ?Sized> Precopy<'_, '_, V, D> {
     /// Samples which vCPU dirties what, slows down the vCPUs that have to be slowed down, and looks after the peer.
     fn sample(&mut self) -> Result<Action, SourceError> {
         self.heed_wishes()?;
+        self.plan_besides()?;
         let sending = self.link.sender.handle();
         match self.steering.sample(self.migration.tracker, self.migration.vm, &sending)? {
             Action::GiveUp(_) => Err(SourceError::GaveUp),
@@ -203,15 +209,16 @@ impl<V: Vm + ?Sized, D: DirtySource + ?Sized> Precopy<'_, '_, V, D> {
     /// Tells the plan what the standstill takes besides pages: round trips, and device state that can only leave then, in
     /// any case; the rest of the verification, and state that is on its way or becomes less, if it comes now.
     fn plan_besides(&mut self) -> Result<(), SourceError> {
-        let before = self.device_bytes_left;
-        self.device_bytes_left = self.migration.vm.device_state_bytes_left();
-        let device = self.steering.time_to_send(self.device_bytes_left);
-        let stays = self.device_bytes_left >= before && before > 0;
-        let (fixed, waits) = if stays { (device, Duration::ZERO) } else { (Duration::ZERO, device) };
+        self.device.bytes_left = self.migration.vm.device_state_bytes_left();
+        let device = self.steering.time_to_send(self.device.bytes_left);
+        let (fixed, waits) =
+            if self.device.stays { (device, Duration::ZERO) } else { (Duration::ZERO, device) };
         let verifying = self.migration.verification.as_ref().map_or(Duration::ZERO, Verification::left);
         let under_way = self.steering.time_to_send(self.link.state_under_way()?);
-        self.steering
-            .set_besides(self.link.round_trip() * ROUND_TRIPS + fixed, verifying + under_way + waits);
+        self.steering.set_besides(
+            (self.link.round_trip() * ROUND_TRIPS).saturating_add(fixed),
+            verifying.saturating_add(under_way).saturating_add(waits),
+        );
         Ok(())
     }
 
@@ -268,7 +275,10 @@ impl<V: Vm + ?Sized, D: DirtySource + ?Sized> Precopy<'_, '_, V, D> {
         let wait = Wait { deadline: Instant::now() + STATE_LIMIT, cancel: parameters.cancel_flag() };
         let mut writer = StateWriter::new(self.link, &self.migration.progress, wait);
         let saved = self.migration.vm.save_device_state(Moment::Running { bytes }, &mut writer);
-        writer.finish(saved)
+        writer.finish(saved)?;
+        let left = self.migration.vm.device_state_bytes_left();
+        self.device.stays = left >= self.device.bytes_left;
+        Ok(())
     }
 }
 

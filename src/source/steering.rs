@@ -48,6 +48,9 @@ impl SteeredVcpu {
     }
 }
 
+/// What a link is taken to carry before it was measured: a gigabit a second.
+const UNKNOWN_BYTES_PER_S: f64 = 1.25e8;
+
 /// A stall that is to last longer than a gate stays closed is renewed this long before the gate opens.
 const RENEW_BEFORE: Duration = Duration::from_millis(4);
 
@@ -162,16 +165,15 @@ impl Steering {
     /// How long the guest is going to stand still if `left` pages are left, as far as the link is known.
     pub fn expected_downtime(&self, left: u64) -> Duration {
         let settings = self.controller.settings();
-        let besides = settings.switchover_overhead + settings.switchover_backlog;
-        besides + self.time_to_send(left * PAGE_SIZE as u64)
+        let besides = settings.switchover_overhead.saturating_add(settings.switchover_backlog);
+        besides.saturating_add(self.time_to_send(left * PAGE_SIZE as u64))
     }
 
-    /// How long the link takes for so many bytes while the guest stands still; nothing, if it is not known yet.
+    /// How long the link takes for so many bytes while the guest stands still; a guess, as long as it is not known.
     pub fn time_to_send(&self, bytes: u64) -> Duration {
         let given = self.controller.settings().switchover_bandwidth;
-        let seconds =
-            given.or(self.controller.bandwidth()).map_or(0.0, |bytes_per_s| bytes as f64 / bytes_per_s);
-        Duration::try_from_secs_f64(seconds).unwrap_or_default()
+        let bytes_per_s = given.or(self.controller.bandwidth()).unwrap_or(UNKNOWN_BYTES_PER_S);
+        Duration::try_from_secs_f64(bytes as f64 / bytes_per_s).unwrap_or(Duration::MAX)
     }
 
     /// Bytes that the link carries in `time`, as far as it is known.
@@ -186,15 +188,12 @@ impl Steering {
 
     /// What the switchover takes besides sending pages, now that more is known of it: in any case, and if it comes now.
     pub fn set_besides(&mut self, fixed: Duration, backlog: Duration) {
-        let overhead = SWITCHOVER_OVERHEAD + fixed;
-        let known = self.controller.settings();
-        let differs = |a: Duration, b: Duration| a.abs_diff(b) > Duration::from_millis(1);
-        // Each change makes the controller plan anew: not for what makes no difference.
-        if differs(overhead, known.switchover_overhead) || differs(backlog, known.switchover_backlog) {
-            self.controller.change(self.started.elapsed(), |settings| {
-                settings.switchover_overhead = overhead;
-                settings.switchover_backlog = backlog;
-            });
+        self.controller.set_backlog(backlog);
+        let overhead = SWITCHOVER_OVERHEAD.saturating_add(fixed);
+        // A change makes the controller plan anew: not for what makes no difference.
+        if overhead.abs_diff(self.controller.settings().switchover_overhead) > Duration::from_millis(1) {
+            self.controller
+                .change(self.started.elapsed(), |settings| settings.switchover_overhead = overhead);
         }
     }
 

@@ -120,7 +120,7 @@ impl MigrateArgs {
         progress: &Progress,
         before_per_s: &[f64],
         show: impl FnMut(&Update) + Send,
-        decide: impl FnOnce(&SourceError) -> Decision,
+        mut decide: impl FnMut(&SourceError) -> Decision,
     ) -> Result<Migrated> {
         let mut tracker = host.vm.dirty_source()?;
         let memory = host.vm.memory().clone();
@@ -137,14 +137,20 @@ impl MigrateArgs {
         });
         let migrated = match outcome? {
             Outcome::HandedOver(report) => report,
-            Outcome::Unconfirmed(unconfirmed) => {
+            Outcome::Unconfirmed(mut unconfirmed) => loop {
                 let decision = decide(unconfirmed.cause());
                 match decision {
-                    Decision::Keep => unconfirmed.keep()?,
                     Decision::Drop => drop(unconfirmed.release()),
+                    Decision::Keep => {
+                        if let Err((still_paused, error)) = unconfirmed.keep() {
+                            tracing::error!(%error, "the VM stays paused: decide again");
+                            unconfirmed = still_paused;
+                            continue;
+                        }
+                    }
                 }
                 return Ok(Migrated::Decided(decision));
-            }
+            },
         };
         let end = host.seen();
         let marks = begin.as_ref().zip(end.as_ref());

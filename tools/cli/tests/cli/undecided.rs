@@ -13,7 +13,8 @@ use crate::support::{Running, ringferry};
 fn undecided(message: &'static str, fault: Fault) -> (Guest, Running) {
     let mut guest = Guest::start();
     let (receive, to) = receive(&[]);
-    let proxied = proxy(to.parse().unwrap(), Proxied { fault: Some((message, fault)), ..Proxied::default() }).to_string();
+    let proxied = proxy(to.parse().unwrap(), Proxied { fault: Some((message, fault)), ..Proxied::default() })
+        .to_string();
     let send = ringferry(&[&guest.send(&proxied)[..], &["--json"]].concat());
     let told = ["did not confirm that it runs", "`ringferry resolve --keep", "`ringferry resolve --drop"];
     assert_failed(&send, &told);
@@ -110,7 +111,9 @@ fn a_destination_that_never_reads_commit_says_that_it_does_not_run_the_vm_and_no
     }
     let guest = Guest::start();
     let (receive, to) = receive(&["--peer-timeout", "1s"]);
-    let proxied = proxy(to.parse().unwrap(), Proxied { fault: Some(("Commit", Fault::Stall)), ..Proxied::default() }).to_string();
+    let proxied =
+        proxy(to.parse().unwrap(), Proxied { fault: Some(("Commit", Fault::Stall)), ..Proxied::default() })
+            .to_string();
     assert_failed(&ringferry(&guest.send(&proxied)), &["the destination ended the migration"]);
     assert_failed(&receive.end(), &["silent"]);
     guest.assert_runs_on();
