@@ -124,3 +124,30 @@ fn a_source_of_version_1_hears_a_refusal_in_its_own_words() {
     let text = String::from_utf8_lossy(&answer[16..]).into_owned();
     assert_eq!(text, "the source speaks protocol 1, this destination 2: use the same version");
 }
+
+#[test]
+fn a_source_that_answers_pings_and_sends_nothing_keeps_no_seat() {
+    let (destination, address) = bind(1);
+    let hello = Hello {
+        page_bytes: 4096,
+        vcpus: 1,
+        channels: 1,
+        ram: vec![ringferry::PageRun { first: ringferry::PageIndex(0), pages: 64 }],
+        ..Hello::default()
+    };
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.write_all(&Message::Hello(hello).encode().unwrap()).unwrap();
+    // Whatever it is asked, it says that it lives.
+    let living = thread::spawn(move || {
+        while stream.write_all(&Message::Pong(1).encode().unwrap()).is_ok() {
+            thread::sleep(Duration::from_millis(20));
+        }
+    });
+    let mut world = World::new();
+    let options = DestinationOptions { silence: Duration::from_millis(300), ..DestinationOptions::default() };
+    let incoming = destination.accept(Some(Duration::from_secs(20)), &NEVER).unwrap();
+    let memory = world.destination_ram.memory().clone();
+    let error = incoming.receive(&mut world.destination_vm, 1, &memory, &options, &NEVER).unwrap_err();
+    assert!(error.to_string().contains("no pages"), "{error}");
+    living.join().unwrap();
+}
