@@ -15,7 +15,7 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use super::endpoint::Endpoint;
 
-/// How often a wait looks whether it was cancelled.
+/// A wait polls this often whether it was cancelled.
 const CANCEL_POLL: Duration = Duration::from_millis(10);
 /// The next address is tried this long after the one before it ("Connection Attempt Delay", RFC 8305).
 const ATTEMPT_DELAY: Duration = Duration::from_millis(250);

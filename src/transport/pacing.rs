@@ -28,7 +28,7 @@ struct Bucket {
     /// Below zero after a frame that was larger than what was there.
     tokens: f64,
     filled: Option<Instant>,
-    /// Who waits for tokens, and must hear of another rate at once.
+    /// The channels, which may wait for tokens and must hear of another rate at once.
     waiting: Vec<Weak<Wake>>,
 }
 

@@ -20,7 +20,7 @@ use crate::wire::{CHANNELS_MAX, STATE_CHUNK_BYTES_MAX, STATE_WINDOW_BYTES};
 
 /// The end of a sender waits no longer than this for its threads; only one that panicked takes so long.
 const END_TIMEOUT: Duration = Duration::from_secs(5);
-/// A wait for connections looks this often whether it was cancelled.
+/// A wait for connections polls this often whether it was cancelled.
 const CANCEL_POLL: Duration = Duration::from_millis(5);
 /// [`Sender::send_round`] asks this often for the end of the round.
 const ROUND_POLL: Duration = Duration::from_millis(100);

@@ -13,7 +13,7 @@ pub(super) use crate::os::tcp::{Buffer, abort, tcp_info};
 /// A peer that its kernel or the network hides for this long is gone.
 pub const PEER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A wait for bytes looks this often whether it was cancelled.
+/// A wait for bytes polls this often whether it was cancelled.
 const CANCEL_POLL: Duration = Duration::from_millis(10);
 
 /// What both ends of a data connection want of it. A peer whose kernel acknowledges neither bytes (`TCP_USER_TIMEOUT`)

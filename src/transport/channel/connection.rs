@@ -96,8 +96,8 @@ pub(super) struct Connection<'a> {
     acknowledgement: Vec<u8>,
     acknowledged_any: bool,
     last_progress: Instant,
-    /// Since when others send copies of what is under way here.
-    copied_since: Option<Instant>,
+    /// Whether others send copies of what is under way here.
+    copied: bool,
     superseded: bool,
 }
 
@@ -130,7 +130,7 @@ impl<'a> Connection<'a> {
             acknowledgement: Vec::with_capacity(Acknowledgement::BYTES),
             acknowledged_any: false,
             last_progress: Instant::now(),
-            copied_since: None,
+            copied: false,
             superseded: false,
         })
     }
@@ -255,14 +255,13 @@ impl<'a> Connection<'a> {
             self.link.emptied_to(self.in_flight_bytes, self.frame_pages() * PAGE_SIZE as u64);
         }
         self.last_progress = Instant::now();
-        if self.in_flight.is_empty() {
-            self.sample(self.last_progress)?;
-        }
+        // Before the round may end, so that whoever awaits its end finds the estimate of all of it.
+        let sampled = if self.in_flight.is_empty() { self.sample(self.last_progress) } else { Ok(()) };
         self.session.scheduler.acknowledged(pages, copies);
-        if self.in_flight_pages == 0 && self.copied_since.take().is_some() {
+        if self.in_flight_pages == 0 && std::mem::take(&mut self.copied) {
             self.session.scheduler.end_copies(self.number);
         }
-        Ok(())
+        sampled
     }
 
     fn arrived(&self, content_pages: u64, zero_pages: u64) {
@@ -285,7 +284,7 @@ impl<'a> Connection<'a> {
             return Err(TransportError::TimedOut { what, after: still });
         }
         let scheduler = &self.session.scheduler;
-        if self.copied_since.is_some() {
+        if self.copied {
             if scheduler.have_copies_arrived(self.number, self.in_flight_pages) {
                 self.superseded = true;
                 let what = format!("channel {}, for which all others wait: a frame", self.counters.spec);
@@ -298,8 +297,7 @@ impl<'a> Connection<'a> {
                 Content::Pages { runs, .. } => Some(runs),
                 _ => None,
             });
-            let begun = scheduler.begin_copies(self.number, self.in_flight_pages, runs.flatten().copied());
-            self.copied_since = begun.then_some(now);
+            self.copied = scheduler.begin_copies(self.number, self.in_flight_pages, runs.flatten().copied());
         }
         Ok(())
     }
@@ -343,7 +341,7 @@ impl<'a> Connection<'a> {
     /// duration is never returned.
     fn prepare(&mut self, now: Instant) -> Result<Option<Duration>, TransportError> {
         // While others send copies, nothing is added to what is late.
-        if self.prepared.is_some() || self.copied_since.is_some() {
+        if self.prepared.is_some() || self.copied {
             return Ok(None);
         }
         self.full = self.in_flight.len() >= SLOTS || self.in_flight_bytes >= self.link.window_bytes();

@@ -165,7 +165,7 @@ impl Connections {
     /// Ends all connections; whether the last of their threads had ended before `deadline`.
     pub(super) fn stop(&self, deadline: Instant) -> bool {
         let state = self.state.lock();
-        // Release, read with Acquire: who sees it and ends, ends after whatever this thread did before.
+        // Release, read with Acquire: a thread that sees it and ends, ends after whatever this one did before.
         self.stopping.store(true, Ordering::Release);
         state.by_number.values().for_each(Connection::end);
         self.wait_until(state, deadline, |state| state.live() == 0)

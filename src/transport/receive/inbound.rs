@@ -4,7 +4,7 @@ use super::arrivals::Arrivals;
 use super::connections::Connections;
 use super::state::StateStream;
 
-/// Where what arrives goes, and who brings it.
+/// Where what arrives goes, and the connections that bring it.
 pub(super) struct Inbound {
     pub arrivals: Arrivals,
     pub state: StateStream,

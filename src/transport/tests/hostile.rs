@@ -178,7 +178,12 @@ enum Piece {
 fn pieces() -> impl Strategy<Value = Piece> {
     let run = (0..120_u64, prop_oneof![0..4_u32, any::<u32>()], any::<bool>())
         .prop_map(|(first, pages, zero)| run(first, pages, if zero { RunKind::Zero } else { RunKind::Raw }));
-    let kind = prop_oneof![4 => Just(FrameKind::Pages), 1 => Just(FrameKind::Retire)];
+    let kind = prop_oneof![
+        4 => Just(FrameKind::Pages),
+        1 => Just(FrameKind::Retire),
+        1 => Just(FrameKind::State),
+        1 => Just(FrameKind::Unknown(9)),
+    ];
     let frame = (
         kind,
         0..4_u64,

@@ -93,7 +93,7 @@ impl Ring {
         match self.io.submitter().submit_with_args(1, &SubmitArgs::new().timespec(&timeout)) {
             Ok(_) => Ok(()),
             Err(error) => match error.raw_os_error() {
-                // Time is up, a signal came, or completions must be worked off first: look at what there is.
+                // Time is up, a signal came, or completions must be worked off first: the caller takes what there is.
                 Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN) => Ok(()),
                 _ => Err(error),
             },

@@ -230,8 +230,9 @@ fn serve_source(stream: TcpStream) -> anyhow::Result<()> {
             memory.populate();
         }
         let wanted = case.listen_on(local);
-        let cpu = Cpu::of_this_process();
+        let cpu;
         if case.raw {
+            cpu = Cpu::of_this_process();
             let listeners = wanted.iter().map(TcpListener::bind).collect::<Result<Vec<_>, _>>()?;
             let bound = listeners.iter().map(TcpListener::local_addr).collect::<Result<Vec<_>, _>>()?;
             let addresses = case.connect_to(&bound);
@@ -241,7 +242,9 @@ fn serve_source(stream: TcpStream) -> anyhow::Result<()> {
         } else {
             let listener = DataListener::bind(&wanted)?;
             let addresses = case.connect_to(&listener.addresses());
+            // Clears what `populate` wrote: the price of used memory, not of a transfer.
             let receiver = listener.receive(MigrationToken(TOKEN), memory.guest().clone())?;
+            cpu = Cpu::of_this_process();
             lines.send(&Listening { addresses })?;
             lines.expect::<End>()?;
             receiver.close();
