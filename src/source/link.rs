@@ -61,13 +61,14 @@ impl Link {
     }
 
     /// Bytes of state that are on their way. The destination's word for what it has taken is believed as far as it can
-    /// be true.
+    /// be true; it may overtake the acknowledgements of the data connections.
     pub fn state_under_way(&self) -> Result<u64, SourceError> {
         let taken = self.control.state_taken();
-        self.state_bytes.checked_sub(taken).ok_or(SourceError::Unexpected {
+        let not_taken = self.state_bytes.checked_sub(taken).ok_or(SourceError::Unexpected {
             expected: "StateTaken of what was sent",
             got: "StateTaken of more",
-        })
+        })?;
+        Ok(not_taken.max(self.sender.state_under_way()))
     }
 
     /// The destination's next message, unless it ends the migration.

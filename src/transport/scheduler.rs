@@ -185,6 +185,11 @@ impl Scheduler {
         true
     }
 
+    /// Bytes of device state that are queued or on their way.
+    pub(super) fn state_bytes(&self) -> u64 {
+        self.state.lock().state_bytes
+    }
+
     /// The destination has a chunk of device state.
     pub(super) fn state_arrived(&self, chunk: &StateChunk) {
         let mut state = self.state.lock();

@@ -223,7 +223,8 @@ impl Sender {
 
     /// Queues a chunk of device state that begins at `offset` of the whole stream: any channel sends it, ahead of
     /// pages that no channel has yet, and another sends it again if that one dies. Never blocks: the caller sends no
-    /// further than [`STATE_WINDOW_BYTES`] beyond what the destination's VMM has taken.
+    /// further than [`STATE_WINDOW_BYTES`] beyond what the destination's VMM has taken, and has no more
+    /// [under way](Self::state_under_way).
     ///
     /// # Errors
     ///
@@ -242,6 +243,12 @@ impl Sender {
         } else {
             Err(TransportError::StateWindow { offset, limit: STATE_WINDOW_BYTES })
         }
+    }
+
+    /// Bytes of device state that are queued or on their way. The destination's VMM may have taken some of them already:
+    /// its word comes on another connection than the acknowledgements.
+    pub fn state_under_way(&self) -> u64 {
+        self.session.scheduler.state_bytes()
     }
 
     fn no_channel_left(&self) -> TransportError {

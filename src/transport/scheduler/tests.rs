@@ -308,7 +308,9 @@ fn no_more_device_state_is_taken_than_may_be_on_its_way() {
     assert!(scheduler.add_state(half(0)) && scheduler.add_state(half(1)) && !scheduler.add_state(chunk(2)));
     assert_eq!(scheduler.take(1, 1, &mut Vec::new()), Work::State(half(0)));
     assert!(!scheduler.add_state(chunk(2)));
+    assert_eq!(scheduler.state_bytes(), STATE_WINDOW_BYTES, "taken by a channel is not arrived");
     scheduler.state_arrived(&half(0));
+    assert_eq!(scheduler.state_bytes(), STATE_WINDOW_BYTES / 2);
     assert!(scheduler.add_state(chunk(2)));
 }
 

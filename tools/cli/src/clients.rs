@@ -118,9 +118,15 @@ impl Clients {
         self.orders.recv_timeout(time).ok()
     }
 
-    /// Waits for a decision on a migration that is [undecided](Order::undecided), for `time`.
-    pub fn resolution(&self, time: Duration) -> Option<Resolution> {
-        self.resolutions.recv_timeout(time).ok()
+    /// Waits for a decision on a migration that is [undecided](Order::undecided), as long as it takes.
+    pub fn resolution(&self) -> Resolution {
+        loop {
+            match self.resolutions.recv() {
+                Ok(resolution) => return resolution,
+                // Nobody attends to clients any more: a second signal is the way out.
+                Err(_) => thread::sleep(AFTER_FAILURE),
+            }
+        }
     }
 }
 
@@ -158,11 +164,17 @@ impl Order {
 }
 
 impl Resolution {
-    /// Tells the client that it is done, or why not. The next migration may be ordered.
-    pub fn end(self, answer: &Answer) -> LastAnswer {
+    /// Tells the client that it is done. The next migration may be ordered.
+    pub fn done(self) -> LastAnswer {
         *lock(&self.shared.state) = State::Idle;
-        push(&self.client, Worth::Report, answer);
+        push(&self.client, Worth::Report, &Answer::Resolved(self.decision));
         LastAnswer(self.client)
+    }
+
+    /// Tells the client why it cannot be done. Somebody has to decide anew.
+    pub fn failed(self, why: &str) {
+        *lock(&self.shared.state) = State::Undecided;
+        push(&self.client, Worth::Report, &Answer::Failed(why.to_owned()));
     }
 }
 

@@ -6,9 +6,12 @@ use std::time::Duration;
 
 use anyhow::Result;
 use ringferry::progress::{Progress, Update};
-use ringferry::source::{Outcome, Source, SourceError, SourceOptions, SourceReport, StandstillLimit};
-use ringferry::track::VcpuFigures;
+use ringferry::source::{
+    Outcome, Source, SourceError, SourceOptions, SourceReport, StandstillLimit, Unconfirmed,
+};
+use ringferry::track::{DirtySource, VcpuFigures};
 use ringferry::transport::{ChannelSpec, ChannelSpecError};
+use ringferry::vm::Vm;
 use serde::{Deserialize, Serialize};
 
 use crate::display::follow;
@@ -108,7 +111,7 @@ impl MigrateArgs {
 
     /// Migrates the VM of `host` to `destination`; every update goes to `show`. `before_per_s` is how fast the guest was.
     /// If the destination does not say whether it runs the VM, `decide` hears why, and the VM stands still until it
-    /// returns.
+    /// returns; it is asked again, with the reason, if the VM cannot be kept.
     ///
     /// # Errors
     ///
@@ -120,7 +123,7 @@ impl MigrateArgs {
         progress: &Progress,
         before_per_s: &[f64],
         show: impl FnMut(&Update) + Send,
-        mut decide: impl FnMut(&SourceError) -> Decision,
+        decide: impl FnMut(&SourceError) -> Decision,
     ) -> Result<Migrated> {
         let mut tracker = host.vm.dirty_source()?;
         let memory = host.vm.memory().clone();
@@ -137,20 +140,9 @@ impl MigrateArgs {
         });
         let migrated = match outcome? {
             Outcome::HandedOver(report) => report,
-            Outcome::Unconfirmed(mut unconfirmed) => loop {
-                let decision = decide(unconfirmed.cause());
-                match decision {
-                    Decision::Drop => drop(unconfirmed.release()),
-                    Decision::Keep => {
-                        if let Err((still_paused, error)) = unconfirmed.keep() {
-                            tracing::error!(%error, "the VM stays paused: decide again");
-                            unconfirmed = still_paused;
-                            continue;
-                        }
-                    }
-                }
-                return Ok(Migrated::Decided(decision));
-            },
+            Outcome::Unconfirmed(unconfirmed) => {
+                return Ok(Migrated::Decided(resolve(unconfirmed, decide)));
+            }
         };
         let end = host.seen();
         let marks = begin.as_ref().zip(end.as_ref());
@@ -184,6 +176,25 @@ impl MigrateArgs {
             ..ours
         })
     }
+}
+
+/// Does with the VM what `decide` says.
+fn resolve<V: Vm + ?Sized, D: DirtySource + ?Sized>(
+    mut unconfirmed: Unconfirmed<'_, V, D>,
+    mut decide: impl FnMut(&SourceError) -> Decision,
+) -> Decision {
+    let mut decision = decide(unconfirmed.cause());
+    while decision == Decision::Keep {
+        match unconfirmed.keep() {
+            Ok(()) => return decision,
+            Err((still, error)) => {
+                unconfirmed = still;
+                decision = decide(&error);
+            }
+        }
+    }
+    drop(unconfirmed.release());
+    decision
 }
 
 fn vcpu_report(

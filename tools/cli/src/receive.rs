@@ -124,7 +124,7 @@ impl<'s> Vms<'s, '_, '_> {
         while self.places > 0 || !self.taken.is_empty() {
             match destination.accept(Some(POLL), self.reception.interrupted) {
                 Ok(incoming) if self.places > 0 => {
-                    self.take(incoming)?;
+                    self.take(incoming);
                     since = Instant::now();
                 }
                 Ok(incoming) => self.turn_away(incoming),
@@ -150,15 +150,20 @@ impl<'s> Vms<'s, '_, '_> {
         Ok(self.all_well)
     }
 
-    fn take(&mut self, incoming: Incoming) -> Result<()> {
+    fn take(&mut self, incoming: Incoming) {
         let name = incoming.vm_id().to_owned();
         let reception = self.reception;
-        let handle = thread::Builder::new()
-            .name("incoming VM".to_owned())
-            .spawn_scoped(self.scope, move || reception.take(incoming))?;
-        self.taken.push((name, handle));
-        self.places -= 1;
-        Ok(())
+        let thread = thread::Builder::new().name("incoming VM".to_owned());
+        match thread.spawn_scoped(self.scope, move || reception.take(incoming)) {
+            Ok(handle) => {
+                self.taken.push((name, handle));
+                self.places -= 1;
+            }
+            Err(error) => {
+                let error = anyhow::Error::new(error).context("there is no thread for a VM that came");
+                self.fail(&error);
+            }
+        }
     }
 
     /// There is no place for this VM.

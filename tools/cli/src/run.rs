@@ -166,38 +166,41 @@ impl Waiting<'_> {
         }
         interrupt::promise("the migration is cancelled, and the guest ends");
         let vm_id = host.name.clone();
-        let mut resolution = None;
-        let decide = |cause: &SourceError| {
-            let decided = self.hold(&order, &vm_id, cause);
-            resolution.insert(decided).decision
+        let mut resolution: Option<Resolution> = None;
+        let decide = |error: &SourceError| {
+            match resolution.take() {
+                None => self.announce_undecided(&order, &vm_id, error),
+                Some(resolution) => resolution.failed(&error.to_string()),
+            }
+            resolution.insert(self.clients.resolution()).decision
         };
         let migrated = interrupt::cancelling(
             self.interrupted,
             || progress.parameters().cancel(),
             || args.migrate(host, to, progress, before_per_s, |update| order.update(update), decide),
         );
+        if resolution.is_some() {
+            // A signal that came while the VM was held was not about what it has become.
+            interrupt::forget();
+        }
         interrupt::promise(GUEST_ENDS);
-        match (migrated, resolution) {
-            (Ok(Migrated::Moved(report)), _) => {
+        match migrated {
+            Ok(Migrated::Moved(report)) => {
                 let answer = order.end(&Answer::Report(report.clone()));
                 Ok(Served::Moved(report, answer))
             }
-            (Ok(Migrated::Decided(decision)), resolution) => {
+            Ok(Migrated::Decided(decision)) => {
                 Told::Resolved { vm_id, decision }.tell(self.output)?;
                 if let Some(resolution) = resolution {
-                    resolution.end(&Answer::Resolved(decision)).delivered();
+                    resolution.done().delivered();
                 }
                 Ok(match decision {
                     Decision::Keep => Served::StillHere,
                     Decision::Drop => Served::Dropped,
                 })
             }
-            (Err(error), resolution) => {
-                let failed = Answer::Failed(format!("{error:#}"));
-                let answer = match resolution {
-                    Some(resolution) => resolution.end(&failed),
-                    None => order.end(&failed),
-                };
+            Err(error) => {
+                let answer = order.end(&Answer::Failed(format!("{error:#}")));
                 if host.vm.status().contains(&VcpuStatus::Paused) {
                     answer.delivered();
                     bail!(error)
@@ -208,8 +211,9 @@ impl Waiting<'_> {
         }
     }
 
-    /// Holds a VM of which nobody knows whether the destination runs it, until somebody has decided.
-    fn hold(&self, order: &Order, vm_id: &str, cause: &SourceError) -> Resolution {
+    /// Says that nobody knows whether the destination runs the VM, and what can be done. From here on it is held until
+    /// somebody has decided.
+    fn announce_undecided(&self, order: &Order, vm_id: &str, cause: &SourceError) {
         interrupt::promise(VM_IS_HELD);
         interrupt::forget();
         let (destination, monitor) = (order.to.clone(), self.monitor.option());
@@ -223,12 +227,5 @@ impl Waiting<'_> {
         if let Err(error) = told {
             tracing::warn!(%error, "the undecided end could not be told");
         }
-        let resolution = loop {
-            if let Some(resolution) = self.clients.resolution(REPORT_EVERY) {
-                break resolution;
-            }
-        };
-        interrupt::forget();
-        resolution
     }
 }

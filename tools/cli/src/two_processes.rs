@@ -63,10 +63,11 @@ impl Crossing {
         let progress = &args.progress()?;
         let address = self.receiver.address().to_owned();
         let (host, receiver) = (&mut self.host, &mut self.receiver);
-        // It may run the guest, as long as it lives.
+        // It may run the guest, as long as it lives. A guest that cannot be kept is lost.
+        let mut decisions = [Decision::Keep].into_iter();
         let decide = |_: &SourceError| {
             receiver.end_now();
-            Decision::Keep
+            decisions.next().unwrap_or(Decision::Drop)
         };
         interrupt::promise(
             "the migration is cancelled; the guest goes on at the source, and ends with the command",
