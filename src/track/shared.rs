@@ -139,9 +139,7 @@ impl Shared {
             pending.remove_run(hole);
         }
         if pending.everything {
-            // Off forgets what is protected, on protects all. What is written in between is in the set already.
-            slots.set_logging(&*self.kernel, false)?;
-            slots.set_logging(&*self.kernel, true)?;
+            slots.log_anew(&*self.kernel)?;
             for region in slots.regions() {
                 pending.pages_mut().insert_run(region.pages);
             }

@@ -13,11 +13,11 @@ use super::pending::Pending;
 use super::redirtied::Redirtied;
 use super::rings::Rings;
 use super::shared::{Backend, External, ExternalId, Shared, State};
-use super::slots::Slots;
+use super::slots::{Slots, log_anew};
 use super::source::{DirtySource, Observed};
 use super::vcpu::Vcpu;
 use crate::kvm::ring::DirtyRing;
-use crate::kvm::{Kernel, KvmError, RingSize, VmFd, caps};
+use crate::kvm::{Kernel, KvmError, ManualProtect, RingSize, VmFd, caps};
 use crate::layout::{GuestMemory, PageRun, SlotId};
 use crate::page_set::{AtomicPageSet, PageSet};
 #[cfg(any(test, feature = "testing"))]
@@ -44,7 +44,7 @@ impl DirtyTracker {
     ///
     /// [`TrackError::Kvm`]: no rings here, none of this size, or too late, because a vCPU exists.
     pub fn enable(vm: &impl AsRawFd, size: RingSize) -> Result<Self, TrackError> {
-        let vm = VmFd::duplicate(vm)?;
+        let vm = VmFd::duplicate(vm, ManualProtect::Off)?;
         let beside = caps::enable_ring(vm.as_fd(), size)?.then(BitmapLog::default);
         Ok(Self::on(Box::new(vm), Backend::Ring { size, rings: Rings::default(), beside }))
     }
@@ -55,7 +55,7 @@ impl DirtyTracker {
     ///
     /// [`TrackError::Kvm`]: this KVM cannot protect manually.
     pub fn enable_bitmap(vm: &impl AsRawFd) -> Result<Self, TrackError> {
-        let vm = VmFd::duplicate(vm)?;
+        let vm = VmFd::duplicate(vm, ManualProtect::On)?;
         caps::enable_manual_protect(vm.as_fd())?;
         Ok(Self::on(Box::new(vm), Backend::Bitmap(BitmapLog::default())))
     }
@@ -132,7 +132,7 @@ impl DirtyTracker {
         if state.tracking {
             let mut refused = Ok(());
             for region in memory.regions() {
-                refused = refused.and_then(|()| self.shared.kernel.set_dirty_logging(region, true));
+                refused = refused.and_then(|()| log_anew(&*self.shared.kernel, region));
             }
             if let Err(error) = refused {
                 memory.regions().iter().for_each(|region| state.slots.remove(region.slot));
@@ -324,7 +324,7 @@ impl DirtySource for DirtyTracker {
         }
         state.pending.forget();
         state.start_externals()?;
-        if let Err(error) = state.slots.set_logging(&*self.shared.kernel, true) {
+        if let Err(error) = state.slots.log_anew(&*self.shared.kernel) {
             state.stop_externals();
             return Err(error.into());
         }
@@ -363,7 +363,7 @@ impl DirtySource for DirtyTracker {
         state.tracking = false;
         self.shared.tracking.store(false, Ordering::Relaxed);
         state.stop_externals();
-        let logging_off = state.slots.set_logging(&*self.shared.kernel, false);
+        let logging_off = state.slots.stop_logging(&*self.shared.kernel);
         if let Backend::Ring { rings, .. } = &mut state.backend {
             rings.recycle(self.shared.context(&state.slots), &mut state.pending)?;
         }
