@@ -30,12 +30,12 @@ impl Pending {
         Self { pages: empty(), reported: empty(), given_back: empty(), unsure: empty(), everything: false }
     }
 
-    /// Makes room for pages below `end`.
-    pub(super) fn grow(&mut self, end: PageIndex) {
+    /// Guest RAM ends at `end` from now on; pages beyond have been removed.
+    pub(super) fn resize(&mut self, end: PageIndex) {
         for set in [&mut self.pages, &mut self.reported, &mut self.given_back, &mut self.unsure] {
-            if set.capacity() < end {
-                let small = std::mem::replace(set, PageSet::new(end));
-                set.union(&small);
+            if set.capacity() != end {
+                let before = std::mem::replace(set, PageSet::new(end));
+                set.union(&before);
             }
         }
     }

@@ -543,6 +543,28 @@ fn what_no_vcpu_wrote_comes_from_the_bitmap_beside_the_rings_with_the_final_harv
 }
 
 #[test]
+fn when_the_topmost_memory_is_unplugged_a_set_of_what_is_left_is_large_enough() {
+    let mut model = Model::new(1, 0, 0, false);
+    model.write(0, 1, 7);
+    model.write(0, 2, 7);
+    model.tracker.mark_dirty(PageRun { first: slot_pages(2).first, pages: 2 });
+    model.remove_slot(2);
+    let left = PageIndex(slot_pages(1).end().0);
+    for expected in [1, 0] {
+        let mut dirty = PageSet::new(left);
+        model.tracker.harvest(&mut dirty).unwrap();
+        assert_eq!(dirty.len(), expected);
+        model.send(&dirty);
+    }
+    let too_small = model.tracker.harvest(&mut PageSet::new(PageIndex(left.0 - 1)));
+    assert!(matches!(too_small, Err(TrackError::SetTooSmall { needed, .. }) if needed == left));
+    model.add_slot(2);
+    model.harvest();
+    model.write(0, 2, 299);
+    model.check_nothing_is_lost();
+}
+
+#[test]
 fn what_was_given_back_outlasts_everything_but_a_harvest() {
     let mut model = Model::new(1, 0, 0, false);
     let (kept, other) = (slot_pages(1).first, slot_pages(2).first);

@@ -140,7 +140,7 @@ impl DirtyTracker {
             }
         }
         let end = state.slots.end();
-        state.pending.grow(end);
+        state.pending.resize(end);
         let mut marks = self.shared.marks.write().unwrap_or_else(PoisonError::into_inner);
         if marks.capacity() < end {
             marks.drain_into(state.pending.pages_mut());
@@ -172,6 +172,7 @@ impl DirtyTracker {
         }
         state.slots.remove(slot);
         state.pending.remove_run(region.pages);
+        state.pending.resize(state.slots.end());
         Ok(())
     }
 
