@@ -241,12 +241,20 @@ impl FakeKernel {
     ///
     /// When the address space is used up.
     pub fn create_slot(&self, slot: SlotId, pages: PageRun) -> GuestMemory {
-        let count = index(pages.pages);
         let ram = AnonymousRam::with_slots(&[(slot, pages)], Backing::SmallPages);
-        let words = vec![0; count.div_ceil(64)];
-        let fake = FakeSlot { logging: false, writable: vec![true; count], bitmap: words };
-        self.lock().slots.insert(slot.0, fake);
-        ram.expect("address space for a fake slot").memory().clone()
+        let memory = ram.expect("address space for a fake slot").memory().clone();
+        self.create_slots(&memory);
+        memory
+    }
+
+    /// Creates the slots of memory that there is already.
+    pub fn create_slots(&self, memory: &GuestMemory) {
+        for region in memory.regions() {
+            let count = index(region.pages.pages);
+            let words = vec![0; count.div_ceil(64)];
+            let fake = FakeSlot { logging: false, writable: vec![true; count], bitmap: words };
+            self.lock().slots.insert(region.slot.0, fake);
+        }
     }
 
     /// Deletes a slot.

@@ -70,9 +70,11 @@ impl Pending {
     }
 
     /// These pages are no longer RAM.
-    pub(super) fn remove_run(&mut self, run: PageRun) {
-        for set in [&mut self.pages, &mut self.reported, &mut self.given_back, &mut self.unsure] {
-            set.remove_run(run);
+    pub(super) fn remove_runs(&mut self, runs: Vec<PageRun>) {
+        for run in runs {
+            for set in [&mut self.pages, &mut self.reported, &mut self.given_back, &mut self.unsure] {
+                set.remove_run(run);
+            }
         }
     }
 

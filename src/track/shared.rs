@@ -135,9 +135,7 @@ impl Shared {
         {
             log.collect_beside_rings(cx, pending.pages_mut())?;
         }
-        for hole in slots.holes(pending.capacity()) {
-            pending.remove_run(hole);
-        }
+        pending.remove_runs(slots.holes(pending.capacity()));
         if pending.everything {
             slots.log_anew(&*self.kernel)?;
             for region in slots.regions() {

@@ -27,18 +27,19 @@ pub(super) struct Slots {
 }
 
 impl Slots {
-    /// The ids of `memory`'s regions are new, to the table and to each other.
+    /// The regions of `memory` have ids, pages and host memory that no slot of the table has, nor another of them.
     fn check_new(&self, memory: &GuestMemory) -> Result<(), TrackError> {
         let mut ids: Vec<SlotId> = memory.regions().iter().map(|region| region.slot).collect();
         ids.extend(self.slots.iter().map(|slot| slot.id));
         ids.sort_unstable();
-        match ids.windows(2).find(|pair| pair[0] == pair[1]) {
-            Some(pair) => Err(TrackError::SlotKnown(pair[0])),
-            None => Ok(()),
+        if let Some(pair) = ids.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Err(TrackError::SlotKnown(pair[0]));
         }
+        let conflict = |region: &Region| self.regions().find_map(|known| known.conflict(region));
+        memory.regions().iter().find_map(conflict).map_or(Ok(()), |error| Err(error.into()))
     }
 
-    /// Adds every region of `memory` as a slot; none, if one is known already.
+    /// Adds every region of `memory` as a slot; none, if one cannot be.
     pub(super) fn add(&mut self, memory: &GuestMemory) -> Result<(), TrackError> {
         self.check_new(memory)?;
         let memory = Arc::new(memory.clone());
@@ -70,7 +71,7 @@ impl Slots {
         self.regions().map(|region| region.pages.end()).max().unwrap_or(PageIndex(0))
     }
 
-    /// What lies between the slots, below `end`.
+    /// What no slot has, below `end`.
     pub(super) fn holes(&self, end: PageIndex) -> Vec<PageRun> {
         let mut runs: Vec<PageRun> = self.regions().map(|region| region.pages).collect();
         runs.sort_by_key(|run| run.first);

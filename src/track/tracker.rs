@@ -123,9 +123,14 @@ impl DirtyTracker {
     /// Every region of `memory` is a slot from now on. The VMM calls this once it has created the slots, at start-up
     /// or when memory is plugged in. While tracking is on, all of the new memory counts as dirty.
     ///
+    /// What system management mode sees is added besides, by
+    /// [`in_address_space`](GuestMemory::in_address_space). A page that two slots have then is dirty once, and no longer
+    /// RAM when both are removed.
+    ///
     /// # Errors
     ///
-    /// [`TrackError::SlotKnown`] for an id that is in use, or what KVM refused; no region is added then.
+    /// [`TrackError::SlotKnown`] for an id that is in use, [`TrackError::Layout`] for pages or host memory that are, or
+    /// what KVM refused; no region is added then.
     pub fn add_memory(&self, memory: &GuestMemory) -> Result<(), TrackError> {
         let state = &mut *self.shared.lock();
         state.slots.add(memory)?;
@@ -171,7 +176,8 @@ impl DirtyTracker {
             rings.recycle(self.shared.context(&state.slots), &mut state.pending)?;
         }
         state.slots.remove(slot);
-        state.pending.remove_run(region.pages);
+        // Not simply its pages: another address space may have them, too.
+        state.pending.remove_runs(state.slots.holes(state.pending.capacity()));
         state.pending.resize(state.slots.end());
         Ok(())
     }
