@@ -33,10 +33,7 @@ impl Pending {
     /// Guest RAM ends at `end` from now on; pages beyond have been removed.
     pub(super) fn resize(&mut self, end: PageIndex) {
         for set in [&mut self.pages, &mut self.reported, &mut self.given_back, &mut self.unsure] {
-            if set.capacity() != end {
-                let before = std::mem::replace(set, PageSet::new(end));
-                set.union(&before);
-            }
+            set.resize(end);
         }
     }
 

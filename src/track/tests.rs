@@ -5,6 +5,8 @@
 //! have been sent in its last version. A page handed out before it was protected, an entry lost, a page given back
 //! and forgotten: each leaves a page behind.
 
+mod edges;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
@@ -12,7 +14,7 @@ use proptest::sample::Index;
 
 use super::*;
 use crate::kvm::RingSize;
-use crate::layout::{LayoutError, PageIndex, PageRun, SlotId};
+use crate::layout::{PageIndex, PageRun, SlotId};
 use crate::page_set::PageSet;
 use crate::testing::{FakeKernel, Interruption, WriteDuringReset};
 use crate::vm::{Paused, VmError};
@@ -540,63 +542,6 @@ fn what_no_vcpu_wrote_comes_from_the_bitmap_beside_the_rings_with_the_final_harv
     let first = slot_pages(1).first.0;
     let pages: Vec<u64> = dirty.runs().flat_map(|run| run.first.0..run.end().0).collect();
     assert_eq!(pages, [first + 5, first + 70, first + 71]);
-}
-
-#[test]
-fn when_the_topmost_memory_is_unplugged_a_set_of_what_is_left_is_large_enough() {
-    let mut model = Model::new(1, 0, 0, false);
-    model.write(0, 1, 7);
-    model.write(0, 2, 7);
-    model.tracker.mark_dirty(PageRun { first: slot_pages(2).first, pages: 2 });
-    model.remove_slot(2);
-    let left = PageIndex(slot_pages(1).end().0);
-    for expected in [1, 0] {
-        let mut dirty = PageSet::new(left);
-        model.tracker.harvest(&mut dirty).unwrap();
-        assert_eq!(dirty.len(), expected);
-        model.send(&dirty);
-    }
-    let too_small = model.tracker.harvest(&mut PageSet::new(PageIndex(left.0 - 1)));
-    assert!(matches!(too_small, Err(TrackError::SetTooSmall { needed, .. }) if needed == left));
-    model.add_slot(2);
-    model.harvest();
-    model.write(0, 2, 299);
-    model.check_nothing_is_lost();
-}
-
-#[test]
-fn memory_whose_place_is_taken_is_refused_wherever_it_was_added() {
-    let model = Model::new(1, 0, 0, false);
-    let taken = PageRun { first: PageIndex(slot_pages(1).end().0 - 1), pages: 4 };
-    for slot in [SlotId(9), SlotId(0x1_0009)] {
-        let refused = model.tracker.add_memory(&model.kernel.create_slot(slot, taken));
-        assert!(
-            matches!(refused, Err(TrackError::Layout(LayoutError::Overlap(page))) if page == taken.first),
-            "{slot:?}: {refused:?}"
-        );
-        assert!(matches!(model.tracker.remove_slot(slot), Err(TrackError::SlotUnknown(_))));
-    }
-}
-
-/// System management mode has slots of its own over the same memory.
-#[test]
-fn a_page_of_two_address_spaces_stays_dirty_when_one_of_its_slots_goes() {
-    let mut model = Model::new(1, 0, 0, false);
-    let pages = PageRun { first: PageIndex(slot_pages(SLOTS - 1).end().0 + 10), pages: 50 };
-    let memory = model.kernel.create_slot(SlotId(9), pages);
-    let smm = memory.in_address_space(1);
-    model.kernel.create_slots(&smm);
-    model.tracker.add_memory(&memory).unwrap();
-    model.tracker.add_memory(&smm).unwrap();
-    model.tracker.harvest(&mut PageSet::new(pages.end())).unwrap();
-    for (slot, offset) in [(SlotId(9), 3), (SlotId(0x1_0009), 3), (SlotId(0x1_0009), 4)] {
-        assert!(model.kernel.write(0, slot, offset));
-    }
-    model.tracker.remove_slot(SlotId(0x1_0009)).unwrap();
-    let mut dirty = PageSet::new(pages.end());
-    model.tracker.harvest(&mut dirty).unwrap();
-    let found: Vec<u64> = dirty.runs().flat_map(|run| run.first.0..run.end().0).collect();
-    assert_eq!(found, [pages.first.0 + 3, pages.first.0 + 4]);
 }
 
 #[test]
