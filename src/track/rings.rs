@@ -109,15 +109,20 @@ impl Ring {
             self.overflowed("every entry of its ring was dirty");
         }
         if self.suspect {
-            pending.everything = true;
             match self.ring.gap() {
                 Some(gap) => {
+                    pending.everything = true;
                     self.ring.skip(gap);
                     self.take_entries(cx, pending);
                     self.suspect = self.ring.unconfirmed() == self.ring.size().entries();
                 }
+                // Nothing is dirty anywhere in the ring: KVM has pushed nothing since memory was protected anew.
+                None if taken == 0 => {}
                 // Entries stood where they should, and none stands elsewhere.
-                None => self.suspect &= taken == 0 || taken == self.ring.size().entries(),
+                None => {
+                    pending.everything = true;
+                    self.suspect = taken == self.ring.size().entries();
+                }
             }
         }
         (self.observed, self.repeated) = (0, 0);

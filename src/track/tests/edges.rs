@@ -26,6 +26,30 @@ fn when_the_topmost_memory_is_unplugged_a_set_of_what_is_left_is_large_enough() 
 }
 
 #[test]
+fn an_overflowed_ring_whose_vcpu_idles_makes_all_of_ram_dirty_once() {
+    let mut model = Model::new(2, 0, 0, false);
+    let over: Vec<u64> = (0..u64::from(RING) + 40).collect();
+    model.emulate(0, 1, &over);
+    let harvested = |model: &mut Model| {
+        let mut dirty = PageSet::new(end());
+        model.tracker.harvest(&mut dirty).unwrap();
+        model.send(&dirty);
+        dirty.len()
+    };
+    let all = u64::from(SLOTS) * SLOT_PAGES;
+    assert_eq!(harvested(&mut model), all);
+    model.write(1, 2, 9);
+    assert_eq!((harvested(&mut model), harvested(&mut model)), (1, 0));
+    // What it writes now stands behind a gap of entries that were overwritten.
+    model.write(0, 1, 5);
+    assert_eq!((harvested(&mut model), harvested(&mut model)), (all, 0));
+    let figures = model.tracker.snapshot();
+    assert_eq!((figures.vcpus[0].overflows, figures.rearms), (1, 2));
+    model.write(0, 1, 6);
+    model.check_nothing_is_lost();
+}
+
+#[test]
 fn memory_whose_place_is_taken_is_refused_wherever_it_was_added() {
     let model = Model::new(1, 0, 0, false);
     let taken = PageRun { first: PageIndex(slot_pages(1).end().0 - 1), pages: 4 };
