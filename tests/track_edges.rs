@@ -9,24 +9,33 @@ use std::collections::BTreeSet;
 use bare::{BareVm, DATA, Privilege, Work, kvm};
 use kvm_bindings::{
     KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
-    KVM_MEM_LOG_DIRTY_PAGES, kvm_enable_cap, kvm_userspace_memory_region,
+    KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_enable_cap, kvm_userspace_memory_region,
 };
-use ringferry::kvm::RingSize;
+use ringferry::kvm::{KvmError, RingSize};
 use ringferry::track::DirtyTracker;
-use ringferry::{DirtySource, PAGE_SIZE, PageIndex, PageSet, Region};
+use ringferry::{DirtySource, PAGE_SIZE, PageIndex, PageRun, PageSet, Region, SlotId, TrackError};
 
 const PAGES: u64 = 2000;
 
-fn set_slot(vm: &BareVm, region: &Region, flags: u32) {
-    let slot = kvm_userspace_memory_region {
+fn slot_of(region: &Region, flags: u32) -> kvm_userspace_memory_region {
+    kvm_userspace_memory_region {
         slot: region.slot.0,
         flags,
         guest_phys_addr: region.pages.first.address().0,
         memory_size: region.pages.pages * PAGE_SIZE as u64,
         userspace_addr: region.host.addr() as u64,
-    };
-    // SAFETY: the same memory as before, which belongs to the VM and outlives its descriptor.
-    unsafe { vm.fd().set_user_memory_region(slot) }.unwrap();
+    }
+}
+
+fn set_slot(vm: &BareVm, region: &Region, flags: u32) {
+    // SAFETY: the memory of a slot, which belongs to the VM and outlives its descriptor.
+    unsafe { vm.fd().set_user_memory_region(slot_of(region, flags)) }.unwrap();
+}
+
+fn delete_slot(vm: &BareVm, region: &Region) {
+    let nothing = kvm_userspace_memory_region { memory_size: 0, ..slot_of(region, 0) };
+    // SAFETY: a slot that is deleted gives no memory to anybody.
+    unsafe { vm.fd().set_user_memory_region(nothing) }.unwrap();
 }
 
 fn set_initially_set(vm: &BareVm) {
@@ -96,4 +105,71 @@ fn a_vmm_that_wants_all_pages_dirty_at_first_cannot_make_the_tracker_blind() {
             }
         }
     }
+}
+
+/// Whether any slot of KVM's has these pages: another slot is refused if one has.
+fn is_taken(vm: &BareVm, region: &Region) -> bool {
+    let other = Region { slot: SlotId(77), ..*region };
+    // SAFETY: the memory of a slot, which belongs to the VM and outlives its descriptor.
+    let created = unsafe { vm.fd().set_user_memory_region(slot_of(&other, 0)) };
+    if created.is_ok() {
+        delete_slot(vm, &other);
+    }
+    created.is_err()
+}
+
+#[test]
+fn a_slot_that_the_vmm_deleted_is_named_and_does_not_come_back() {
+    let Some(kvm) = kvm() else { return };
+    for (pages, rings) in [(PAGES, true), (PAGES, false), (1, true)] {
+        let vm = BareVm::new(&kvm, &[PAGES, pages]).unwrap();
+        let tracker = match rings {
+            true => DirtyTracker::enable(vm.fd(), RingSize::default()),
+            false => DirtyTracker::enable_bitmap(vm.fd()),
+        };
+        let mut tracker = tracker.unwrap();
+        tracker.add_memory(vm.memory()).unwrap();
+        let deleted = vm.memory().regions()[1];
+        let is_gone = |result| matches!(result, Err(TrackError::Kvm(KvmError::SlotGone(SlotId(2)))));
+        delete_slot(&vm, &deleted);
+        assert!(is_gone(tracker.start()));
+        assert!(!is_taken(&vm, &deleted), "start brought it back");
+        // With another slot in its place.
+        set_slot(&vm, &Region { slot: SlotId(5), ..deleted }, 0);
+        assert!(is_gone(tracker.start()));
+        delete_slot(&vm, &Region { slot: SlotId(5), ..deleted });
+
+        set_slot(&vm, &deleted, 0);
+        tracker.start().unwrap();
+        delete_slot(&vm, &deleted);
+        assert!(is_gone(tracker.stop()));
+        assert!(!is_taken(&vm, &deleted), "stop brought it back");
+        set_slot(&vm, &deleted, 0);
+        tracker.start().unwrap();
+        delete_slot(&vm, &deleted);
+        tracker.remove_slot(SlotId(2)).unwrap();
+        assert!(!is_taken(&vm, &deleted), "remove_slot brought it back");
+        tracker.stop().unwrap();
+        tracker.start().unwrap();
+    }
+}
+
+#[test]
+fn a_slot_whose_logging_cannot_be_switched_is_named_with_the_reason() {
+    let Some(kvm) = kvm() else { return };
+    let vm = BareVm::new(&kvm, &[PAGES, PAGES]).unwrap();
+    let mut tracker = DirtyTracker::enable(vm.fd(), RingSize::default()).unwrap();
+    tracker.add_memory(vm.memory()).unwrap();
+    let slot = vm.memory().regions()[1];
+    let half = Region { pages: PageRun { pages: PAGES / 2, ..slot.pages }, ..slot };
+    for (region, flags) in [(slot, KVM_MEM_READONLY), (half, 0)] {
+        delete_slot(&vm, &slot);
+        set_slot(&vm, &region, flags);
+        let refused = tracker.start().unwrap_err();
+        assert!(matches!(refused, TrackError::Kvm(KvmError::SlotDiffers(SlotId(2)))), "{refused:?}");
+        assert!(refused.to_string().contains("read-only"), "{refused}");
+    }
+    delete_slot(&vm, &slot);
+    set_slot(&vm, &slot, 0);
+    tracker.start().unwrap();
 }

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::io;
 
+use crate::layout::SlotId;
+
 /// Why something could not be had of KVM.
 #[derive(Debug)]
 #[non_exhaustive]
@@ -33,6 +35,11 @@ pub enum KvmError {
     ManualProtectUnsupported,
     /// The bitmap of a VM was asked for whose rings are on (`ENXIO`).
     RingInUse,
+    /// The slot is not there (any more).
+    SlotGone(SlotId),
+    /// The slot is there, and KVM refuses to switch its logging (`EINVAL`): it is read-only, or KVM has it with another
+    /// size, at another host address, or on guest_memfd.
+    SlotDiffers(SlotId),
     /// Any other answer.
     Ioctl {
         /// Which call.
@@ -76,6 +83,15 @@ impl fmt::Display for KvmError {
             Self::RingInUse => {
                 write!(f, "the VM has dirty rings, so KVM keeps no bitmap for it: use the ring")
             }
+            Self::SlotGone(slot) => write!(
+                f,
+                "KVM has no slot {slot:?}: call `remove_slot` before a slot is deleted, and `add_memory` after it was created"
+            ),
+            Self::SlotDiffers(slot) => write!(
+                f,
+                "KVM cannot switch dirty logging of {slot:?}: the slot is read-only or on guest_memfd, and is then left \
+                 out of `add_memory`, or its size or host address is not what `add_memory` was told"
+            ),
             Self::Ioctl { name, source } => write!(f, "{name}: {source}"),
             Self::Map(source) => write!(
                 f,

@@ -25,7 +25,7 @@ pub(crate) trait Kernel: Send + Sync + fmt::Debug {
     /// have left unprotected the pages of the last ones that it counts.
     fn reset_dirty_rings(&self) -> Result<ResetCount, KvmError>;
 
-    /// Switches dirty logging of a slot on, which protects every page of it, or off.
+    /// Switches dirty logging of a slot on, which protects every page of it, or off. A slot that is gone stays gone.
     fn set_dirty_logging(&self, region: &Region, enabled: bool) -> Result<(), KvmError>;
 
     /// Fills `words` with the bitmap of a slot of `pages` pages, without clearing it.

@@ -361,10 +361,6 @@ impl fmt::Debug for FakeKernel {
     }
 }
 
-fn no_slot(name: &'static str) -> KvmError {
-    KvmError::Ioctl { name, source: std::io::Error::from_raw_os_error(libc::ENOENT) }
-}
-
 impl Kernel for FakeKernel {
     fn reset_dirty_rings(&self) -> Result<ResetCount, KvmError> {
         Ok(self.lock().reset())
@@ -372,8 +368,7 @@ impl Kernel for FakeKernel {
 
     fn set_dirty_logging(&self, region: &Region, enabled: bool) -> Result<(), KvmError> {
         let inner = &mut *self.lock();
-        let slot =
-            inner.slots.get_mut(&region.slot.0).ok_or_else(|| no_slot("KVM_SET_USER_MEMORY_REGION"))?;
+        let slot = inner.slots.get_mut(&region.slot.0).ok_or(KvmError::SlotGone(region.slot))?;
         if enabled && !slot.logging {
             slot.writable.fill(false);
             slot.bitmap.fill(0);
@@ -384,14 +379,14 @@ impl Kernel for FakeKernel {
 
     fn get_dirty_log(&self, slot: SlotId, _: u64, words: &mut [u64]) -> Result<(), KvmError> {
         let inner = self.lock();
-        let slot = inner.slots.get(&slot.0).ok_or_else(|| no_slot("KVM_GET_DIRTY_LOG"))?;
+        let slot = inner.slots.get(&slot.0).ok_or(KvmError::SlotGone(slot))?;
         words.copy_from_slice(&slot.bitmap);
         Ok(())
     }
 
     fn clear_dirty_log(&self, slot: SlotId, pages: u64, words: &[u64]) -> Result<(), KvmError> {
         let inner = &mut *self.lock();
-        let slot = inner.slots.get_mut(&slot.0).ok_or_else(|| no_slot("KVM_CLEAR_DIRTY_LOG"))?;
+        let slot = inner.slots.get_mut(&slot.0).ok_or(KvmError::SlotGone(slot))?;
         for offset in (0..pages).filter(|offset| words[index(offset / 64)] >> (offset % 64) & 1 != 0) {
             slot.bitmap[index(offset / 64)] &= !(1 << (offset % 64));
             slot.writable[index(offset)] = false;

@@ -164,12 +164,17 @@ impl DirtyTracker {
     ///
     /// # Errors
     ///
-    /// [`TrackError::SlotUnknown`], or what KVM refused; the slot is then still tracked.
+    /// [`TrackError::SlotUnknown`], or what KVM refused; the slot is then still tracked. A slot that the VMM has deleted
+    /// already is forgotten.
     pub fn remove_slot(&self, slot: SlotId) -> Result<(), TrackError> {
         let state = &mut *self.shared.lock();
         let region = *state.slots.get(slot).ok_or(TrackError::SlotUnknown(slot))?;
         if state.tracking {
-            self.shared.kernel.set_dirty_logging(&region, false)?;
+            match self.shared.kernel.set_dirty_logging(&region, false) {
+                // The VMM was too early. It can do nothing better now than to have the slot forgotten.
+                Err(KvmError::SlotGone(_)) => {}
+                switched => switched?,
+            }
         }
         // With logging off, nothing new can name the slot.
         if let Backend::Ring { rings, .. } = &mut state.backend {
