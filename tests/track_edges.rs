@@ -5,8 +5,10 @@
 mod bare;
 
 use std::collections::BTreeSet;
+use std::fs::File;
+use std::os::fd::{AsRawFd, FromRawFd};
 
-use bare::{BareVm, DATA, Privilege, Work, kvm};
+use bare::{BareVcpu, BareVm, DATA, Privilege, Work, kvm};
 use kvm_bindings::{
     KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
     KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_enable_cap, kvm_userspace_memory_region,
@@ -50,6 +52,11 @@ fn set_initially_set(vm: &BareVm) {
 
 fn log_every_slot(vm: &BareVm) {
     vm.memory().regions().iter().for_each(|region| set_slot(vm, region, KVM_MEM_LOG_DIRTY_PAGES));
+}
+
+fn memfd() -> File {
+    // SAFETY: a name that is a string, and a descriptor that nobody else knows.
+    unsafe { File::from_raw_fd(libc::memfd_create(c"edge".as_ptr(), libc::MFD_CLOEXEC)) }
 }
 
 fn pages(set: &PageSet) -> BTreeSet<u64> {
@@ -172,4 +179,43 @@ fn a_slot_whose_logging_cannot_be_switched_is_named_with_the_reason() {
     delete_slot(&vm, &slot);
     set_slot(&vm, &slot, 0);
     tracker.start().unwrap();
+}
+
+#[test]
+fn what_is_no_vcpu_of_this_vm_is_not_attached() {
+    let Some(kvm) = kvm() else { return };
+    let vm = BareVm::new(&kvm, &[PAGES]).unwrap();
+    let tracker = DirtyTracker::enable(vm.fd(), RingSize::default()).unwrap();
+    let refused = |other: &dyn AsRawFd| match tracker.attach_vcpu(0, &other.as_raw_fd()) {
+        Err(TrackError::Kvm(error)) => error,
+        other => panic!("attached: {other:?}"),
+    };
+    let empty = memfd();
+    assert!(matches!(refused(&empty), KvmError::NotVcpu), "access would be SIGBUS");
+    empty.set_len(1 << 21).unwrap();
+    assert!(matches!(refused(&empty), KvmError::NotVcpu));
+    assert!(matches!(refused(vm.fd()), KvmError::NotVcpu));
+    assert!(matches!(refused(&kvm), KvmError::Map(_)));
+
+    let without_rings = BareVm::new(&kvm, &[PAGES]).unwrap().create_vcpu(0, Privilege::User).unwrap();
+    assert!(matches!(refused(without_rings.fd()), KvmError::Map(_)), "access would be SIGBUS");
+    let small = BareVm::new(&kvm, &[PAGES]).unwrap();
+    let tracker_of_small = DirtyTracker::enable(small.fd(), RingSize::MIN).unwrap();
+    let of_small = small.create_vcpu(0, Privilege::User).unwrap();
+    assert!(matches!(refused(of_small.fd()), KvmError::Map(_)), "access to its end would be SIGBUS");
+    tracker_of_small.attach_vcpu(0, of_small.fd()).unwrap();
+
+    let vcpus = [0, 1].map(|number| vm.create_vcpu(number, Privilege::User).unwrap());
+    tracker.attach_vcpu(0, vcpus[0].fd()).unwrap();
+    let other = BareVm::new(&kvm, &[PAGES]).unwrap();
+    let tracker_of_other = DirtyTracker::enable(other.fd(), RingSize::default()).unwrap();
+    let of_other = other.create_vcpu(0, Privilege::User).unwrap();
+    let refused = |tracker: &DirtyTracker, vcpu: &BareVcpu| {
+        matches!(tracker.attach_vcpu(1, vcpu.fd()), Err(TrackError::Kvm(KvmError::VcpuOfOtherVm)))
+    };
+    assert!(refused(&tracker, &of_other), "before it is attached to its own");
+    tracker_of_other.attach_vcpu(0, of_other.fd()).unwrap();
+    assert!(refused(&tracker, &of_other));
+    assert!(refused(&tracker_of_other, &vcpus[1]));
+    tracker.attach_vcpu(1, vcpus[1].fd()).unwrap();
 }

@@ -47,6 +47,10 @@ pub enum KvmError {
         /// The kernel's answer.
         source: io::Error,
     },
+    /// A descriptor that is no vCPU of this process was given for one.
+    NotVcpu,
+    /// A vCPU of another VM than those that were attached before.
+    VcpuOfOtherVm,
     /// The ring of a vCPU could not be mapped.
     Map(io::Error),
 }
@@ -93,6 +97,16 @@ impl fmt::Display for KvmError {
                  out of `add_memory`, or its size or host address is not what `add_memory` was told"
             ),
             Self::Ioctl { name, source } => write!(f, "{name}: {source}"),
+            Self::NotVcpu => write!(
+                f,
+                "the descriptor is not a vCPU of this process: attach what KVM_CREATE_VCPU returned"
+            ),
+            Self::VcpuOfOtherVm => {
+                write!(
+                    f,
+                    "the vCPU belongs to another VM than the one attached first: each VM has a tracker of its own"
+                )
+            }
             Self::Map(source) => write!(
                 f,
                 "the dirty ring of a vCPU cannot be mapped: {source} (is this a vCPU, created after the rings \

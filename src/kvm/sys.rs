@@ -35,6 +35,8 @@ const KVM_SET_USER_MEMORY_REGION: libc::Ioctl = request(IOC_WRITE, 32, 0x46);
 const KVM_ENABLE_CAP: libc::Ioctl = request(IOC_WRITE, 104, 0xa3);
 const KVM_CLEAR_DIRTY_LOG: libc::Ioctl = request(IOC_WRITE | IOC_READ, 24, 0xc0);
 const KVM_RESET_DIRTY_RINGS: libc::Ioctl = request(IOC_NONE, 0, 0xc7);
+/// Nobody's.
+const NO_REQUEST: libc::Ioctl = 0xc7;
 
 fn outcome(returned: libc::c_int) -> io::Result<u32> {
     // Negative means that errno is set.
@@ -50,6 +52,16 @@ pub(super) fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {
     }
     // SAFETY: the kernel has just made this descriptor for us, and nobody else knows its number.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Whether a descriptor is a vCPU of this process.
+///
+/// A vCPU answers calls of other devices with `EINVAL`, before it takes any lock, or with `EIO` in another process. Files and VMs say
+/// `ENOTTY`, and what else says `EINVAL` cannot be mapped as a vCPU can.
+pub(super) fn is_vcpu(fd: RawFd) -> bool {
+    // SAFETY: no device has this number, so that no memory is touched whatever the descriptor is.
+    let answer = outcome(unsafe { libc::ioctl(fd, NO_REQUEST, 0) });
+    answer.is_err_and(|error| error.raw_os_error() == Some(libc::EINVAL))
 }
 
 /// `KVM_CHECK_EXTENSION`: 0 when `capability` is missing, otherwise what KVM has to say about it.

@@ -215,6 +215,10 @@ impl Rings {
         });
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.rings.is_empty()
+    }
+
     /// Takes and resets what is in every ring.
     pub(super) fn recycle(&mut self, cx: Context<'_>, pending: &mut Pending) -> Result<AllReset, TrackError> {
         self.recycle_these(0..self.rings.len(), cx, pending)

@@ -16,7 +16,7 @@ use super::shared::{Backend, External, ExternalId, Shared, State};
 use super::slots::{Slots, log_anew};
 use super::source::{DirtySource, Observed};
 use super::vcpu::Vcpu;
-use crate::kvm::ring::DirtyRing;
+use crate::kvm::ring::{DirtyRing, VmMark};
 use crate::kvm::{Kernel, KvmError, ManualProtect, RingSize, VmFd, caps};
 use crate::layout::{GuestMemory, PageRun, SlotId};
 use crate::page_set::{AtomicPageSet, PageSet};
@@ -94,7 +94,7 @@ impl DirtyTracker {
         position: u32,
         cpu_log_entries: usize,
     ) -> Result<VcpuHandle, TrackError> {
-        self.attach(index, |size| Ok(kernel.create_vcpu(size, position, cpu_log_entries)))
+        self.attach(index, |size, _| Ok(kernel.create_vcpu(size, position, cpu_log_entries)))
     }
 
     fn on(kernel: Box<dyn Kernel>, backend: Backend) -> Self {
@@ -191,15 +191,17 @@ impl DirtyTracker {
     ///
     /// # Errors
     ///
-    /// [`TrackError::VcpuKnown`] if the index is taken, or that the vCPU's ring cannot be mapped.
+    /// [`TrackError::VcpuKnown`] if the index is taken; on rings [`TrackError::Kvm`], if this is no vCPU, or one without a
+    /// ring, or one of another VM than the first.
     pub fn attach_vcpu(&self, index: usize, vcpu: &impl AsRawFd) -> Result<VcpuHandle, TrackError> {
-        self.attach(index, |size| DirtyRing::map(vcpu, size))
+        let mark = VmMark(Arc::as_ptr(&self.shared).addr());
+        self.attach(index, |size, is_first| DirtyRing::map(vcpu, size, mark, is_first))
     }
 
     fn attach(
         &self,
         index: usize,
-        map: impl FnOnce(RingSize) -> Result<DirtyRing, KvmError>,
+        map: impl FnOnce(RingSize, bool) -> Result<DirtyRing, KvmError>,
     ) -> Result<VcpuHandle, TrackError> {
         let state = &mut *self.shared.lock();
         if state.vcpus.iter().any(|vcpu| vcpu.index == index) {
@@ -207,7 +209,8 @@ impl DirtyTracker {
         }
         let vcpu = Arc::new(Vcpu::new(index));
         if let Backend::Ring { size, rings, .. } = &mut state.backend {
-            rings.push(map(*size)?, Arc::clone(&vcpu));
+            let ring = map(*size, rings.is_empty())?;
+            rings.push(ring, Arc::clone(&vcpu));
         }
         state.vcpus.push(Arc::clone(&vcpu));
         Ok(VcpuHandle::new(Arc::clone(&self.shared), vcpu))
