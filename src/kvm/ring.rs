@@ -33,6 +33,9 @@ pub(crate) const DIRTY: u32 = 1;
 /// We took the entry, and ask KVM to protect the page again (`KVM_DIRTY_GFN_F_RESET`).
 pub(crate) const RESET: u32 = 2;
 
+/// Page frames that one batch of KVM's reset covers at most: the bits of a long.
+const BATCH_PAGES: u64 = 64;
+
 /// `struct kvm_dirty_gfn`, of atomics: KVM writes it while we read. Slot and offset are ordered by the flags.
 #[repr(C)]
 #[derive(Default)]
@@ -291,25 +294,32 @@ impl DirtyRing {
         prefix
     }
 
-    /// The first `entries` of the taken entries, at least one, have been reset. Returns what the last of them named:
-    /// see [`last_taken`](Self::last_taken).
-    pub(crate) fn confirm_prefix(&mut self, entries: u32) -> Option<(SlotId, u64)> {
+    /// The first `entries` of the taken entries have been reset.
+    pub(crate) fn confirm_prefix(&mut self, entries: u32) {
         self.reset = self.reset.wrapping_add(entries.min(self.unconfirmed()));
-        self.named_before(self.reset)
     }
 
-    /// What the last entry taken named, unless KVM has used the entry again since.
-    pub(crate) fn last_taken(&self) -> Option<(SlotId, u64)> {
-        self.named_before(self.fetch)
-    }
-
-    fn named_before(&self, position: u32) -> Option<(SlotId, u64)> {
-        let entry = self.memory.entry(position.wrapping_sub(1));
-        // Slot and offset first, flags last: if KVM has not filled the entry by then, it had not before. Acquire
-        // on the first two keeps that order.
-        let slot = SlotId(entry.slot.load(Ordering::Acquire));
-        let offset = entry.offset.load(Ordering::Acquire);
-        (entry.flags.load(Ordering::Relaxed) != DIRTY).then_some((slot, offset))
+    /// Gives slot and page offset of the batch that ends with the first `entries` of the taken entries, as far as it is
+    /// among them: what KVM has reset, but may not have protected if it was interrupted there. Perhaps some more. False
+    /// if KVM has used one of the entries again, so that nobody knows what it named.
+    pub(crate) fn last_batch(&self, entries: u32, mut page: impl FnMut(SlotId, u64)) -> bool {
+        let mut last = None;
+        for i in (0..entries).rev() {
+            let entry = self.memory.entry(self.reset.wrapping_add(i));
+            // Slot and offset first, flags last: if KVM has not filled the entry by then, it had not before. Acquire
+            // on the first two keeps that order.
+            let slot = SlotId(entry.slot.load(Ordering::Acquire));
+            let offset = entry.offset.load(Ordering::Acquire);
+            if entry.flags.load(Ordering::Relaxed) == DIRTY {
+                return false;
+            }
+            let (last_slot, last_offset) = *last.get_or_insert((slot, offset));
+            if slot != last_slot || offset.abs_diff(last_offset) >= BATCH_PAGES {
+                break;
+            }
+            page(slot, offset);
+        }
+        true
     }
 
     /// After an overflow: how many empty entries stand before the next dirty one, `None` if none is dirty. KVM

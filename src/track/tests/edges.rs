@@ -50,6 +50,56 @@ fn an_overflowed_ring_whose_vcpu_idles_makes_all_of_ram_dirty_once() {
 }
 
 #[test]
+fn an_interrupted_reset_makes_dirty_again_what_it_may_have_left_unprotected_and_no_more() {
+    let mut model = Model::new(8, 0, 0, false);
+    let harvested = |model: &mut Model| {
+        let mut dirty = PageSet::new(end());
+        model.tracker.harvest(&mut dirty).unwrap();
+        model.send(&dirty);
+        dirty.runs().flat_map(|run| run.first.0..run.end().0).collect::<Vec<_>>()
+    };
+    for vcpu in 0..8 {
+        // Two batches, of one page and of three.
+        [0, 100, 130, 101].into_iter().for_each(|offset| model.write(vcpu, 1, offset + vcpu as u64 * 2));
+    }
+    // Within the third ring, in its second batch.
+    model.kernel.interrupt_a_reset(Interruption { after_entries: 4 + 4 + 3 });
+    assert_eq!(harvested(&mut model).len(), 32);
+    let unsure = [100 + 4, 130 + 4].map(|offset| slot_pages(1).first.0 + offset);
+    assert_eq!(harvested(&mut model), unsure);
+
+    // At the end of a ring: which one, KVM does not say.
+    (0..8).for_each(|vcpu| model.write(vcpu, 2, 30 * vcpu as u64));
+    model.kernel.interrupt_a_reset(Interruption { after_entries: 2 });
+    assert_eq!(harvested(&mut model).len(), 8 + 2);
+    assert_eq!(harvested(&mut model).len(), 2 + 2);
+    model.check_nothing_is_lost();
+}
+
+#[test]
+fn pages_that_resets_left_unprotected_are_protected_once_that_is_cheaper() {
+    let mut model = Model::new(1, 0, 0, false);
+    for offset in 0..60 {
+        model.write(0, 1, offset);
+    }
+    model.kernel.interrupt_a_reset(Interruption { after_entries: 50 });
+    let mut harvested = Vec::new();
+    for _ in 0..20 {
+        let mut dirty = PageSet::new(end());
+        model.tracker.harvest(&mut dirty).unwrap();
+        model.send(&dirty);
+        harvested.push(dirty.len());
+    }
+    // 50 pages six times over are the 300 of the slot.
+    assert_eq!(harvested[..8], [60, 50, 50, 50, 50, 50, SLOT_PAGES, 0]);
+    assert_eq!((harvested[8..].iter().sum::<u64>(), model.tracker.snapshot().rearms), (0, 1));
+    for offset in 0..60 {
+        model.write(0, 1, offset);
+    }
+    model.check_nothing_is_lost();
+}
+
+#[test]
 fn memory_whose_place_is_taken_is_refused_wherever_it_was_added() {
     let model = Model::new(1, 0, 0, false);
     let taken = PageRun { first: PageIndex(slot_pages(1).end().0 - 1), pages: 4 };
