@@ -85,7 +85,7 @@ pub struct VcpuFigures {
 pub struct Figures {
     /// Each vCPU, in the order of attachment.
     pub vcpus: Vec<VcpuFigures>,
-    /// Harvests handed out.
+    /// Harvests handed out, of all memory or of one slot.
     pub harvests: u64,
     /// Time spent in taking entries, of all vCPUs, or in getting and scanning bitmaps, in nanoseconds.
     pub harvest_ns: u64,

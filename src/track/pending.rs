@@ -10,6 +10,22 @@ use crate::page_set::PageSet;
 /// and it is used up before the tracker's lock is released.
 pub(super) trait Protected {}
 
+/// How many pages are still to be handed out, of how many there were.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Remainder {
+    left: u64,
+    before: u64,
+}
+
+impl Remainder {
+    /// As large a part of `pages`, rounded down.
+    pub(super) fn share_of(self, pages: u64) -> u64 {
+        let share = u128::from(pages) * u128::from(self.left) / u128::from(self.before.max(1));
+        // No larger than `pages`, as no more are left than there were.
+        u64::try_from(share).unwrap_or(pages)
+    }
+}
+
 /// The pages between a backend and the next harvest.
 #[derive(Debug)]
 pub(super) struct Pending {
@@ -130,8 +146,8 @@ impl Pending {
         self.reported.clear();
     }
 
-    /// The pages of one run as a bitmap, bit 0 of word 0 the first.
-    pub(super) fn hand_out_words(&mut self, _: impl Protected, run: PageRun) -> Vec<u64> {
+    /// The pages of one run as a bitmap, bit 0 of word 0 the first; and what that leaves.
+    pub(super) fn hand_out_words(&mut self, _: impl Protected, run: PageRun) -> (Vec<u64>, Remainder) {
         self.pages.union(&self.unsure);
         self.unsure_handed_out += self.unsure.count_within(run);
         for part in self.given_back.runs_within(run) {
@@ -139,6 +155,8 @@ impl Pending {
         }
         self.given_back.remove_run(run);
         self.reported.remove_run(run);
-        self.pages.take_words(run)
+        let before = self.pages.len();
+        let words = self.pages.take_words(run);
+        (words, Remainder { left: self.pages.len(), before })
     }
 }

@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use super::error::TrackError;
 use super::figures::VmCounters;
-use super::pending::{Pending, Protected};
+use super::pending::{Pending, Protected, Remainder};
 use super::redirtied::Redirtied;
 use super::slots::{SlotCursor, Slots};
 use super::vcpu::Vcpu;
@@ -261,6 +261,20 @@ impl Rings {
         self.early_reported = 0;
     }
 
+    /// The pages of one slot were handed out. Whose the others are is not known: each vCPU keeps its share of them.
+    pub(super) fn harvested_in_part(&mut self, remainder: Remainder) {
+        let are_all_reported = self.early_reported == self.early_pages();
+        for ring in &mut self.rings {
+            ring.early_pages = remainder.share_of(ring.early_pages);
+        }
+        // No number of pages is that high: the next observation reports them.
+        self.early_reported = if are_all_reported { self.early_pages() } else { u64::MAX };
+    }
+
+    fn early_pages(&self) -> u64 {
+        self.rings.iter().map(|ring| ring.early_pages).sum()
+    }
+
     /// Pages by vCPU since the last harvest; recycles a ring that would be full before the next
     /// observation. `redirtied` gets the pages that no earlier call reported.
     pub(super) fn observe(
@@ -285,7 +299,7 @@ impl Rings {
                 pages.push(ring.early_pages + u64::from(entries - ring.repeated.min(entries)));
             }
         }
-        let early = self.rings.iter().map(|ring| ring.early_pages).sum();
+        let early = self.early_pages();
         if let Some(redirtied) = redirtied
             && early != self.early_reported
         {

@@ -15,7 +15,8 @@ pub enum Observed {
     /// it may count again before the next harvest: if KVM emulates guest instructions, if a ring was recycled early, or
     /// if the host took the page from the guest for a moment (huge pages, compaction, NUMA balancing). With
     /// [`observe_into`](DirtySource::observe_into) it does not, unless two vCPUs named it and a ring of theirs was
-    /// recycled early.
+    /// recycled early. After [`take_slot_bitmap`](super::DirtyTracker::take_slot_bitmap), pages of other slots that were
+    /// taken from the rings meanwhile are divided among the vCPUs as before.
     PerVcpu(Vec<u64>),
     /// Pages, whoever dirtied them.
     Total(u64),

@@ -240,7 +240,12 @@ impl DirtyTracker {
             return Err(TrackError::NotTracking);
         }
         let collected = self.shared.collect(state, false)?;
-        Ok(state.pending.hand_out_words(collected, run))
+        let (words, remainder) = state.pending.hand_out_words(collected, run);
+        if let Backend::Ring { rings, .. } = &mut state.backend {
+            rings.harvested_in_part(remainder);
+        }
+        self.shared.counters.harvests.add(1);
+        Ok(words)
     }
 
     /// From now on the pages that `source` logs are in every harvest. It is started and stopped with the tracker; while

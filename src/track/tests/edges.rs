@@ -100,6 +100,33 @@ fn pages_that_resets_left_unprotected_are_protected_once_that_is_cheaper() {
 }
 
 #[test]
+fn pages_that_were_taken_slot_by_slot_are_observed_no_more() {
+    let mut model = Model::new(2, 0, 0, false);
+    let observe = |model: &mut Model| match model.tracker.observe_into(&mut model.redirtied).unwrap() {
+        Observed::PerVcpu(pages) => pages,
+        other => panic!("{other:?}"),
+    };
+    for turn in 1..=3 {
+        (0..100).for_each(|offset| model.write(0, 1, offset));
+        (0..30).for_each(|offset| model.write(1, 2, offset));
+        assert_eq!(observe(&mut model), [100, 30]);
+        model.take_slot_bitmap(1);
+        // 30 of 130 are left.
+        assert_eq!(observe(&mut model), [23, 6], "whose they are is not known");
+        model.take_slot_bitmap(2);
+        assert_eq!(observe(&mut model), [0, 0]);
+        assert_eq!(model.tracker.snapshot().harvests, turn * 2);
+    }
+    // Taken with another slot and not reported yet.
+    model.write(0, 1, 7);
+    model.write(0, 2, 7);
+    model.take_slot_bitmap(1);
+    observe(&mut model);
+    assert!(model.redirtied.pages_mut().contains(PageIndex(slot_pages(2).first.0 + 7)));
+    model.check_nothing_is_lost();
+}
+
+#[test]
 fn memory_whose_place_is_taken_is_refused_wherever_it_was_added() {
     let model = Model::new(1, 0, 0, false);
     let taken = PageRun { first: PageIndex(slot_pages(1).end().0 - 1), pages: 4 };
