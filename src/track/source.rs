@@ -29,7 +29,8 @@ pub trait DirtySource: Send {
     /// The name that reports show: `ring`, `bitmap`, `pagemap`.
     fn backend(&self) -> &'static str;
 
-    /// Handles of the vCPUs whose gates a throttle may close; empty where there are none.
+    /// Handles of the vCPUs whose gates a throttle may close, in the order of [`Observed::PerVcpu`]; empty where there are
+    /// none. Each knows its [`index`](VcpuHandle::index) in the VMM.
     fn vcpus(&self) -> Vec<VcpuHandle> {
         Vec::new()
     }

@@ -127,6 +127,22 @@ fn pages_that_were_taken_slot_by_slot_are_observed_no_more() {
 }
 
 #[test]
+fn a_handle_knows_the_index_that_the_vmm_gave_its_vcpu() {
+    let kernel = FakeKernel::new();
+    let mut tracker = DirtyTracker::on_fake_rings(&kernel, RingSize::MIN);
+    tracker.add_memory(&kernel.create_slot(SlotId(1), slot_pages(1))).unwrap();
+    let given = [7, 2, 40];
+    for index in given {
+        assert_eq!(tracker.attach_fake_vcpu(index, &kernel, 0, 0).unwrap().index(), index);
+    }
+    tracker.start().unwrap();
+    assert!(kernel.write(1, SlotId(1), 5));
+    assert_eq!(tracker.observe().unwrap(), Observed::PerVcpu(vec![0, 1, 0]));
+    assert_eq!(tracker.vcpus().iter().map(VcpuHandle::index).collect::<Vec<_>>(), given);
+    assert_eq!(tracker.snapshot().vcpus.iter().map(|vcpu| vcpu.index).collect::<Vec<_>>(), given);
+}
+
+#[test]
 fn memory_whose_place_is_taken_is_refused_wherever_it_was_added() {
     let model = Model::new(1, 0, 0, false);
     let taken = PageRun { first: PageIndex(slot_pages(1).end().0 - 1), pages: 4 };
