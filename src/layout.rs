@@ -35,8 +35,18 @@ pub struct GuestAddress(pub u64);
 pub struct PageIndex(pub u64);
 
 /// A KVM memory slot as dirty-ring entries name it: address space in the upper 16 bits, id in the lower.
+///
+/// A vCPU sees address space 0, and address space 1 in system management mode (x86). Both number the same guest pages: a
+/// page that both have is one page, and has to be one piece of host memory.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SlotId(pub u32);
+
+impl SlotId {
+    /// The address space that the slot is in: 0, or 1 for what system management mode sees.
+    pub const fn address_space(self) -> u32 {
+        self.0 >> 16
+    }
+}
 
 impl GuestAddress {
     /// The page that holds this address.
@@ -66,7 +76,7 @@ impl fmt::Debug for PageIndex {
 
 impl fmt::Debug for SlotId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "SlotId({}:{})", self.0 >> 16, self.0 & 0xffff)
+        write!(f, "SlotId({}:{})", self.address_space(), self.0 & 0xffff)
     }
 }
 
@@ -121,6 +131,23 @@ impl Region {
         PageRun {
             first: PageIndex(self.pages.first.0 + offset_pages as u64),
             pages: (part.len() / PAGE_SIZE) as u64,
+        }
+    }
+
+    /// Why the two cannot be slots of one VM; `None` if they can. Two address spaces may have the same pages, if it is the
+    /// same memory.
+    pub(crate) fn conflict(&self, other: &Self) -> Option<LayoutError> {
+        let (host, other_host) = (self.host_range(), other.host_range());
+        let shares_pages = self.pages.first < other.pages.end() && other.pages.first < self.pages.end();
+        let shares_host = host.start < other_host.end && other_host.start < host.end;
+        let origin = |region: &Self| (region.host.addr() as u64).wrapping_sub(region.pages.first.address().0);
+        let is_same_memory = origin(self) == origin(other);
+        if shares_pages && (!is_same_memory || self.slot.address_space() == other.slot.address_space()) {
+            Some(LayoutError::Overlap(self.pages.first.max(other.pages.first)))
+        } else if shares_host && !is_same_memory {
+            Some(LayoutError::Aliased(self.slot, other.slot))
+        } else {
+            None
         }
     }
 
@@ -271,6 +298,17 @@ impl GuestMemory {
     pub fn kept_by(mut self, owner: Arc<dyn Any + Send + Sync>) -> Self {
         self.owner = Some(owner);
         self
+    }
+
+    /// The same memory in the slots of another address space, with the same ids there.
+    ///
+    /// What system management mode sees is told to a tracker in this way: `add_memory(&memory.in_address_space(1))`.
+    pub fn in_address_space(&self, address_space: u16) -> Self {
+        let mut there = self.clone();
+        for region in &mut there.regions {
+            region.slot = SlotId(u32::from(address_space) << 16 | region.slot.0 & 0xffff);
+        }
+        there
     }
 
     /// Names the region that begins at `first`, as a block of memory outside guest-physical space.
@@ -443,6 +481,23 @@ mod tests {
         assert_eq!(refused(aliased), LayoutError::Aliased(a, b));
         let adjacent = vec![region(2, 10, 4, 0xb000), region(1, 0, 10, 0x1000)];
         assert_eq!(memory(adjacent).unwrap().pages(), 14);
+    }
+
+    #[test]
+    fn slots_of_one_vm_share_a_page_only_as_the_same_memory_in_two_address_spaces() {
+        let (one, smm) = (region(1, 10, 10, 0x10_0000), SlotId(0x1_0001));
+        assert_eq!(smm.address_space(), 1);
+        let conflict = |slot, first, pages, host| one.conflict(&region(slot, first, pages, host));
+        let overlap = |page| Some(LayoutError::Overlap(PageIndex(page)));
+        assert_eq!(conflict(2, 20, 4, 0x11_0000), None);
+        assert_eq!(conflict(2, 5, 5, 0x20_0000), None);
+        assert_eq!(conflict(2, 19, 4, 0x20_0000), overlap(19));
+        assert_eq!(conflict(2, 5, 6, 0x20_0000), overlap(10));
+        assert_eq!(conflict(2, 12, 2, 0x10_2000), overlap(12));
+        assert_eq!(conflict(2, 30, 4, 0x10_9000), Some(LayoutError::Aliased(one.slot, SlotId(2))));
+        assert_eq!(conflict(smm.0, 12, 2, 0x10_2000), None);
+        assert_eq!(conflict(smm.0, 12, 2, 0x20_0000), overlap(12));
+        assert_eq!(conflict(smm.0, 30, 2, 0x10_2000), Some(LayoutError::Aliased(one.slot, smm)));
     }
 
     #[test]

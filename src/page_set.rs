@@ -89,6 +89,14 @@ impl PageSet {
         Self { end, len: 0, ignored: 0, levels: level_words(end).map(words::zeroed) }
     }
 
+    /// Makes room for pages below `end`, and drops those at or beyond it.
+    pub(crate) fn resize(&mut self, end: PageIndex) {
+        if self.capacity() != end.min(RAM_END_MAX) {
+            let before = std::mem::replace(self, Self::new(end));
+            self.union(&before);
+        }
+    }
+
     /// One past the highest page that the set can hold.
     pub fn capacity(&self) -> PageIndex {
         PageIndex(self.end)

@@ -141,19 +141,36 @@ pub(crate) fn enable_ring(vm: BorrowedFd<'_>, size: RingSize) -> Result<bool, Kv
     Ok(capabilities.ring_with_bitmap)
 }
 
-/// Parts `KVM_GET_DIRTY_LOG` from the protecting, which `KVM_CLEAR_DIRTY_LOG` then does.
+/// Whether `KVM_GET_DIRTY_LOG` leaves the pages writable for `KVM_CLEAR_DIRTY_LOG` to protect.
 ///
-/// Without `KVM_DIRTY_LOG_INITIALLY_SET`: it makes every page dirty at the start, and together with rings it is
-/// accepted and tracks nothing.
-pub(crate) fn enable_manual_protect(vm: BorrowedFd<'_>) -> Result<(), KvmError> {
-    if !Capabilities::probe(vm)?.manual_protect {
-        return Err(KvmError::ManualProtectUnsupported);
-    }
-    let flags = u64::from(KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE);
+/// Never with `KVM_DIRTY_LOG_INITIALLY_SET`: switching logging on then protects no page, as all count as dirty in the
+/// bitmap. Where there are rings, KVM accepts it, nobody asks the bitmap, and no write is ever seen.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum ManualProtect {
+    /// As rings need it: the bitmap beside them is cleared by the getting.
+    Off,
+    /// As the bitmap needs it.
+    On,
+}
+
+/// Sets `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`, whatever it was set to before.
+pub(crate) fn set_manual_protect(vm: BorrowedFd<'_>, protect: ManualProtect) -> Result<(), KvmError> {
+    let flags = match protect {
+        ManualProtect::Off => 0,
+        ManualProtect::On => u64::from(KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE),
+    };
     sys::enable_cap(vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, flags).map_err(|source| KvmError::Ioctl {
         name: "KVM_ENABLE_CAP(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)",
         source,
     })
+}
+
+/// Parts `KVM_GET_DIRTY_LOG` from the protecting, which `KVM_CLEAR_DIRTY_LOG` then does.
+pub(crate) fn enable_manual_protect(vm: BorrowedFd<'_>) -> Result<(), KvmError> {
+    if !Capabilities::probe(vm)?.manual_protect {
+        return Err(KvmError::ManualProtectUnsupported);
+    }
+    set_manual_protect(vm, ManualProtect::On)
 }
 
 #[cfg(test)]

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::io;
 
+use crate::layout::SlotId;
+
 /// Why something could not be had of KVM.
 #[derive(Debug)]
 #[non_exhaustive]
@@ -33,6 +35,11 @@ pub enum KvmError {
     ManualProtectUnsupported,
     /// The bitmap of a VM was asked for whose rings are on (`ENXIO`).
     RingInUse,
+    /// The slot is not there (any more).
+    SlotGone(SlotId),
+    /// The slot is there, and KVM refuses to switch its logging (`EINVAL`): it is read-only, or KVM has it with another
+    /// size, at another host address, or on guest_memfd.
+    SlotDiffers(SlotId),
     /// Any other answer.
     Ioctl {
         /// Which call.
@@ -40,6 +47,10 @@ pub enum KvmError {
         /// The kernel's answer.
         source: io::Error,
     },
+    /// A descriptor that is no vCPU of this process was given for one.
+    NotVcpu,
+    /// A vCPU of another VM than those that were attached before.
+    VcpuOfOtherVm,
     /// The ring of a vCPU could not be mapped.
     Map(io::Error),
 }
@@ -76,7 +87,26 @@ impl fmt::Display for KvmError {
             Self::RingInUse => {
                 write!(f, "the VM has dirty rings, so KVM keeps no bitmap for it: use the ring")
             }
+            Self::SlotGone(slot) => write!(
+                f,
+                "KVM has no slot {slot:?}: call `remove_slot` before a slot is deleted, and `add_memory` after it was created"
+            ),
+            Self::SlotDiffers(slot) => write!(
+                f,
+                "KVM cannot switch dirty logging of {slot:?}: the slot is read-only or on guest_memfd, and is then left \
+                 out of `add_memory`, or its size or host address is not what `add_memory` was told"
+            ),
             Self::Ioctl { name, source } => write!(f, "{name}: {source}"),
+            Self::NotVcpu => write!(
+                f,
+                "the descriptor is not a vCPU of this process: attach what KVM_CREATE_VCPU returned"
+            ),
+            Self::VcpuOfOtherVm => {
+                write!(
+                    f,
+                    "the vCPU belongs to another VM than the one attached first: each VM has a tracker of its own"
+                )
+            }
             Self::Map(source) => write!(
                 f,
                 "the dirty ring of a vCPU cannot be mapped: {source} (is this a vCPU, created after the rings \

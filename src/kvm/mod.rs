@@ -13,6 +13,7 @@ mod sys;
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
+pub(crate) use self::caps::ManualProtect;
 pub use self::caps::{Capabilities, RingSize};
 pub use self::error::KvmError;
 pub(crate) use self::sys::ResetCount;
@@ -24,7 +25,7 @@ pub(crate) trait Kernel: Send + Sync + fmt::Debug {
     /// have left unprotected the pages of the last ones that it counts.
     fn reset_dirty_rings(&self) -> Result<ResetCount, KvmError>;
 
-    /// Switches dirty logging of a slot on, which protects every page of it, or off.
+    /// Switches dirty logging of a slot on, which protects every page of it, or off. A slot that is gone stays gone.
     fn set_dirty_logging(&self, region: &Region, enabled: bool) -> Result<(), KvmError>;
 
     /// Fills `words` with the bitmap of a slot of `pages` pages, without clearing it.
@@ -36,15 +37,20 @@ pub(crate) trait Kernel: Send + Sync + fmt::Debug {
 
 /// Our own descriptor of the VMM's VM: the VM lives as long as we may ask something of it.
 #[derive(Debug)]
-pub(crate) struct VmFd(OwnedFd);
+pub(crate) struct VmFd {
+    fd: OwnedFd,
+    manual_protect: ManualProtect,
+}
 
 impl VmFd {
-    pub(crate) fn duplicate(vm: &impl AsRawFd) -> Result<Self, KvmError> {
-        sys::duplicate(vm.as_raw_fd()).map(Self).map_err(|source| KvmError::Ioctl { name: "fcntl", source })
+    pub(crate) fn duplicate(vm: &impl AsRawFd, manual_protect: ManualProtect) -> Result<Self, KvmError> {
+        let fd =
+            sys::duplicate(vm.as_raw_fd()).map_err(|source| KvmError::Ioctl { name: "fcntl", source })?;
+        Ok(Self { fd, manual_protect })
     }
 
     pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.fd.as_fd()
     }
 }
 
@@ -55,6 +61,10 @@ impl Kernel for VmFd {
     }
 
     fn set_dirty_logging(&self, region: &Region, enabled: bool) -> Result<(), KvmError> {
+        if enabled {
+            // Each time: the VMM may have set it otherwise since.
+            caps::set_manual_protect(self.as_fd(), self.manual_protect)?;
+        }
         log::set_dirty_logging(self.as_fd(), region, enabled)
     }
 

@@ -15,12 +15,15 @@ use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 #[cfg(any(test, feature = "testing"))]
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
-use kvm_bindings::{KVM_DIRTY_LOG_PAGE_OFFSET, KVM_EXIT_DIRTY_RING_FULL, kvm_dirty_gfn, kvm_run};
-use memmap2::{MmapOptions, MmapRaw};
+use kvm_bindings::{
+    KVM_COALESCED_MMIO_PAGE_OFFSET, KVM_DIRTY_LOG_PAGE_OFFSET, KVM_EXIT_DIRTY_RING_FULL, kvm_coalesced_mmio,
+    kvm_coalesced_mmio_ring, kvm_dirty_gfn, kvm_run,
+};
+use memmap2::{Advice, MmapOptions, MmapRaw};
 
-use super::{KvmError, RingSize};
+use super::{KvmError, RingSize, sys};
 use crate::layout::{PAGE_SIZE, SlotId};
 
 /// KVM has nothing to say about the entry, and may fill it.
@@ -29,6 +32,9 @@ pub(crate) const EMPTY: u32 = 0;
 pub(crate) const DIRTY: u32 = 1;
 /// We took the entry, and ask KVM to protect the page again (`KVM_DIRTY_GFN_F_RESET`).
 pub(crate) const RESET: u32 = 2;
+
+/// Page frames that one batch of KVM's reset covers at most: the bits of a long.
+const BATCH_PAGES: u64 = 64;
 
 /// `struct kvm_dirty_gfn`, of atomics: KVM writes it while we read. Slot and offset are ordered by the flags.
 #[repr(C)]
@@ -45,6 +51,9 @@ const _: () = {
     assert!(offset_of!(Entry, flags) == offset_of!(kvm_dirty_gfn, flags));
     assert!(offset_of!(Entry, slot) == offset_of!(kvm_dirty_gfn, slot));
     assert!(offset_of!(Entry, offset) == offset_of!(kvm_dirty_gfn, offset));
+    // See `check_same_vm`.
+    let used = size_of::<kvm_coalesced_mmio_ring>();
+    assert!((PAGE_SIZE - used) % size_of::<kvm_coalesced_mmio>() >= size_of::<AtomicUsize>());
 };
 
 /// What keeps the entries where they are.
@@ -71,12 +80,26 @@ struct RingMemory {
 // * The entries are atomics and stay mapped for as long as `backing` lives, whichever thread that is in.
 unsafe impl Send for RingMemory {}
 
+/// Which VM's vCPUs are taken: the address of something that lives as long as the VM is tracked.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct VmMark(pub(crate) usize);
+
+/// `len` bytes of a vCPU from page `first` on. Populated: a fault for every 256 entries would cost more than taking them.
+fn map_pages(vcpu: &impl AsRawFd, first: u32, len: usize) -> io::Result<MmapRaw> {
+    let offset = u64::from(first) * PAGE_SIZE as u64;
+    let map = MmapOptions::new().offset(offset).len(len).populate().map_raw(vcpu)?;
+    // A mapping proves nothing: where there is nothing behind it, access would be SIGBUS. Populating says EFAULT instead.
+    match map.advise(Advice::PopulateWrite) {
+        // Before Linux 5.14, which cannot say.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(map),
+        populated => populated.map(|()| map),
+    }
+}
+
 impl RingMemory {
     fn map(vcpu: &impl AsRawFd, size: RingSize) -> io::Result<Self> {
-        let offset = u64::from(KVM_DIRTY_LOG_PAGE_OFFSET) * PAGE_SIZE as u64;
-        // Populated: a fault for every 256 entries would cost more than taking them.
-        let ring = MmapOptions::new().offset(offset).len(size.bytes()).populate().map_raw(vcpu)?;
-        let run = MmapOptions::new().len(PAGE_SIZE).map_raw(vcpu)?;
+        let ring = map_pages(vcpu, KVM_DIRTY_LOG_PAGE_OFFSET, size.bytes())?;
+        let run = map_pages(vcpu, 0, PAGE_SIZE)?;
         let first = NonNull::new(ring.as_mut_ptr().cast::<Entry>())
             .ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
         Ok(Self { first, size, backing: Backing::Vcpu { _ring: ring, run } })
@@ -108,6 +131,24 @@ impl RingMemory {
     }
 }
 
+/// Whether the vCPU belongs to the VM whose first vCPU was marked.
+///
+/// No call tells a vCPU's VM. But the vCPUs of a VM, and they only, share the page of coalesced MMIO. KVM divides it into a
+/// header of 8 bytes and as many entries of 24 as fit, which leaves 8 bytes at its end that nobody uses.
+fn check_same_vm(vcpu: &impl AsRawFd, mark: VmMark, is_first: bool) -> Result<(), KvmError> {
+    let page = map_pages(vcpu, KVM_COALESCED_MMIO_PAGE_OFFSET, PAGE_SIZE).map_err(KvmError::Map)?;
+    let at = page.as_mut_ptr().wrapping_add(PAGE_SIZE - size_of::<AtomicUsize>());
+    // SAFETY:
+    // * The last 8 bytes of a page that is mapped as long as `page` lives, aligned, and zeroed by KVM.
+    // * All access is atomic.
+    let shared = unsafe { AtomicUsize::from_ptr(at.cast()) };
+    if is_first {
+        // What is there already is some other VM's, unless this is another try.
+        let _ = shared.compare_exchange(0, mark.0, Ordering::Relaxed, Ordering::Relaxed);
+    }
+    if shared.load(Ordering::Relaxed) == mark.0 { Ok(()) } else { Err(KvmError::VcpuOfOtherVm) }
+}
+
 /// Our end of one vCPU's ring. Positions count entries since the ring began, modulo 2³², and the ring's size
 /// divides that, so that they wrap as the kernel's do.
 pub(crate) struct DirtyRing {
@@ -124,11 +165,18 @@ pub(crate) struct DirtyRing {
 
 impl DirtyRing {
     /// Maps the ring of a vCPU that was created after the rings were enabled with this size.
-    pub(crate) fn map(vcpu: &impl AsRawFd, size: RingSize) -> Result<Self, KvmError> {
-        let ring = Self::new(RingMemory::map(vcpu, size).map_err(KvmError::Map)?, 0);
-        // The mapping succeeds even on a VM without rings: the pages then give SIGBUS or belong to something else.
-        // `attach_vcpu` can only be called on a tracker that has enabled them, so there is nothing to check here.
-        Ok(ring)
+    pub(crate) fn map(
+        vcpu: &impl AsRawFd,
+        size: RingSize,
+        mark: VmMark,
+        is_first: bool,
+    ) -> Result<Self, KvmError> {
+        if !sys::is_vcpu(vcpu.as_raw_fd()) {
+            return Err(KvmError::NotVcpu);
+        }
+        let memory = RingMemory::map(vcpu, size).map_err(KvmError::Map)?;
+        check_same_vm(vcpu, mark, is_first)?;
+        Ok(Self::new(memory, 0))
     }
 
     /// A ring over memory of our own, at any position: somebody else plays KVM.
@@ -246,25 +294,32 @@ impl DirtyRing {
         prefix
     }
 
-    /// The first `entries` of the taken entries, at least one, have been reset. Returns what the last of them named:
-    /// see [`last_taken`](Self::last_taken).
-    pub(crate) fn confirm_prefix(&mut self, entries: u32) -> Option<(SlotId, u64)> {
+    /// The first `entries` of the taken entries have been reset.
+    pub(crate) fn confirm_prefix(&mut self, entries: u32) {
         self.reset = self.reset.wrapping_add(entries.min(self.unconfirmed()));
-        self.named_before(self.reset)
     }
 
-    /// What the last entry taken named, unless KVM has used the entry again since.
-    pub(crate) fn last_taken(&self) -> Option<(SlotId, u64)> {
-        self.named_before(self.fetch)
-    }
-
-    fn named_before(&self, position: u32) -> Option<(SlotId, u64)> {
-        let entry = self.memory.entry(position.wrapping_sub(1));
-        // Slot and offset first, flags last: if KVM has not filled the entry by then, it had not before. Acquire
-        // on the first two keeps that order.
-        let slot = SlotId(entry.slot.load(Ordering::Acquire));
-        let offset = entry.offset.load(Ordering::Acquire);
-        (entry.flags.load(Ordering::Relaxed) != DIRTY).then_some((slot, offset))
+    /// Gives slot and page offset of the batch that ends with the first `entries` of the taken entries, as far as it is
+    /// among them: what KVM has reset, but may not have protected if it was interrupted there. Perhaps some more. False
+    /// if KVM has used one of the entries again, so that nobody knows what it named.
+    pub(crate) fn last_batch(&self, entries: u32, mut page: impl FnMut(SlotId, u64)) -> bool {
+        let mut last = None;
+        for i in (0..entries).rev() {
+            let entry = self.memory.entry(self.reset.wrapping_add(i));
+            // Slot and offset first, flags last: if KVM has not filled the entry by then, it had not before. Acquire
+            // on the first two keeps that order.
+            let slot = SlotId(entry.slot.load(Ordering::Acquire));
+            let offset = entry.offset.load(Ordering::Acquire);
+            if entry.flags.load(Ordering::Relaxed) == DIRTY {
+                return false;
+            }
+            let (last_slot, last_offset) = *last.get_or_insert((slot, offset));
+            if slot != last_slot || offset.abs_diff(last_offset) >= BATCH_PAGES {
+                break;
+            }
+            page(slot, offset);
+        }
+        true
     }
 
     /// After an overflow: how many empty entries stand before the next dirty one, `None` if none is dirty. KVM

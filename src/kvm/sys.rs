@@ -12,21 +12,31 @@ use kvm_bindings::{
     kvm_dirty_log__bindgen_ty_1, kvm_enable_cap, kvm_userspace_memory_region,
 };
 
-const IOC_NONE: libc::c_ulong = 0;
-const IOC_WRITE: libc::c_ulong = 1;
-const IOC_READ: libc::c_ulong = 2;
+const IOC_NONE: u32 = 0;
+const IOC_WRITE: u32 = 1;
+const IOC_READ: u32 = 2;
 
-/// An ioctl number as `<asm-generic/ioctl.h>` builds it: direction, argument size, type, number.
-const fn request<T>(direction: libc::c_ulong, number: libc::c_ulong) -> libc::c_ulong {
-    direction << 30 | (size_of::<T>() as libc::c_ulong) << 16 | (KVMIO as libc::c_ulong) << 8 | number
+/// An ioctl number as `<asm-generic/ioctl.h>` builds it: direction, argument size, type, number. An `unsigned long` in
+/// glibc, an `int` in musl, of which the kernel looks at these 32 bits.
+const fn request(direction: u32, argument_bytes: u32, number: u32) -> libc::Ioctl {
+    (direction << 30 | argument_bytes << 16 | KVMIO << 8 | number) as libc::Ioctl
 }
 
-const KVM_CHECK_EXTENSION: libc::c_ulong = request::<()>(IOC_NONE, 0x03);
-const KVM_GET_DIRTY_LOG: libc::c_ulong = request::<kvm_dirty_log>(IOC_WRITE, 0x42);
-const KVM_SET_USER_MEMORY_REGION: libc::c_ulong = request::<kvm_userspace_memory_region>(IOC_WRITE, 0x46);
-const KVM_ENABLE_CAP: libc::c_ulong = request::<kvm_enable_cap>(IOC_WRITE, 0xa3);
-const KVM_CLEAR_DIRTY_LOG: libc::c_ulong = request::<kvm_clear_dirty_log>(IOC_WRITE | IOC_READ, 0xc0);
-const KVM_RESET_DIRTY_RINGS: libc::c_ulong = request::<()>(IOC_NONE, 0xc7);
+const _: () = {
+    assert!(size_of::<kvm_dirty_log>() == 16);
+    assert!(size_of::<kvm_userspace_memory_region>() == 32);
+    assert!(size_of::<kvm_enable_cap>() == 104);
+    assert!(size_of::<kvm_clear_dirty_log>() == 24);
+};
+
+const KVM_CHECK_EXTENSION: libc::Ioctl = request(IOC_NONE, 0, 0x03);
+const KVM_GET_DIRTY_LOG: libc::Ioctl = request(IOC_WRITE, 16, 0x42);
+const KVM_SET_USER_MEMORY_REGION: libc::Ioctl = request(IOC_WRITE, 32, 0x46);
+const KVM_ENABLE_CAP: libc::Ioctl = request(IOC_WRITE, 104, 0xa3);
+const KVM_CLEAR_DIRTY_LOG: libc::Ioctl = request(IOC_WRITE | IOC_READ, 24, 0xc0);
+const KVM_RESET_DIRTY_RINGS: libc::Ioctl = request(IOC_NONE, 0, 0xc7);
+/// Nobody's.
+const NO_REQUEST: libc::Ioctl = 0xc7;
 
 fn outcome(returned: libc::c_int) -> io::Result<u32> {
     // Negative means that errno is set.
@@ -42,6 +52,16 @@ pub(super) fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {
     }
     // SAFETY: the kernel has just made this descriptor for us, and nobody else knows its number.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Whether a descriptor is a vCPU of this process.
+///
+/// A vCPU answers calls of other devices with `EINVAL`, before it takes any lock, or with `EIO` in another process. Files and VMs say
+/// `ENOTTY`, and what else says `EINVAL` cannot be mapped as a vCPU can.
+pub(super) fn is_vcpu(fd: RawFd) -> bool {
+    // SAFETY: no device has this number, so that no memory is touched whatever the descriptor is.
+    let answer = outcome(unsafe { libc::ioctl(fd, NO_REQUEST, 0) });
+    answer.is_err_and(|error| error.raw_os_error() == Some(libc::EINVAL))
 }
 
 /// `KVM_CHECK_EXTENSION`: 0 when `capability` is missing, otherwise what KVM has to say about it.
@@ -185,7 +205,7 @@ mod tests {
         assert_eq!(KVM_GET_DIRTY_LOG, 0x4010_ae42);
         assert_eq!(KVM_SET_USER_MEMORY_REGION, 0x4020_ae46);
         assert_eq!(KVM_ENABLE_CAP, 0x4068_aea3);
-        assert_eq!(KVM_CLEAR_DIRTY_LOG, 0xc018_aec0);
+        assert_eq!(KVM_CLEAR_DIRTY_LOG, 0xc018_aec0_u32 as libc::Ioctl);
         assert_eq!(KVM_RESET_DIRTY_RINGS, 0xaec7);
     }
 }

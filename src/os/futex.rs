@@ -11,8 +11,9 @@ const ANY: libc::c_int = -1;
 /// returns, the caller finds out by looking.
 pub(crate) fn wait(word: &AtomicU32, expected: u32, until_ns: u64) {
     let until = libc::timespec {
-        tv_sec: libc::time_t::try_from(until_ns / 1_000_000_000).unwrap_or(libc::time_t::MAX),
-        tv_nsec: libc::c_long::try_from(until_ns % 1_000_000_000).unwrap_or(0),
+        // Both fit: the first is at most 2^64 / 10^9. The name of its type is deprecated on musl.
+        tv_sec: (until_ns / 1_000_000_000).try_into().unwrap_or(0),
+        tv_nsec: (until_ns % 1_000_000_000).try_into().unwrap_or(0),
     };
     // SAFETY:
     // * The futex word is an aligned, live `AtomicU32`; the kernel only reads it.

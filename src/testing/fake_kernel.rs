@@ -241,12 +241,20 @@ impl FakeKernel {
     ///
     /// When the address space is used up.
     pub fn create_slot(&self, slot: SlotId, pages: PageRun) -> GuestMemory {
-        let count = index(pages.pages);
         let ram = AnonymousRam::with_slots(&[(slot, pages)], Backing::SmallPages);
-        let words = vec![0; count.div_ceil(64)];
-        let fake = FakeSlot { logging: false, writable: vec![true; count], bitmap: words };
-        self.lock().slots.insert(slot.0, fake);
-        ram.expect("address space for a fake slot").memory().clone()
+        let memory = ram.expect("address space for a fake slot").memory().clone();
+        self.create_slots(&memory);
+        memory
+    }
+
+    /// Creates the slots of memory that there is already.
+    pub fn create_slots(&self, memory: &GuestMemory) {
+        for region in memory.regions() {
+            let count = index(region.pages.pages);
+            let words = vec![0; count.div_ceil(64)];
+            let fake = FakeSlot { logging: false, writable: vec![true; count], bitmap: words };
+            self.lock().slots.insert(region.slot.0, fake);
+        }
     }
 
     /// Deletes a slot.
@@ -353,10 +361,6 @@ impl fmt::Debug for FakeKernel {
     }
 }
 
-fn no_slot(name: &'static str) -> KvmError {
-    KvmError::Ioctl { name, source: std::io::Error::from_raw_os_error(libc::ENOENT) }
-}
-
 impl Kernel for FakeKernel {
     fn reset_dirty_rings(&self) -> Result<ResetCount, KvmError> {
         Ok(self.lock().reset())
@@ -364,8 +368,7 @@ impl Kernel for FakeKernel {
 
     fn set_dirty_logging(&self, region: &Region, enabled: bool) -> Result<(), KvmError> {
         let inner = &mut *self.lock();
-        let slot =
-            inner.slots.get_mut(&region.slot.0).ok_or_else(|| no_slot("KVM_SET_USER_MEMORY_REGION"))?;
+        let slot = inner.slots.get_mut(&region.slot.0).ok_or(KvmError::SlotGone(region.slot))?;
         if enabled && !slot.logging {
             slot.writable.fill(false);
             slot.bitmap.fill(0);
@@ -376,14 +379,14 @@ impl Kernel for FakeKernel {
 
     fn get_dirty_log(&self, slot: SlotId, _: u64, words: &mut [u64]) -> Result<(), KvmError> {
         let inner = self.lock();
-        let slot = inner.slots.get(&slot.0).ok_or_else(|| no_slot("KVM_GET_DIRTY_LOG"))?;
+        let slot = inner.slots.get(&slot.0).ok_or(KvmError::SlotGone(slot))?;
         words.copy_from_slice(&slot.bitmap);
         Ok(())
     }
 
     fn clear_dirty_log(&self, slot: SlotId, pages: u64, words: &[u64]) -> Result<(), KvmError> {
         let inner = &mut *self.lock();
-        let slot = inner.slots.get_mut(&slot.0).ok_or_else(|| no_slot("KVM_CLEAR_DIRTY_LOG"))?;
+        let slot = inner.slots.get_mut(&slot.0).ok_or(KvmError::SlotGone(slot))?;
         for offset in (0..pages).filter(|offset| words[index(offset / 64)] >> (offset % 64) & 1 != 0) {
             slot.bitmap[index(offset / 64)] &= !(1 << (offset % 64));
             slot.writable[index(offset)] = false;

@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 
 use crate::kvm::KvmError;
-use crate::layout::{PageIndex, SlotId};
+use crate::layout::{LayoutError, PageIndex, SlotId};
 use crate::os::userfault::Refused;
 use crate::vm::VmError;
 
@@ -22,6 +22,8 @@ pub enum TrackError {
     NotTracking,
     /// A slot was added that the tracker has already.
     SlotKnown(SlotId),
+    /// Memory was added whose pages or host memory another slot has.
+    Layout(LayoutError),
     /// A slot was named that the tracker does not have.
     SlotUnknown(SlotId),
     /// A vCPU was attached under an index that is taken.
@@ -58,6 +60,9 @@ impl fmt::Display for TrackError {
             }
             Self::NotTracking => write!(f, "dirty tracking is off: call `start` first"),
             Self::SlotKnown(slot) => write!(f, "{slot:?} is tracked already: remove it before it is reused"),
+            Self::Layout(error) => {
+                write!(f, "{error}: remove what was there from the tracker before its place is used again")
+            }
             Self::SlotUnknown(slot) => write!(f, "{slot:?} is not tracked: add its memory first"),
             Self::VcpuKnown(index) => write!(f, "a vCPU with index {index} is attached already"),
             Self::SetTooSmall { capacity, needed } => write!(
@@ -86,6 +91,7 @@ impl std::error::Error for TrackError {
         match self {
             Self::Kvm(error) => Some(error),
             Self::Pagemap(error) => Some(error),
+            Self::Layout(error) => Some(error),
             Self::External { source, .. } => Some(&**source),
             _ => None,
         }
@@ -95,6 +101,12 @@ impl std::error::Error for TrackError {
 impl From<PagemapError> for TrackError {
     fn from(error: PagemapError) -> Self {
         Self::Pagemap(error)
+    }
+}
+
+impl From<LayoutError> for TrackError {
+    fn from(error: LayoutError) -> Self {
+        Self::Layout(error)
     }
 }
 

@@ -85,7 +85,7 @@ pub struct VcpuFigures {
 pub struct Figures {
     /// Each vCPU, in the order of attachment.
     pub vcpus: Vec<VcpuFigures>,
-    /// Harvests handed out.
+    /// Harvests handed out, of all memory or of one slot.
     pub harvests: u64,
     /// Time spent in taking entries, of all vCPUs, or in getting and scanning bitmaps, in nanoseconds.
     pub harvest_ns: u64,
@@ -99,7 +99,8 @@ pub struct Figures {
     pub short_resets: u64,
     /// Entries that named a slot the tracker does not have, or a page beyond its end.
     pub unknown_slot_entries: u64,
-    /// Times that all of memory was declared dirty and protected anew, after an overflow.
+    /// Times that memory was declared dirty and protected anew: all of it after an overflow, or the slots in which
+    /// interrupted resets had left pages unprotected.
     pub rearms: u64,
 }
 

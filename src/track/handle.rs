@@ -24,7 +24,8 @@ impl VcpuHandle {
         Self { shared, vcpu }
     }
 
-    /// The VMM's index of the vCPU.
+    /// The VMM's index of the vCPU: what [`attach_vcpu`](super::DirtyTracker::attach_vcpu) was given, and what
+    /// `Vm::kick` takes. Not its place among the attached.
     pub fn index(&self) -> usize {
         self.vcpu.index
     }

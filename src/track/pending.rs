@@ -2,12 +2,29 @@
 //! write-protected again.
 
 use super::error::TrackError;
-use crate::layout::{PageIndex, PageRun};
+use super::slots::Slots;
+use crate::layout::{PageIndex, PageRun, Region};
 use crate::page_set::PageSet;
 
 /// Proof that every page in [`Pending`] is write-protected. Only a backend makes one, at the end of its collecting,
 /// and it is used up before the tracker's lock is released.
 pub(super) trait Protected {}
+
+/// How many pages are still to be handed out, of how many there were.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Remainder {
+    left: u64,
+    before: u64,
+}
+
+impl Remainder {
+    /// As large a part of `pages`, rounded down.
+    pub(super) fn share_of(self, pages: u64) -> u64 {
+        let share = u128::from(pages) * u128::from(self.left) / u128::from(self.before.max(1));
+        // No larger than `pages`, as no more are left than there were.
+        u64::try_from(share).unwrap_or(pages)
+    }
+}
 
 /// The pages between a backend and the next harvest.
 #[derive(Debug)]
@@ -18,8 +35,10 @@ pub(super) struct Pending {
     /// Pages that were handed out before and did not arrive. They outlast a period of tracking.
     given_back: PageSet,
     /// Pages that an interrupted reset may have left writable with no entry to tell of later writes: dirty in
-    /// every harvest, until all of memory is protected anew.
+    /// every harvest, until their slots are protected anew.
     unsure: PageSet,
+    /// How many pages of `unsure` were handed out since it was last empty.
+    unsure_handed_out: u64,
     /// An overflow lost entries: every page is dirty, and all of memory must be protected anew.
     pub(super) everything: bool,
 }
@@ -27,16 +46,20 @@ pub(super) struct Pending {
 impl Pending {
     pub(super) fn new() -> Self {
         let empty = || PageSet::new(PageIndex(0));
-        Self { pages: empty(), reported: empty(), given_back: empty(), unsure: empty(), everything: false }
+        Self {
+            pages: empty(),
+            reported: empty(),
+            given_back: empty(),
+            unsure: empty(),
+            unsure_handed_out: 0,
+            everything: false,
+        }
     }
 
-    /// Makes room for pages below `end`.
-    pub(super) fn grow(&mut self, end: PageIndex) {
+    /// Guest RAM ends at `end` from now on; pages beyond have been removed.
+    pub(super) fn resize(&mut self, end: PageIndex) {
         for set in [&mut self.pages, &mut self.reported, &mut self.given_back, &mut self.unsure] {
-            if set.capacity() < end {
-                let small = std::mem::replace(set, PageSet::new(end));
-                set.union(&small);
-            }
+            set.resize(end);
         }
     }
 
@@ -59,20 +82,38 @@ impl Pending {
         self.given_back.union(pages);
     }
 
-    pub(super) fn insert_unsure(&mut self, run: PageRun) {
-        self.unsure.insert_run(run);
+    pub(super) fn insert_unsure(&mut self, page: PageIndex) {
+        self.unsure.insert(page);
     }
 
-    /// All of memory has been protected anew.
+    /// The slots with unsure pages, once these have been handed out so often that handing out the slots once costs no more:
+    /// then is the time to protect them anew. None before.
+    pub(super) fn slots_better_protected_anew(&self, slots: &Slots) -> Vec<Region> {
+        if self.unsure.is_empty() {
+            return Vec::new();
+        }
+        let mut regions: Vec<Region> = slots.regions().copied().collect();
+        regions.retain(|region| self.unsure.count_within(region.pages) > 0);
+        let pages: u64 = regions.iter().map(|region| region.pages.pages).sum();
+        if self.unsure_handed_out < pages {
+            regions.clear();
+        }
+        regions
+    }
+
+    /// All of memory has been protected anew, or all that had unsure pages.
     pub(super) fn rearmed(&mut self) {
         self.unsure.clear();
+        self.unsure_handed_out = 0;
         self.everything = false;
     }
 
     /// These pages are no longer RAM.
-    pub(super) fn remove_run(&mut self, run: PageRun) {
-        for set in [&mut self.pages, &mut self.reported, &mut self.given_back, &mut self.unsure] {
-            set.remove_run(run);
+    pub(super) fn remove_runs(&mut self, runs: Vec<PageRun>) {
+        for run in runs {
+            for set in [&mut self.pages, &mut self.reported, &mut self.given_back, &mut self.unsure] {
+                set.remove_run(run);
+            }
         }
     }
 
@@ -92,6 +133,7 @@ impl Pending {
     /// Adds all pages to `dirty`.
     pub(super) fn hand_out(&mut self, _: impl Protected, dirty: &mut PageSet) {
         self.pages.union(&self.unsure);
+        self.unsure_handed_out += self.unsure.len();
         self.pages.union(&self.given_back);
         self.given_back.clear();
         if dirty.is_empty() && dirty.capacity() == self.pages.capacity() {
@@ -104,14 +146,17 @@ impl Pending {
         self.reported.clear();
     }
 
-    /// The pages of one run as a bitmap, bit 0 of word 0 the first.
-    pub(super) fn hand_out_words(&mut self, _: impl Protected, run: PageRun) -> Vec<u64> {
+    /// The pages of one run as a bitmap, bit 0 of word 0 the first; and what that leaves.
+    pub(super) fn hand_out_words(&mut self, _: impl Protected, run: PageRun) -> (Vec<u64>, Remainder) {
         self.pages.union(&self.unsure);
+        self.unsure_handed_out += self.unsure.count_within(run);
         for part in self.given_back.runs_within(run) {
             self.pages.insert_run(part);
         }
         self.given_back.remove_run(run);
         self.reported.remove_run(run);
-        self.pages.take_words(run)
+        let before = self.pages.len();
+        let words = self.pages.take_words(run);
+        (words, Remainder { left: self.pages.len(), before })
     }
 }

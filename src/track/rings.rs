@@ -14,13 +14,12 @@ use std::time::Instant;
 
 use super::error::TrackError;
 use super::figures::VmCounters;
-use super::pending::{Pending, Protected};
+use super::pending::{Pending, Protected, Remainder};
 use super::redirtied::Redirtied;
 use super::slots::{SlotCursor, Slots};
 use super::vcpu::Vcpu;
-use crate::kvm::ring::DirtyRing;
+use crate::kvm::ring::{DirtyRing, Prefix};
 use crate::kvm::{Kernel, ResetCount};
-use crate::layout::{PageIndex, PageRun, SlotId};
 use crate::page_set::{PageSet, WordAtHand};
 
 /// Resets in a row that reset nothing, before a ring is taken for stuck. A stop signal, a freezing cgroup or task
@@ -32,9 +31,6 @@ const RESERVED_ENTRIES: u32 = 64 + 512;
 
 /// How often in a row a vCPU may say that its ring is full when there is nothing to take, before it is given up.
 const EMPTY_CALLS_MAX: u32 = 1_000;
-
-/// Page frames that one batch of KVM's reset covers at most: the bits of a long.
-const BATCH_PAGES: u64 = 64;
 
 /// What the recycler needs of the rest of the tracker.
 #[derive(Clone, Copy)]
@@ -66,6 +62,8 @@ struct Ring {
     empty_calls: u32,
     /// The gate's count of passes at the last call of `ring_full`.
     passes: Option<u64>,
+    /// What the last interrupted reset had got to.
+    unflagged: Prefix,
     /// It may have overflowed, and entries that we cannot see may hide behind a gap.
     suspect: bool,
 }
@@ -109,15 +107,20 @@ impl Ring {
             self.overflowed("every entry of its ring was dirty");
         }
         if self.suspect {
-            pending.everything = true;
             match self.ring.gap() {
                 Some(gap) => {
+                    pending.everything = true;
                     self.ring.skip(gap);
                     self.take_entries(cx, pending);
                     self.suspect = self.ring.unconfirmed() == self.ring.size().entries();
                 }
+                // Nothing is dirty anywhere in the ring: KVM has pushed nothing since memory was protected anew.
+                None if taken == 0 => {}
                 // Entries stood where they should, and none stands elsewhere.
-                None => self.suspect &= taken == 0 || taken == self.ring.size().entries(),
+                None => {
+                    pending.everything = true;
+                    self.suspect = taken == self.ring.size().entries();
+                }
             }
         }
         (self.observed, self.repeated) = (0, 0);
@@ -170,6 +173,24 @@ impl Ring {
         Ok(())
     }
 
+    /// At the last interrupted reset, it was reset in part.
+    fn is_half_done(&self) -> bool {
+        (1..self.ring.unconfirmed()).contains(&self.unflagged.entries)
+    }
+
+    /// A reset that got to the first `entries` of those taken may have been interrupted there, and so may have counted the
+    /// last of them and not protected their pages.
+    fn doubt_batch(&self, entries: u32, cx: Context<'_>, pending: &mut Pending) {
+        let mut slots = SlotCursor::new(cx.slots);
+        let is_known = self.ring.last_batch(entries, |slot, offset| {
+            if let Some(page) = slots.page(slot, offset) {
+                pending.insert_unsure(page);
+            }
+        });
+        // A page that is no longer known may be any.
+        pending.everything |= !is_known;
+    }
+
     fn overflowed(&mut self, sign: &'static str) {
         if !self.suspect {
             self.suspect = true;
@@ -206,8 +227,13 @@ impl Rings {
             empty_fulls: 0,
             empty_calls: 0,
             passes: None,
+            unflagged: Prefix::default(),
             suspect: false,
         });
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.rings.is_empty()
     }
 
     /// Takes and resets what is in every ring.
@@ -235,6 +261,20 @@ impl Rings {
         self.early_reported = 0;
     }
 
+    /// The pages of one slot were handed out. Whose the others are is not known: each vCPU keeps its share of them.
+    pub(super) fn harvested_in_part(&mut self, remainder: Remainder) {
+        let are_all_reported = self.early_reported == self.early_pages();
+        for ring in &mut self.rings {
+            ring.early_pages = remainder.share_of(ring.early_pages);
+        }
+        // No number of pages is that high: the next observation reports them.
+        self.early_reported = if are_all_reported { self.early_pages() } else { u64::MAX };
+    }
+
+    fn early_pages(&self) -> u64 {
+        self.rings.iter().map(|ring| ring.early_pages).sum()
+    }
+
     /// Pages by vCPU since the last harvest; recycles a ring that would be full before the next
     /// observation. `redirtied` gets the pages that no earlier call reported.
     pub(super) fn observe(
@@ -259,7 +299,7 @@ impl Rings {
                 pages.push(ring.early_pages + u64::from(entries - ring.repeated.min(entries)));
             }
         }
-        let early = self.rings.iter().map(|ring| ring.early_pages).sum();
+        let early = self.early_pages();
         if let Some(redirtied) = redirtied
             && early != self.early_reported
         {
@@ -343,32 +383,33 @@ impl Rings {
         Ok(AllReset(()))
     }
 
+    /// One of the rings was cut off at its end, and KVM does not say which.
     fn doubt_last_batch(&self, cx: Context<'_>, pending: &mut Pending) {
-        for ring in self.rings.iter().filter(|ring| ring.ring.unconfirmed() > 0) {
-            match ring.ring.last_taken() {
-                Some((slot, offset)) => insert_batch(slot, offset, cx.slots, pending),
-                // The page is no longer known: so it may be any.
-                None => pending.everything = true,
-            }
-        }
+        self.rings.iter().for_each(|ring| ring.doubt_batch(ring.ring.unconfirmed(), cx, pending));
     }
 
     /// An interrupted reset: finds out which of the flagged entries it got to.
     fn confirm_part(&mut self, count: u64, cx: Context<'_>, pending: &mut Pending) {
-        let unflagged: u64 =
-            self.rings.iter().map(|ring| u64::from(ring.ring.unflagged_prefix().entries)).sum();
+        let (mut unflagged, mut is_one_half_done) = (0, false);
         for ring in &mut self.rings {
-            let prefix = ring.ring.unflagged_prefix();
-            if prefix.dirty_again && unflagged != count {
+            ring.unflagged = ring.ring.unflagged_prefix();
+            unflagged += u64::from(ring.unflagged.entries);
+            is_one_half_done |= ring.is_half_done();
+        }
+        // Else another thread's reset did some of them.
+        let is_ours = unflagged == count;
+        for ring in &mut self.rings {
+            let Prefix { entries, dirty_again } = ring.unflagged;
+            if dirty_again && !is_ours {
                 // Overwritten before they were reset, or reset by another thread and used again: no telling.
                 ring.overflowed("entries were overwritten before they were reset");
                 pending.everything = true;
-            } else if prefix.entries > 0 {
-                match ring.ring.confirm_prefix(prefix.entries) {
-                    Some((slot, offset)) => insert_batch(slot, offset, cx.slots, pending),
-                    // The page is no longer known: so it may be any.
-                    None => pending.everything = true,
+            } else if entries > 0 {
+                // KVM goes from ring to ring: if it was cut off within one, it had finished the others before.
+                if !(is_ours && is_one_half_done) || ring.is_half_done() {
+                    ring.doubt_batch(entries, cx, pending);
                 }
+                ring.ring.confirm_prefix(entries);
             }
         }
     }
@@ -393,16 +434,6 @@ impl Rings {
         }
         self.rings[at].ring.confirm();
         Ok(())
-    }
-}
-
-/// The pages that an interrupted reset may have counted and not protected: a batch around its last entry.
-fn insert_batch(slot: SlotId, offset: u64, slots: &Slots, pending: &mut Pending) {
-    let Some(region) = slots.get(slot) else { return };
-    let first = offset.saturating_sub(BATCH_PAGES - 1).min(region.pages.pages);
-    let end = offset.saturating_add(BATCH_PAGES).min(region.pages.pages);
-    if first < end {
-        pending.insert_unsure(PageRun { first: PageIndex(region.pages.first.0 + first), pages: end - first });
     }
 }
 

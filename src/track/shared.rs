@@ -10,7 +10,7 @@ use super::external::ExternalSource;
 use super::figures::VmCounters;
 use super::pending::{Pending, Protected};
 use super::rings::{AllReset, Context, Rings};
-use super::slots::Slots;
+use super::slots::{Slots, log_anew};
 use super::vcpu::Vcpu;
 use crate::kvm::{Kernel, RingSize};
 use crate::page_set::AtomicPageSet;
@@ -135,19 +135,35 @@ impl Shared {
         {
             log.collect_beside_rings(cx, pending.pages_mut())?;
         }
-        for hole in slots.holes(pending.capacity()) {
-            pending.remove_run(hole);
-        }
+        pending.remove_runs(slots.holes(pending.capacity()));
         if pending.everything {
-            // Off forgets what is protected, on protects all. What is written in between is in the set already.
-            slots.set_logging(&*self.kernel, false)?;
-            slots.set_logging(&*self.kernel, true)?;
+            slots.log_anew(&*self.kernel)?;
             for region in slots.regions() {
                 pending.pages_mut().insert_run(region.pages);
             }
             pending.rearmed();
             self.counters.rearms.add(1);
+        } else if !quiet {
+            self.protect_unsure(slots, pending)?;
         }
         Ok(collected)
+    }
+
+    /// Protects anew the slots with unsure pages, when that costs no more than what these have cost already.
+    fn protect_unsure(&self, slots: &Slots, pending: &mut Pending) -> Result<(), TrackError> {
+        let regions = pending.slots_better_protected_anew(slots);
+        for region in &regions {
+            if let Err(error) = log_anew(&*self.kernel, region) {
+                // Its logging may be off now.
+                pending.everything = true;
+                return Err(error.into());
+            }
+            pending.pages_mut().insert_run(region.pages);
+        }
+        if !regions.is_empty() {
+            pending.rearmed();
+            self.counters.rearms.add(1);
+        }
+        Ok(())
     }
 }

@@ -27,18 +27,19 @@ pub(super) struct Slots {
 }
 
 impl Slots {
-    /// The ids of `memory`'s regions are new, to the table and to each other.
+    /// The regions of `memory` have ids, pages and host memory that no slot of the table has, nor another of them.
     fn check_new(&self, memory: &GuestMemory) -> Result<(), TrackError> {
         let mut ids: Vec<SlotId> = memory.regions().iter().map(|region| region.slot).collect();
         ids.extend(self.slots.iter().map(|slot| slot.id));
         ids.sort_unstable();
-        match ids.windows(2).find(|pair| pair[0] == pair[1]) {
-            Some(pair) => Err(TrackError::SlotKnown(pair[0])),
-            None => Ok(()),
+        if let Some(pair) = ids.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Err(TrackError::SlotKnown(pair[0]));
         }
+        let conflict = |region: &Region| self.regions().find_map(|known| known.conflict(region));
+        memory.regions().iter().find_map(conflict).map_or(Ok(()), |error| Err(error.into()))
     }
 
-    /// Adds every region of `memory` as a slot; none, if one is known already.
+    /// Adds every region of `memory` as a slot; none, if one cannot be.
     pub(super) fn add(&mut self, memory: &GuestMemory) -> Result<(), TrackError> {
         self.check_new(memory)?;
         let memory = Arc::new(memory.clone());
@@ -70,7 +71,7 @@ impl Slots {
         self.regions().map(|region| region.pages.end()).max().unwrap_or(PageIndex(0))
     }
 
-    /// What lies between the slots, below `end`.
+    /// What no slot has, below `end`.
     pub(super) fn holes(&self, end: PageIndex) -> Vec<PageRun> {
         let mut runs: Vec<PageRun> = self.regions().map(|region| region.pages).collect();
         runs.sort_by_key(|run| run.first);
@@ -86,24 +87,35 @@ impl Slots {
         holes
     }
 
-    /// Switches dirty logging of all slots on or off. On: none is left on when one was refused. Off: all are tried,
-    /// and the first refusal is returned.
-    pub(super) fn set_logging(&self, kernel: &dyn Kernel, enabled: bool) -> Result<(), KvmError> {
-        let mut first_error = Ok(());
+    /// Protects every page of every slot and logs writes from then on; none is logged when one was refused. A write in
+    /// between is not seen: the pages count as dirty anyway, or have not been read yet.
+    pub(super) fn log_anew(&self, kernel: &dyn Kernel) -> Result<(), KvmError> {
         for (done, region) in self.regions().enumerate() {
-            if let Err(error) = kernel.set_dirty_logging(region, enabled) {
-                if enabled {
-                    for region in self.regions().take(done) {
-                        // Best effort: the refusal that matters is already being reported.
-                        let _ = kernel.set_dirty_logging(region, false);
-                    }
-                    return Err(error);
+            if let Err(error) = log_anew(kernel, region) {
+                for region in self.regions().take(done) {
+                    // Best effort: the refusal that matters is already being reported.
+                    let _ = kernel.set_dirty_logging(region, false);
                 }
-                first_error = first_error.and(Err(error));
+                return Err(error);
             }
         }
-        first_error
+        Ok(())
     }
+
+    /// Ends dirty logging of all slots. All are tried, and the first refusal is returned.
+    pub(super) fn stop_logging(&self, kernel: &dyn Kernel) -> Result<(), KvmError> {
+        let stop = |region| kernel.set_dirty_logging(region, false);
+        self.regions().map(stop).fold(Ok(()), Result::and)
+    }
+}
+
+/// Protects every page of one slot and logs writes from then on.
+///
+/// Off comes first: KVM protects when logging goes on, and does nothing where it is on, be it by us or because the VMM
+/// created the slot that way, perhaps at a time when KVM protected no page of it.
+pub(super) fn log_anew(kernel: &dyn Kernel, region: &Region) -> Result<(), KvmError> {
+    kernel.set_dirty_logging(region, false)?;
+    kernel.set_dirty_logging(region, true)
 }
 
 /// The slot that the last entry named: entries come in long runs of one slot.

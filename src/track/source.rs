@@ -15,7 +15,8 @@ pub enum Observed {
     /// it may count again before the next harvest: if KVM emulates guest instructions, if a ring was recycled early, or
     /// if the host took the page from the guest for a moment (huge pages, compaction, NUMA balancing). With
     /// [`observe_into`](DirtySource::observe_into) it does not, unless two vCPUs named it and a ring of theirs was
-    /// recycled early.
+    /// recycled early. After [`take_slot_bitmap`](super::DirtyTracker::take_slot_bitmap), pages of other slots that were
+    /// taken from the rings meanwhile are divided among the vCPUs as before.
     PerVcpu(Vec<u64>),
     /// Pages, whoever dirtied them.
     Total(u64),
@@ -28,7 +29,8 @@ pub trait DirtySource: Send {
     /// The name that reports show: `ring`, `bitmap`, `pagemap`.
     fn backend(&self) -> &'static str;
 
-    /// Handles of the vCPUs whose gates a throttle may close; empty where there are none.
+    /// Handles of the vCPUs whose gates a throttle may close, in the order of [`Observed::PerVcpu`]; empty where there are
+    /// none. Each knows its [`index`](VcpuHandle::index) in the VMM.
     fn vcpus(&self) -> Vec<VcpuHandle> {
         Vec::new()
     }

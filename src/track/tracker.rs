@@ -13,11 +13,11 @@ use super::pending::Pending;
 use super::redirtied::Redirtied;
 use super::rings::Rings;
 use super::shared::{Backend, External, ExternalId, Shared, State};
-use super::slots::Slots;
+use super::slots::{Slots, log_anew};
 use super::source::{DirtySource, Observed};
 use super::vcpu::Vcpu;
-use crate::kvm::ring::DirtyRing;
-use crate::kvm::{Kernel, KvmError, RingSize, VmFd, caps};
+use crate::kvm::ring::{DirtyRing, VmMark};
+use crate::kvm::{Kernel, KvmError, ManualProtect, RingSize, VmFd, caps};
 use crate::layout::{GuestMemory, PageRun, SlotId};
 use crate::page_set::{AtomicPageSet, PageSet};
 #[cfg(any(test, feature = "testing"))]
@@ -44,7 +44,7 @@ impl DirtyTracker {
     ///
     /// [`TrackError::Kvm`]: no rings here, none of this size, or too late, because a vCPU exists.
     pub fn enable(vm: &impl AsRawFd, size: RingSize) -> Result<Self, TrackError> {
-        let vm = VmFd::duplicate(vm)?;
+        let vm = VmFd::duplicate(vm, ManualProtect::Off)?;
         let beside = caps::enable_ring(vm.as_fd(), size)?.then(BitmapLog::default);
         Ok(Self::on(Box::new(vm), Backend::Ring { size, rings: Rings::default(), beside }))
     }
@@ -55,7 +55,7 @@ impl DirtyTracker {
     ///
     /// [`TrackError::Kvm`]: this KVM cannot protect manually.
     pub fn enable_bitmap(vm: &impl AsRawFd) -> Result<Self, TrackError> {
-        let vm = VmFd::duplicate(vm)?;
+        let vm = VmFd::duplicate(vm, ManualProtect::On)?;
         caps::enable_manual_protect(vm.as_fd())?;
         Ok(Self::on(Box::new(vm), Backend::Bitmap(BitmapLog::default())))
     }
@@ -94,7 +94,7 @@ impl DirtyTracker {
         position: u32,
         cpu_log_entries: usize,
     ) -> Result<VcpuHandle, TrackError> {
-        self.attach(index, |size| Ok(kernel.create_vcpu(size, position, cpu_log_entries)))
+        self.attach(index, |size, _| Ok(kernel.create_vcpu(size, position, cpu_log_entries)))
     }
 
     fn on(kernel: Box<dyn Kernel>, backend: Backend) -> Self {
@@ -123,16 +123,21 @@ impl DirtyTracker {
     /// Every region of `memory` is a slot from now on. The VMM calls this once it has created the slots, at start-up
     /// or when memory is plugged in. While tracking is on, all of the new memory counts as dirty.
     ///
+    /// What system management mode sees is added besides, by
+    /// [`in_address_space`](GuestMemory::in_address_space). A page that two slots have then is dirty once, and no longer
+    /// RAM when both are removed.
+    ///
     /// # Errors
     ///
-    /// [`TrackError::SlotKnown`] for an id that is in use, or what KVM refused; no region is added then.
+    /// [`TrackError::SlotKnown`] for an id that is in use, [`TrackError::Layout`] for pages or host memory that are, or
+    /// what KVM refused; no region is added then.
     pub fn add_memory(&self, memory: &GuestMemory) -> Result<(), TrackError> {
         let state = &mut *self.shared.lock();
         state.slots.add(memory)?;
         if state.tracking {
             let mut refused = Ok(());
             for region in memory.regions() {
-                refused = refused.and_then(|()| self.shared.kernel.set_dirty_logging(region, true));
+                refused = refused.and_then(|()| log_anew(&*self.shared.kernel, region));
             }
             if let Err(error) = refused {
                 memory.regions().iter().for_each(|region| state.slots.remove(region.slot));
@@ -140,7 +145,7 @@ impl DirtyTracker {
             }
         }
         let end = state.slots.end();
-        state.pending.grow(end);
+        state.pending.resize(end);
         let mut marks = self.shared.marks.write().unwrap_or_else(PoisonError::into_inner);
         if marks.capacity() < end {
             marks.drain_into(state.pending.pages_mut());
@@ -159,19 +164,26 @@ impl DirtyTracker {
     ///
     /// # Errors
     ///
-    /// [`TrackError::SlotUnknown`], or what KVM refused; the slot is then still tracked.
+    /// [`TrackError::SlotUnknown`], or what KVM refused; the slot is then still tracked. A slot that the VMM has deleted
+    /// already is forgotten.
     pub fn remove_slot(&self, slot: SlotId) -> Result<(), TrackError> {
         let state = &mut *self.shared.lock();
         let region = *state.slots.get(slot).ok_or(TrackError::SlotUnknown(slot))?;
         if state.tracking {
-            self.shared.kernel.set_dirty_logging(&region, false)?;
+            match self.shared.kernel.set_dirty_logging(&region, false) {
+                // The VMM was too early. It can do nothing better now than to have the slot forgotten.
+                Err(KvmError::SlotGone(_)) => {}
+                switched => switched?,
+            }
         }
         // With logging off, nothing new can name the slot.
         if let Backend::Ring { rings, .. } = &mut state.backend {
             rings.recycle(self.shared.context(&state.slots), &mut state.pending)?;
         }
         state.slots.remove(slot);
-        state.pending.remove_run(region.pages);
+        // Not simply its pages: another address space may have them, too.
+        state.pending.remove_runs(state.slots.holes(state.pending.capacity()));
+        state.pending.resize(state.slots.end());
         Ok(())
     }
 
@@ -179,15 +191,17 @@ impl DirtyTracker {
     ///
     /// # Errors
     ///
-    /// [`TrackError::VcpuKnown`] if the index is taken, or that the vCPU's ring cannot be mapped.
+    /// [`TrackError::VcpuKnown`] if the index is taken; on rings [`TrackError::Kvm`], if this is no vCPU, or one without a
+    /// ring, or one of another VM than the first.
     pub fn attach_vcpu(&self, index: usize, vcpu: &impl AsRawFd) -> Result<VcpuHandle, TrackError> {
-        self.attach(index, |size| DirtyRing::map(vcpu, size))
+        let mark = VmMark(Arc::as_ptr(&self.shared).addr());
+        self.attach(index, |size, is_first| DirtyRing::map(vcpu, size, mark, is_first))
     }
 
     fn attach(
         &self,
         index: usize,
-        map: impl FnOnce(RingSize) -> Result<DirtyRing, KvmError>,
+        map: impl FnOnce(RingSize, bool) -> Result<DirtyRing, KvmError>,
     ) -> Result<VcpuHandle, TrackError> {
         let state = &mut *self.shared.lock();
         if state.vcpus.iter().any(|vcpu| vcpu.index == index) {
@@ -195,7 +209,8 @@ impl DirtyTracker {
         }
         let vcpu = Arc::new(Vcpu::new(index));
         if let Backend::Ring { size, rings, .. } = &mut state.backend {
-            rings.push(map(*size)?, Arc::clone(&vcpu));
+            let ring = map(*size, rings.is_empty())?;
+            rings.push(ring, Arc::clone(&vcpu));
         }
         state.vcpus.push(Arc::clone(&vcpu));
         Ok(VcpuHandle::new(Arc::clone(&self.shared), vcpu))
@@ -225,7 +240,12 @@ impl DirtyTracker {
             return Err(TrackError::NotTracking);
         }
         let collected = self.shared.collect(state, false)?;
-        Ok(state.pending.hand_out_words(collected, run))
+        let (words, remainder) = state.pending.hand_out_words(collected, run);
+        if let Backend::Ring { rings, .. } = &mut state.backend {
+            rings.harvested_in_part(remainder);
+        }
+        self.shared.counters.harvests.add(1);
+        Ok(words)
     }
 
     /// From now on the pages that `source` logs are in every harvest. It is started and stopped with the tracker; while
@@ -324,7 +344,7 @@ impl DirtySource for DirtyTracker {
         }
         state.pending.forget();
         state.start_externals()?;
-        if let Err(error) = state.slots.set_logging(&*self.shared.kernel, true) {
+        if let Err(error) = state.slots.log_anew(&*self.shared.kernel) {
             state.stop_externals();
             return Err(error.into());
         }
@@ -363,7 +383,7 @@ impl DirtySource for DirtyTracker {
         state.tracking = false;
         self.shared.tracking.store(false, Ordering::Relaxed);
         state.stop_externals();
-        let logging_off = state.slots.set_logging(&*self.shared.kernel, false);
+        let logging_off = state.slots.stop_logging(&*self.shared.kernel);
         if let Backend::Ring { rings, .. } = &mut state.backend {
             rings.recycle(self.shared.context(&state.slots), &mut state.pending)?;
         }

@@ -73,10 +73,10 @@ impl DmaMapping {
 }
 
 impl<D: DmaLogging> DmaSource<D> {
-    /// A device that can reach guest memory, which ends at `end`, through `mappings`.
-    pub fn new(device: D, end: PageIndex, mappings: impl IntoIterator<Item = DmaMapping>) -> Self {
+    /// A device that can reach guest memory through `mappings`.
+    pub fn new(device: D, mappings: impl IntoIterator<Item = DmaMapping>) -> Self {
         let mappings = mappings.into_iter().map(|mapping| Mapped { mapping, logged: false }).collect();
-        Self { device, logging: false, mappings, rest: PageSet::new(end) }
+        Self { device, logging: false, mappings, rest: PageSet::new(PageIndex(0)) }
     }
 
     /// A mapping came, by a virtual IOMMU or with new memory: to be called before the device can use it. While the
@@ -91,6 +91,8 @@ impl<D: DmaLogging> DmaSource<D> {
         while let Some(at) = self.mappings.iter().position(|mapped| mapped.mapping.iova == iova) {
             let mapped = self.mappings.swap_remove(at);
             if self.logging {
+                let end = mapped.mapping.pages.end();
+                self.rest.resize(end.max(self.rest.capacity()));
                 mapped.fetch(&mut self.device, &mut self.rest);
             }
         }

@@ -167,7 +167,7 @@ fn a_dma_logging_device_is_an_external_source() {
     let half = PAGES / 2;
     let upper = mapping(IOVA, FIRST + half, PAGES - half);
     let lower = mapping(IOVA + (1 << 32), FIRST, half);
-    let mut source = DmaSource::new(device.clone(), END, [upper, lower]);
+    let mut source = DmaSource::new(device.clone(), [upper, lower]);
     let page_bytes = PAGE_SIZE as u64;
     test_external_source(&mut source, &|page| match page.0.checked_sub(FIRST + half) {
         Some(above) => device.dma(IOVA + above * page_bytes + 8),
@@ -178,7 +178,7 @@ fn a_dma_logging_device_is_an_external_source() {
 #[test]
 fn a_device_that_fails_makes_all_its_pages_dirty() {
     let device = FakeDevice::default();
-    let mut source = DmaSource::new(device.clone(), END, [mapping(IOVA, FIRST, 10)]);
+    let mut source = DmaSource::new(device.clone(), [mapping(IOVA, FIRST, 10)]);
     source.start().unwrap();
     device.0.lock().unwrap().broken = true;
     assert_eq!(drained(&mut source), (FIRST..FIRST + 10).collect());
@@ -189,7 +189,7 @@ fn a_device_that_fails_makes_all_its_pages_dirty() {
 #[test]
 fn what_a_device_wrote_through_a_mapping_that_is_gone_is_dirty() {
     let device = FakeDevice::default();
-    let mut source = DmaSource::new(device.clone(), END, [mapping(IOVA, FIRST, 10)]);
+    let mut source = DmaSource::new(device.clone(), [mapping(IOVA, FIRST, 10)]);
     source.start().unwrap();
     device.dma(IOVA + 2 * PAGE_SIZE as u64);
     source.unmap(IOVA);
@@ -198,8 +198,24 @@ fn what_a_device_wrote_through_a_mapping_that_is_gone_is_dirty() {
 }
 
 #[test]
+fn what_a_device_wrote_through_a_mapping_of_memory_plugged_in_later_is_dirty() {
+    let device = FakeDevice::default();
+    let mut source = DmaSource::new(device.clone(), [mapping(IOVA, FIRST, 10)]);
+    let plugged = FIRST + PAGES - 10;
+    source.map(mapping(IOVA * 2, plugged, 10));
+    source.start().unwrap();
+    device.dma(IOVA + PAGE_SIZE as u64);
+    device.dma(IOVA * 2 + 2 * PAGE_SIZE as u64);
+    source.unmap(IOVA * 2);
+    source.map(mapping(IOVA * 3, FIRST + 20, 2));
+    source.unmap(IOVA * 3);
+    let expected = BTreeSet::from([FIRST + 1, FIRST + 20, FIRST + 21, plugged + 2]);
+    assert_eq!(drained(&mut source), expected);
+}
+
+#[test]
 fn a_mapping_that_comes_while_the_device_logs_is_dirty_as_a_whole_until_the_next_start() {
-    let mut source = DmaSource::new(FakeDevice::default(), END, [mapping(IOVA, FIRST, 10)]);
+    let mut source = DmaSource::new(FakeDevice::default(), [mapping(IOVA, FIRST, 10)]);
     source.start().unwrap();
     source.map(mapping(IOVA * 2, FIRST + 100, 2));
     for _ in 0..2 {
