@@ -31,7 +31,12 @@ fn unequal_links() -> io::Result<Links> {
 fn connect(links: &Links, source: &AnonymousRam, target: &AnonymousRam) -> (Sender, Receiver) {
     let addresses = [1, 2].map(|n| SocketAddr::from((Links::far_address(n), 4400)));
     let receiver = links
-        .at_far(|| DataListener::bind(&addresses).unwrap().receive(TOKEN, target.memory().clone()).unwrap())
+        .at_far(|| {
+            DataListener::bind(&addresses)
+                .unwrap()
+                .receive(TOKEN, target.memory().clone(), &AtomicBool::new(false))
+                .unwrap()
+        })
         .unwrap();
     let channels = addresses.map(|address| {
         let n = if address == addresses[0] { 1 } else { 2 };
@@ -109,7 +114,7 @@ fn a_link_on_which_everything_is_slow_keeps_its_channels() {
     source.fill(1);
     let address = SocketAddr::from((Links::far_address(1), 4400));
     let listener = links.at_far(|| DataListener::bind(&[address]).unwrap()).unwrap();
-    let receiver = listener.receive(TOKEN, target.memory().clone()).unwrap();
+    let receiver = listener.receive(TOKEN, target.memory().clone(), &AtomicBool::new(false)).unwrap();
     let never = AtomicBool::new(false);
     let channels = vec![ChannelSpec::to(address); 2];
     let options = SendOptions { connect_timeout: PATIENCE, ..SendOptions::default() };
@@ -131,7 +136,8 @@ fn a_source_that_falls_silent_is_noticed_by_an_idle_destination() {
     let (source, target) = (AnonymousRam::new(1).unwrap(), AnonymousRam::new(1).unwrap());
     let address = SocketAddr::from((Links::far_address(1), 4400));
     let bind = || DataListener::bind_with(&[address], Duration::from_secs(2)).unwrap();
-    let receiver = links.at_far(bind).unwrap().receive(TOKEN, target.memory().clone()).unwrap();
+    let receiver =
+        links.at_far(bind).unwrap().receive(TOKEN, target.memory().clone(), &AtomicBool::new(false)).unwrap();
     let never = AtomicBool::new(false);
     let channels = [ChannelSpec::to(address)];
     let connect = || {

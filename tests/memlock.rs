@@ -39,7 +39,7 @@ fn send_unprivileged(
     let listener = DataListener::bind(&["127.0.0.1:0".parse().unwrap()]).unwrap();
     let channel = ChannelSpec::to(listener.addresses()[0]);
     let token = MigrationToken([3; 16]);
-    let receiver = listener.receive(token, target.memory().clone()).unwrap();
+    let receiver = listener.receive(token, target.memory().clone(), &AtomicBool::new(false)).unwrap();
     let send = move || {
         let held = capabilities(None).unwrap();
         let effective = held.effective - CapabilitySet::IPC_LOCK;

@@ -85,7 +85,10 @@ fn no_file_blocks_that_the_list_does_not_name() {
         let is_test = relative.contains("/tests/") || relative.ends_with("/tests.rs");
         let blocks = BLOCKING.iter().find(|call| code(&file).contains(**call));
         if let (false, Some(call)) = (is_test, blocks) {
-            assert!(named.contains(relative.as_str()), "{relative} has `{call}`, and no row of the list is about it");
+            assert!(
+                named.contains(relative.as_str()),
+                "{relative} has `{call}`, and no row of the list is about it"
+            );
         }
     }
 }

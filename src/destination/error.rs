@@ -42,7 +42,7 @@ pub enum DestinationError {
     Control(ControlError),
     /// The data connections failed.
     #[error(transparent)]
-    Transport(#[from] TransportError),
+    Transport(TransportError),
     /// The peer said something that its phase does not allow.
     #[error("expected {expected} from the source, got {got}")]
     Unexpected {
@@ -107,6 +107,15 @@ impl From<ControlError> for DestinationError {
         match error {
             ControlError::Cancelled { .. } => Self::Cancelled,
             error => Self::Control(error),
+        }
+    }
+}
+
+impl From<TransportError> for DestinationError {
+    fn from(error: TransportError) -> Self {
+        match error {
+            TransportError::Cancelled => Self::Cancelled,
+            error => Self::Transport(error),
         }
     }
 }

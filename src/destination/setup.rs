@@ -27,7 +27,7 @@ pub(super) fn run(
     cancel: &AtomicBool,
 ) -> Result<Receiving, DestinationError> {
     let verify = incoming.hello().features.iter().any(|f| f.name == features::VERIFY && f.required);
-    let receiver = incoming.data.receive(MigrationToken(incoming.hello().token), memory.clone())?;
+    let receiver = incoming.data.receive(MigrationToken(incoming.hello().token), memory.clone(), cancel)?;
     incoming.control.watch_elsewhere(receiver.bytes_arrived());
     let receiving = Receiving::new(receiver, memory, verify, options)?;
     let accept = Accept {
@@ -56,10 +56,9 @@ pub(super) fn mismatch(hello: &Hello, vcpus: u32, memory: &GuestMemory) -> Optio
         ))
     } else if merged(&ours) != merged(&hello.ram) {
         Some("the VM's RAM lies at other guest addresses than the destination's".to_owned())
-    } else if let Some(block) = hello.blocks.iter().find(|block| !has_block(memory, block)) {
-        Some(format!("the VM has a block of memory `{}`, the destination's has none like it", block.name))
     } else {
-        None
+        let missing = hello.blocks.iter().find(|block| !has_block(memory, block));
+        missing.map(|block| format!("the VM's block of memory `{}` is none of the destination's", block.name))
     }
 }
 

@@ -127,7 +127,7 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Unconfirmed<'a, V, D> {
     /// # Errors
     ///
     /// [`SourceError::Vm`] if the VMM cannot resume it, and the VM as it was: still paused, still to be decided on.
-    pub fn keep(mut self) -> Result<(), (Self, SourceError)> {
+    pub fn keep(mut self) -> Result<(), (Self, Box<SourceError>)> {
         match self.migration.vm.resume(self.paused) {
             Ok(()) => {
                 self.migration.tracker.give_back(&self.migration.taken);
@@ -137,7 +137,7 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Unconfirmed<'a, V, D> {
             Err(source) => {
                 // `Vm::resume` leaves the VM paused when it fails.
                 self.paused = Paused::declare_every_vcpu_is_outside_kvm_run();
-                Err((self, SourceError::Vm { action: "resume the VM that it keeps", source }))
+                Err((self, Box::new(SourceError::Vm { action: "resume the VM that it keeps", source })))
             }
         }
     }

@@ -57,8 +57,7 @@ fn bring_over<V: Vm + ?Sized, D: DirtySource + ?Sized>(
 ) -> Result<Instant, SourceError> {
     let progress = migration.progress.clone();
     let wait = standstill.wait(progress.parameters().cancel_flag());
-    // Nothing holds bytes back while the guest stands still.
-    link.sender.set_max_bandwidth(None);
+    let _nothing_holds_bytes_back = link.sender.last_phase();
     if let Some(pages) = standstill.round_pages.take() {
         let sent = in_place(link, wait)?;
         migration.round_sent(

@@ -42,7 +42,7 @@ pub use options::SendOptions;
 pub use pacing::MaxBandwidth;
 pub use policy::ZeroCopy;
 pub use receive::{DataListener, Received, Receiver};
-pub use send::{RoundSent, SendHandle, Sender};
+pub use send::{LastPhase, RoundSent, SendHandle, Sender};
 pub use socket::PEER_TIMEOUT;
 pub use token::MigrationToken;
 pub use uring::UringSupport;

@@ -25,6 +25,8 @@ pub struct MaxBandwidth {
 #[derive(Debug, Default)]
 struct Bucket {
     bytes_per_s: Option<NonZeroU64>,
+    /// How many say that it does not hold for now.
+    lifted: u32,
     /// Below zero after a frame that was larger than what was there.
     tokens: f64,
     filled: Option<Instant>,
@@ -45,15 +47,26 @@ impl MaxBandwidth {
         self.bucket.lock().bytes_per_s
     }
 
-    /// Changes the limit; `None` lifts it, as the final phase of a migration does. It holds at once, for channels that
-    /// wait for tokens at this moment, too.
+    /// Changes the limit; `None` is none. It holds at once, for channels that wait for tokens at this moment, too.
     pub fn set(&self, bytes_per_s: Option<NonZeroU64>) {
         let mut bucket = self.bucket.lock();
         bucket.bytes_per_s = bytes_per_s;
-        // Debts and savings of another rate do not count.
-        bucket.tokens = 0.0;
-        bucket.filled = None;
-        bucket.waiting.iter().filter_map(Weak::upgrade).for_each(|waiting| waiting.wake());
+        bucket.begin_anew();
+    }
+
+    /// Lifts the limit until the value that it returns ends, whoever changes it meanwhile: while the guest stands still,
+    /// nothing holds bytes back.
+    pub(super) fn lift(&self) -> Lifted {
+        let mut bucket = self.bucket.lock();
+        bucket.lifted += 1;
+        bucket.begin_anew();
+        Lifted(self.clone())
+    }
+
+    /// The limit that holds now.
+    pub(super) fn in_force(&self) -> Option<NonZeroU64> {
+        let bucket = self.bucket.lock();
+        bucket.bytes_per_s.filter(|_| bucket.lifted == 0)
     }
 
     /// Wakes `wake` whenever the limit is changed, for as long as it lives.
@@ -85,9 +98,28 @@ impl MaxBandwidth {
     }
 }
 
+/// A limit that is lifted as long as this value lives.
+#[derive(Debug)]
+pub(super) struct Lifted(MaxBandwidth);
+
+impl Drop for Lifted {
+    fn drop(&mut self) {
+        let mut bucket = self.0.bucket.lock();
+        bucket.lifted -= 1;
+        bucket.begin_anew();
+    }
+}
+
 impl Bucket {
     fn rate(&self) -> Option<f64> {
-        self.bytes_per_s.map(|rate| precise(rate.get()))
+        self.bytes_per_s.filter(|_| self.lifted == 0).map(|rate| precise(rate.get()))
+    }
+
+    /// Debts and savings of another rate do not count.
+    fn begin_anew(&mut self) {
+        self.tokens = 0.0;
+        self.filled = None;
+        self.waiting.iter().filter_map(Weak::upgrade).for_each(|waiting| waiting.wake());
     }
 
     fn fill(&mut self, now: Instant, rate: f64) {
@@ -146,6 +178,22 @@ mod tests {
         assert!(limit.ask(now).is_err());
         limit.set(NonZeroU64::new(1_000_000));
         assert_eq!(limit.ask(now), Ok(()));
+    }
+
+    #[test]
+    fn a_lifted_limit_holds_again_afterwards_and_a_change_meanwhile_is_not_lost() {
+        let limit = MaxBandwidth::new(NonZeroU64::new(1_000));
+        let now = Instant::now();
+        limit.take(1 << 30);
+        assert!(limit.ask(now).is_err());
+        let lifted = limit.lift();
+        limit.set(NonZeroU64::new(2_000));
+        assert_eq!((limit.ask(now), limit.in_force()), (Ok(()), None));
+        drop(lifted);
+        assert_eq!(limit.in_force(), NonZeroU64::new(2_000));
+        assert_eq!(limit.ask(now), Ok(()));
+        limit.take(1 << 30);
+        assert!(limit.ask(now).is_err());
     }
 
     #[test]

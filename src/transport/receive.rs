@@ -18,6 +18,7 @@ mod state;
 use std::fmt;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use self::arrivals::Arrivals;
@@ -97,10 +98,15 @@ impl DataListener {
     ///
     /// # Errors
     ///
-    /// [`TransportError::TokenInUse`].
-    pub fn receive(&self, token: MigrationToken, memory: GuestMemory) -> Result<Receiver, TransportError> {
+    /// [`TransportError::TokenInUse`], or [`TransportError::Cancelled`] if `cancel` is raised meanwhile.
+    pub fn receive(
+        &self,
+        token: MigrationToken,
+        memory: GuestMemory,
+        cancel: &AtomicBool,
+    ) -> Result<Receiver, TransportError> {
         let inbound = Arc::new(Inbound {
-            arrivals: Arrivals::new(memory),
+            arrivals: Arrivals::new(memory, cancel)?,
             state: StateStream::default(),
             connections: Connections::default(),
         });

@@ -11,6 +11,7 @@ use super::channel_spec::ChannelSpec;
 use super::counters::{ChannelLoss, SendCounters, Totals};
 use super::error::TransportError;
 use super::options::SendOptions;
+use super::pacing::Lifted;
 use super::scheduler::{StateChunk, Waited};
 use super::session::Session;
 use super::token::MigrationToken;
@@ -271,9 +272,37 @@ impl Sender {
         SendHandle(Arc::clone(&self.session))
     }
 
-    /// Changes `max_bandwidth`, in bytes per second; `None` lifts it.
+    /// To be called when the guest stands still. Until the value that it returns ends, no limit of bandwidth holds, and a
+    /// channel that is stuck is waited for no longer than a moment.
+    pub fn last_phase(&self) -> LastPhase {
+        self.session.set_last_phase(true);
+        LastPhase {
+            _unlimited: self.session.options.max_bandwidth.lift(),
+            session: Arc::clone(&self.session),
+        }
+    }
+
+    /// Changes `max_bandwidth`, in bytes per second; `None` is no limit.
     pub fn set_max_bandwidth(&self, bytes_per_s: Option<NonZeroU64>) {
         self.session.options.max_bandwidth.set(bytes_per_s);
+    }
+}
+
+/// The guest stands still: see [`Sender::last_phase`].
+pub struct LastPhase {
+    _unlimited: Lifted,
+    session: Arc<Session>,
+}
+
+impl fmt::Debug for LastPhase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("LastPhase")
+    }
+}
+
+impl Drop for LastPhase {
+    fn drop(&mut self) {
+        self.session.set_last_phase(false);
     }
 }
 

@@ -22,6 +22,8 @@ pub(super) struct Session {
     pub begun: Instant,
     pub registered: SharedRegistration,
     cancelled: AtomicBool,
+    /// The guest stands still.
+    last_phase: AtomicBool,
     next_connection: AtomicU32,
 }
 
@@ -41,6 +43,7 @@ impl Session {
             begun: Instant::now(),
             registered: SharedRegistration::default(),
             cancelled: AtomicBool::new(false),
+            last_phase: AtomicBool::new(false),
             next_connection: AtomicU32::new(1),
         }
     }
@@ -55,6 +58,15 @@ impl Session {
     pub(super) fn cancel(&self) {
         self.cancelled.store(true, Ordering::Relaxed);
         self.scheduler.stop();
+    }
+
+    /// Whether the guest stands still. Relaxed: the flag carries no data, and is looked at again within milliseconds.
+    pub(super) fn is_last_phase(&self) -> bool {
+        self.last_phase.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_last_phase(&self, last: bool) {
+        self.last_phase.store(last, Ordering::Relaxed);
     }
 
     pub(super) fn is_cancelled(&self) -> bool {

@@ -121,7 +121,7 @@ fn destination(source: &Ram) -> (Ram, Receiver, SocketAddr) {
 fn destination_with_door(source: &Ram) -> (Ram, Receiver, DataListener) {
     let ram = source.like();
     let listener = DataListener::bind(&[loopback()]).unwrap();
-    let receiver = listener.receive(TOKEN, ram.memory.clone()).unwrap();
+    let receiver = listener.receive(TOKEN, ram.memory.clone(), &AtomicBool::new(false)).unwrap();
     (ram, receiver, listener)
 }
 
@@ -484,8 +484,9 @@ fn two_migrations_on_one_port_end_where_they_belong() {
     sources[1].fill(2);
     let (first, one, listener) = destination_with_door(&sources[0]);
     let (second, token) = (sources[1].like(), MigrationToken([7; 16]));
-    let other = listener.receive(token, second.memory.clone()).unwrap();
-    let in_use = listener.receive(token, sources[1].like().memory.clone()).unwrap_err();
+    let other = listener.receive(token, second.memory.clone(), &AtomicBool::new(false)).unwrap();
+    let in_use =
+        listener.receive(token, sources[1].like().memory.clone(), &AtomicBool::new(false)).unwrap_err();
     assert!(matches!(in_use, TransportError::TokenInUse), "{in_use}");
     let channels = vec![ChannelSpec::to(listener.addresses()[0]); 2];
     drop(listener);

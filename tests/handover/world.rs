@@ -334,7 +334,7 @@ impl World {
                     match resolution {
                         Some(Resolution::Keep) => match open.keep() {
                             Ok(()) => Ok(SourceReport::default()),
-                            Err((_, error)) => Err(error),
+                            Err((_, error)) => Err(*error),
                         },
                         Some(Resolution::Release) => Ok(open.release()),
                         None => Ok(SourceReport::default()),

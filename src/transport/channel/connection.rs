@@ -29,6 +29,8 @@ const RETRY_DELAY: Duration = Duration::from_millis(1);
 /// When a round waits for nothing but one channel, and that one has had a frame under way for this long, the others
 /// may send copies of what it has.
 const STRAGGLER: Duration = Duration::from_secs(1);
+/// The same while the guest stands still, or four round trips where those are longer.
+const STRAGGLER_AT_STANDSTILL: Duration = Duration::from_millis(50);
 /// Copies of what still moves are worth it if the others carry this many times as much as the channel itself does.
 const COPIES_PAY_FROM: f64 = 2.0;
 
@@ -290,7 +292,9 @@ impl<'a> Connection<'a> {
                 let what = format!("channel {}, for which all others wait: a frame", self.counters.spec);
                 return Err(TransportError::TimedOut { what, after: waiting });
             }
-        } else if waiting > STRAGGLER && (still > STRAGGLER || self.others_are_faster()) {
+        } else if waiting > self.straggles_after()
+            && (still > self.straggles_after() || self.others_are_faster())
+        {
             let runs = self.in_flight.iter().map(|frame| &frame.content);
             let runs = runs.chain(self.prepared.iter().map(|prepared| &prepared.content));
             let runs = runs.filter_map(|content| match content {
@@ -300,6 +304,15 @@ impl<'a> Connection<'a> {
             self.copied = scheduler.begin_copies(self.number, self.in_flight_pages, runs.flatten().copied());
         }
         Ok(())
+    }
+
+    /// How long a round waits for one channel alone before the others send copies.
+    fn straggles_after(&self) -> Duration {
+        if self.session.is_last_phase() {
+            STRAGGLER_AT_STANDSTILL.max(self.link.round_trip() * 4)
+        } else {
+            STRAGGLER
+        }
     }
 
     /// Whether the other channels carry so much more that copies of what is under way here would arrive well before it.
@@ -332,7 +345,7 @@ impl<'a> Connection<'a> {
     fn frame_pages(&self) -> u64 {
         let options = &self.session.options;
         match options.frame_pages_max {
-            0 => self.link.frame_pages(options.max_bandwidth.get().map(std::num::NonZeroU64::get)),
+            0 => self.link.frame_pages(options.max_bandwidth.in_force().map(std::num::NonZeroU64::get)),
             pages => u64::from(pages.min(FRAME_DATA_PAGES_MAX)),
         }
     }

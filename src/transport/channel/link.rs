@@ -86,6 +86,11 @@ impl Link {
         self.estimator.bandwidth()
     }
 
+    /// The link's own round trip, as far as known.
+    pub(super) fn round_trip(&self) -> Duration {
+        self.min_rtt
+    }
+
     /// What the link holds under way, as far as known.
     pub(super) fn held_bytes(&self) -> u32 {
         self.held_bytes

@@ -1,8 +1,11 @@
 //! What arrives in a migration's RAM: where pages go, which did, and how many.
 
+use std::sync::atomic::AtomicBool;
+
 use crate::layout::{GuestMemory, PageRun};
 use crate::page;
 use crate::page_set::AtomicPageSet;
+use crate::transport::TransportError;
 use crate::transport::counters::Counter;
 
 /// One migration's RAM.
@@ -21,12 +24,12 @@ pub(super) struct Arrivals {
 
 impl Arrivals {
     /// RAM in which only what arrives from now on is not zero.
-    pub(super) fn new(memory: GuestMemory) -> Self {
-        let cleared_pages = page::clear_used(&memory);
+    pub(super) fn new(memory: GuestMemory, cancel: &AtomicBool) -> Result<Self, TransportError> {
+        let cleared_pages = page::clear_used(&memory, cancel).ok_or(TransportError::Cancelled)?;
         if cleared_pages > 0 {
             tracing::warn!(cleared_pages, "this RAM was used before, and has been cleared");
         }
-        Self {
+        Ok(Self {
             written: AtomicPageSet::new(memory.end()),
             arrived: AtomicPageSet::new(memory.end()),
             memory,
@@ -34,7 +37,7 @@ impl Arrivals {
             pages: Counter::default(),
             zero_pages: Counter::default(),
             bytes: Counter::default(),
-        }
+        })
     }
 
     /// Makes pages of RAM zero that may not be. Fresh memory is left untouched, so that it stays unallocated.

@@ -184,8 +184,9 @@ impl Incoming {
             Err(NotPlaced::Sealed) => return Err(TransportError::Sealed { peer: self.peer.to_string() }),
         }
         let in_place = self.read_raw(&inbound, &raw);
+        // A read that breaks off half-way has changed pages, too.
+        raw.iter().for_each(|part| inbound.arrivals.arrived.insert_run(part.run));
         if matches!(in_place, Ok(true)) {
-            raw.iter().for_each(|part| inbound.arrivals.arrived.insert_run(part.run));
             zeros.iter().for_each(|run| inbound.arrivals.clear(*run));
             inbound.arrivals.pages.add(raw.iter().map(|part| part.run.pages).sum());
             inbound.arrivals.zero_pages.add(zeros.iter().map(|run| run.pages).sum());

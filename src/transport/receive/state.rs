@@ -8,6 +8,9 @@ use parking_lot::{Condvar, Mutex};
 use crate::wire::STATE_WINDOW_BYTES;
 use crate::wire::data::DataError;
 
+/// Chunks that may wait: those of a window of 256 bytes each. A peer that cuts the stream finer wastes memory.
+const CHUNKS_MAX: usize = 1 << 16;
+
 /// Chunks that wait for those ahead of them, or for the VMM to take them.
 #[derive(Default)]
 pub(super) struct StateStream {
@@ -31,7 +34,8 @@ impl StateStream {
         let mut state = self.state.lock();
         let end = offset.saturating_add(bytes.len() as u64);
         let limit = state.taken.saturating_add(STATE_WINDOW_BYTES);
-        if end > limit {
+        let crowded = state.chunks.len() >= CHUNKS_MAX && offset != state.taken;
+        if end > limit || crowded {
             return Err(DataError::StateWindow { offset, end, limit });
         }
         if end <= state.taken || state.chunks.get(&offset).is_some_and(|there| there.len() == bytes.len()) {

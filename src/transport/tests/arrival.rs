@@ -9,7 +9,7 @@ fn a_second_migration_into_the_same_ram_ends_equal_although_zero_pages_are_not_s
     let target = first.like();
     let listener = DataListener::bind(&[loopback()]).unwrap();
     let channel = [ChannelSpec::to(listener.addresses()[0])];
-    let receiver = listener.receive(TOKEN, target.memory.clone()).unwrap();
+    let receiver = listener.receive(TOKEN, target.memory.clone(), &AtomicBool::new(false)).unwrap();
     let mut sender = connect(&channel, TOKEN, &first, options()).unwrap();
     sender.send_round(1, first.pages()).unwrap();
     drop(sender);
@@ -19,7 +19,7 @@ fn a_second_migration_into_the_same_ram_ends_equal_although_zero_pages_are_not_s
     let mut pages = PageSet::new(second.memory.end());
     pages.extend([3, 0x107, 0x10_0001].map(PageIndex));
     [3, 0x107].into_iter().for_each(|page| second.write(PageIndex(page), 2));
-    let receiver = listener.receive(TOKEN, target.memory.clone()).unwrap();
+    let receiver = listener.receive(TOKEN, target.memory.clone(), &AtomicBool::new(false)).unwrap();
     let mut sender = connect(&channel, TOKEN, &second, options()).unwrap();
     let sent = sender.send_round(1, pages).unwrap();
     assert_eq!((sent.totals.pages_sent, sent.totals.zero_pages), (2, 1));

@@ -243,7 +243,11 @@ fn serve_source(stream: TcpStream) -> anyhow::Result<()> {
             let listener = DataListener::bind(&wanted)?;
             let addresses = case.connect_to(&listener.addresses());
             // Clears what `populate` wrote: the price of used memory, not of a transfer.
-            let receiver = listener.receive(MigrationToken(TOKEN), memory.guest().clone())?;
+            let receiver = listener.receive(
+                MigrationToken(TOKEN),
+                memory.guest().clone(),
+                &std::sync::atomic::AtomicBool::new(false),
+            )?;
             cpu = Cpu::of_this_process();
             lines.send(&Listening { addresses })?;
             lines.expect::<End>()?;
