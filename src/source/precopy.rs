@@ -90,6 +90,16 @@ struct DeviceState {
     bytes_left: u64,
     /// It does not become less by what leaves early.
     stays: bool,
+    /// How fast it left last time: the VMMs may be slower than the link.
+    bytes_per_s: Option<f64>,
+}
+
+impl DeviceState {
+    /// How long the two VMMs take for what is left.
+    fn takes(&self) -> Duration {
+        let seconds = self.bytes_per_s.map_or(0.0, |bytes_per_s| self.bytes_left as f64 / bytes_per_s);
+        Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
+    }
 }
 
 /// How a round ended for this phase.
@@ -210,7 +220,7 @@ impl<V: Vm + ?Sized, D: DirtySource + ?Sized> Precopy<'_, '_, V, D> {
     /// any case; the rest of the verification, and state that is on its way or becomes less, if it comes now.
     fn plan_besides(&mut self) -> Result<(), SourceError> {
         self.device.bytes_left = self.migration.vm.device_state_bytes_left();
-        let device = self.steering.time_to_send(self.device.bytes_left);
+        let device = self.steering.time_to_send(self.device.bytes_left).max(self.device.takes());
         let (fixed, waits) =
             if self.device.stays { (device, Duration::ZERO) } else { (Duration::ZERO, device) };
         let verifying = self.migration.verification.as_ref().map_or(Duration::ZERO, Verification::left);
@@ -273,9 +283,14 @@ impl<V: Vm + ?Sized, D: DirtySource + ?Sized> Precopy<'_, '_, V, D> {
         let bytes = self.steering.bytes_in(MOMENT).max(STATE_BYTES_MIN);
         let parameters = self.migration.progress.parameters();
         let wait = Wait { deadline: Instant::now() + STATE_LIMIT, cancel: parameters.cancel_flag() };
+        let (begun, before) = (Instant::now(), self.link.state_bytes);
         let mut writer = StateWriter::new(self.link, &self.migration.progress, wait);
         let saved = self.migration.vm.save_device_state(Moment::Running { bytes }, &mut writer);
         writer.finish(saved)?;
+        let sent = self.link.state_bytes - before;
+        if sent >= STATE_BYTES_MIN {
+            self.device.bytes_per_s = Some(sent as f64 / begun.elapsed().as_secs_f64().max(1e-6));
+        }
         let left = self.migration.vm.device_state_bytes_left();
         self.device.stays = left >= self.device.bytes_left;
         Ok(())

@@ -243,7 +243,7 @@ impl Steering {
     /// inside the guest: it is kicked out.
     fn apply_gates(&mut self, vm: &(impl Vm + ?Sized)) {
         let now = self.started.elapsed();
-        for (index, (vcpu, wanted)) in self.vcpus.iter_mut().zip(self.controller.gates()).enumerate() {
+        for (vcpu, wanted) in self.vcpus.iter_mut().zip(self.controller.gates()) {
             match *wanted {
                 // A gate opens by itself after a while: a longer stall is renewed shortly before. Who comes too late
                 // for that finds the vCPU inside the guest again.
@@ -252,7 +252,7 @@ impl Steering {
                         let has_opened = now >= vcpu.opens_at;
                         vcpu.close(until, now);
                         if has_opened {
-                            vm.kick(index);
+                            vm.kick(vcpu.handle.index());
                         }
                     }
                 }
@@ -260,7 +260,7 @@ impl Steering {
                 GateState::Open => vcpu.handle.gate().open(),
                 GateState::ClosedUntil(until) => {
                     vcpu.close(until, now);
-                    vm.kick(index);
+                    vm.kick(vcpu.handle.index());
                 }
             }
             vcpu.gate = *wanted;
