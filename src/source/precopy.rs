@@ -263,6 +263,10 @@ impl<V: Vm + ?Sized, D: DirtySource + ?Sized> Precopy<'_, '_, V, D> {
             resumed.map_err(|source| SourceError::Vm { action, source })?;
             return Ok(None);
         }
+        if self.migration.report.prediction_after_round_1.is_none() {
+            // The guest is stopped in the middle of the first round.
+            self.migration.report.prediction_after_round_1 = self.steering.prediction();
+        }
         let limit = self.steering.downtime_limit();
         let expected = self.steering.expected_downtime(left.len() + self.link.sender.pages_left());
         let report = &mut self.migration.report;
