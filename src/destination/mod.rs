@@ -108,8 +108,9 @@ impl Incoming {
         };
         match take(&mut receiving, &self, vm, options, cancel) {
             Ok(report) => {
+                let total_ms = started.elapsed().as_secs_f64() * 1e3;
                 self.finish();
-                Ok(DestinationReport { total_ms: started.elapsed().as_secs_f64() * 1e3, ..report })
+                Ok(DestinationReport { total_ms, ..report })
             }
             Err(error) => {
                 // First what the source needs to run the VM again, then the word that it may, and only then the

@@ -14,7 +14,7 @@
 //! Abort            <->                               (either side, at any time before Commit)
 //! ```
 //!
-//! Each message is a [`Head`], fixed little-endian fields and named [parts](super::parts), by which it grows. A message
+//! Each message is a [`Head`], fixed little-endian fields and named parts ([`parts`]), by which it grows. A message
 //! of an unknown kind is skipped, unless its head says that it must be understood. This file owns their meaning and
 //! their limits; [`transport::control`](crate::transport::control) moves them.
 

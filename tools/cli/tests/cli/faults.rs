@@ -4,7 +4,7 @@
 //! `tools/faults` runs many of them; a few run with all other tests.
 
 mod fault;
-mod random;
+pub mod random;
 mod side;
 mod trial;
 mod wire;

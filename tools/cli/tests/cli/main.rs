@@ -9,6 +9,7 @@ mod control_proxy;
 mod devices;
 mod doctor;
 mod faults;
+mod frozen;
 mod guest;
 mod links;
 mod lost_output;
