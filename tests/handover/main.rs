@@ -8,6 +8,7 @@ mod cuts;
 mod hostile;
 mod order;
 mod proxy;
+mod recorded;
 mod standstill;
 mod state;
 mod strangers;
