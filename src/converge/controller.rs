@@ -30,7 +30,7 @@ const NEWEST_OVERRUN: f64 = 0.05;
 const MOST_OVERRUN: f64 = 5.0;
 /// From the decision to stop the guest to its last write, as measured on a busy host.
 const STOPPING_S: f64 = 0.6e-3;
-/// Who was held back for no more than this share of a round still teaches how fast it dirties.
+/// A vCPU that was held back for no more than this share of a round still teaches how fast it dirties.
 const HARDLY_HELD: f64 = 0.1;
 /// A switchover that had to be called off lowers the next one's limit to this share.
 const CAREFUL: f64 = 0.9;

@@ -1,7 +1,7 @@
 //! A short time slice for the thread that steers.
 //!
 //! Where vCPUs fill every CPU, the thread that looks at them waits for its turn: some milliseconds of the vCPUs' slice
-//! each time that it wakes up, during which whoever has to be held back dirties on. The scheduler (EEVDF, Linux 6.12)
+//! each time that it wakes up, during which a vCPU that has to be held back dirties on. The scheduler (EEVDF, Linux 6.12)
 //! lets a thread that asks for shorter slices run sooner, for no more CPU time in all. That needs no
 //! privilege; older kernels take the wish and ignore it.
 #![expect(unsafe_code, reason = "the scheduler's attributes have no safe interface")]

@@ -120,7 +120,7 @@ impl Encoder {
         &self.pieces
     }
 
-    /// Hands run list, payload and the buffer of its staged pieces to whoever sends them, who may exchange the buffer
+    /// Hands run list, payload and the buffer of its staged pieces to the channel that sends them, which may exchange the buffer
     /// for another one.
     pub fn load_into(&mut self, load: impl FnOnce(&[FrameRun], &[Piece], &mut Vec<u8>)) {
         load(&self.runs, &self.pieces, &mut self.staged);

@@ -98,7 +98,7 @@ unsafe fn is_zero_portable(page: *const u8) -> bool {
     })
 }
 
-/// Copies a page out, so that whoever compresses, compares or hashes it sees bytes that hold still.
+/// Copies a page out, so that code that compresses, compares or hashes it sees bytes that hold still.
 ///
 /// # Safety
 ///

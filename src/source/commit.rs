@@ -44,7 +44,7 @@ pub(super) fn run<V: Vm + ?Sized, D: DirtySource + ?Sized>(
     if let Err(error) = link.control.send(&Message::Commit, wait) {
         return Err(prepared.standstill.undo(migration, link, error.into()));
     }
-    // Nobody can cancel any more.
+    // From here on a wish to cancel comes too late.
     let never = AtomicBool::new(false);
     let wait = Wait { deadline: Instant::now() + migration.options.confirm_timeout, cancel: &never };
     let cause = match link.control.receive("Running", wait) {

@@ -1,5 +1,5 @@
-//! Between the controller, which only computes, and the guest: observes who dirties what, tells the controller,
-//! closes the gates that it wants closed, and tells the watchers what it decided.
+//! The steering stands between the controller, which only computes, and the guest: it observes which vCPU dirties what,
+//! feeds the controller, closes the gates that the controller wants closed, and publishes what it decided.
 
 use std::time::{Duration, Instant};
 
@@ -245,8 +245,8 @@ impl Steering {
         let now = self.started.elapsed();
         for (vcpu, wanted) in self.vcpus.iter_mut().zip(self.controller.gates()) {
             match *wanted {
-                // A gate opens by itself after a while: a longer stall is renewed shortly before. Who comes too late
-                // for that finds the vCPU inside the guest again.
+                // A gate opens by itself after a while: a longer stall is renewed shortly before. When this
+                // thread comes too late for that, the vCPU is inside the guest again and has to be kicked.
                 GateState::ClosedUntil(until) if *wanted == vcpu.gate => {
                     if until > vcpu.opens_at && now + RENEW_BEFORE > vcpu.opens_at {
                         let has_opened = now >= vcpu.opens_at;

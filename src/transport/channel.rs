@@ -80,7 +80,7 @@ fn serve(session: &Session, index: usize, connected: Connected) -> (bool, Result
             reason: error.to_string(),
         });
     }
-    // Last: it wakes whoever waits for the round, and finds the loss on record.
+    // This comes last: it wakes the thread that waits for the round, which then finds the loss on record.
     session.scheduler.lost(number, unacknowledged);
     (carried_anything, end)
 }

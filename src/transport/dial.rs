@@ -96,7 +96,7 @@ fn resolve(host: &str, port: u16, wait: &Wait<'_>) -> io::Result<Vec<SocketAddr>
     std::thread::Builder::new().name("ringferry-resolve".to_owned()).spawn(move || {
         let _lookup = lookup;
         let addresses = (name.as_str(), port).to_socket_addrs();
-        // Whoever asked may have given up.
+        // The thread that asked may have given up.
         let _ = found.send(addresses.map(|addresses| addresses.take(ADDRESSES_MAX).collect()));
     })?;
     loop {

@@ -185,7 +185,7 @@ impl Receiver {
     }
 
     /// Pages whose content has changed here since they were last taken out: marked when the last byte of the frame is
-    /// in place, so whoever drains them and then reads them sees it whole. A page that arrives as zero where nothing
+    /// in place, so a thread that drains them and then reads them sees it whole. A page that arrives as zero where nothing
     /// else ever was is not among them.
     pub fn arrived(&self) -> &AtomicPageSet {
         &self.inbound.arrivals.arrived
@@ -207,7 +207,7 @@ impl Receiver {
     }
 
     /// Closes all connections and returns, within a millisecond or two, once no thread can write guest RAM any
-    /// more. Whoever drops the receiver has called it.
+    /// more. Dropping the receiver calls it, too.
     pub fn close(self) -> Received {
         self.received()
     }

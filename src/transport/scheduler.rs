@@ -3,7 +3,7 @@
 //!
 //! A page is in one of three places: not dealt yet, in a frame on its way, or acknowledged by the destination.
 //! A channel that dies returns the pages of its unacknowledged frames, and the others are dealt those next. A page that
-//! is not dealt yet may be struck off the round: whoever knows that it is dirty again will send it once more anyway.
+//! is not dealt yet may be struck off the round: the source knows that it is dirty again, and sends it once more anyway.
 //!
 //! **From the top down.** Most writers that go through memory in order go upwards. Against such a writer the scheduler
 //! goes to meet it: half of what such a writer dirties in one time around is struck off before it is sent, wherever it

@@ -257,7 +257,7 @@ impl<'a> Connection<'a> {
             self.link.emptied_to(self.in_flight_bytes, self.frame_pages() * PAGE_SIZE as u64);
         }
         self.last_progress = Instant::now();
-        // Before the round may end, so that whoever awaits its end finds the estimate of all of it.
+        // Before the round may end, so that the thread that awaits its end finds the estimate of all of it.
         let sampled = if self.in_flight.is_empty() { self.sample(self.last_progress) } else { Ok(()) };
         self.session.scheduler.acknowledged(pages, copies);
         if self.in_flight_pages == 0 && std::mem::take(&mut self.copied) {

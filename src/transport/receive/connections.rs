@@ -153,7 +153,7 @@ impl Connections {
         Ok(())
     }
 
-    /// Lets nobody write guest RAM any more, and ends the connections that are about it. Whether the last of them had
+    /// From the return on no connection writes guest RAM. Ends the connections that are about it. Whether the last of them had
     /// stopped before `deadline`.
     pub(super) fn seal(&self, deadline: Instant) -> bool {
         let mut state = self.state.lock();
