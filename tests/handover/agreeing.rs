@@ -10,7 +10,7 @@ use ringferry::layout::{PAGE_SIZE, PageIndex, PageRun};
 use ringferry::source::SourceError;
 use ringferry::wire::control::{HEAD_BYTES, Head, Message};
 use ringferry::wire::features::{self, Feature};
-use ringferry::wire::hello::{Accept, Hello};
+use ringferry::wire::hello::{Accept, Block, Hello};
 use ringferry::wire::parts::{self, Part};
 use ringferry::wire::reason::Reason;
 
@@ -96,6 +96,14 @@ fn with_part(message: &[u8], part: Part) -> Vec<u8> {
     let checksum = crc32c::crc32c_append(crc32c::crc32c(&head), &body);
     head[12..16].copy_from_slice(&checksum.to_le_bytes());
     [head, body].concat()
+}
+
+#[test]
+fn a_block_of_memory_that_the_destination_lacks_is_named() {
+    let block = Block { name: "vga.vram".to_owned(), pages: PageRun { first: PageIndex(100), pages: 4 } };
+    let hello = Hello { blocks: vec![block], ..hello_of_the_next_release(&[]) };
+    let Message::Refuse(Reason::Layout, text) = answer_to(hello) else { panic!("no refusal") };
+    assert!(text.contains("`vga.vram`"), "{text}");
 }
 
 #[test]
