@@ -43,6 +43,6 @@ pub use pacing::MaxBandwidth;
 pub use policy::ZeroCopy;
 pub use receive::{DataListener, Received, Receiver};
 pub use send::{LastPhase, RoundSent, SendHandle, Sender};
-pub use socket::PEER_TIMEOUT;
+pub use socket::STALL_TIMEOUT;
 pub use token::MigrationToken;
 pub use uring::UringSupport;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::pacing::MaxBandwidth;
 use super::policy::ZeroCopy;
-use super::socket::PEER_TIMEOUT;
+use super::socket::STALL_TIMEOUT;
 
 /// How to send.
 #[derive(Clone, Debug)]
@@ -19,10 +19,9 @@ pub struct SendOptions {
     pub max_bandwidth: MaxBandwidth,
     /// How long it may take until every channel is connected and its greeting answered.
     pub connect_timeout: Duration,
-    /// How long nothing may be acknowledged before a channel is given up: its pages wait that long.
+    /// How long nothing may be acknowledged before a channel is given up. Its pages wait that long if no other
+    /// channel can carry them.
     pub stall_timeout: Duration,
-    /// How long the destination's kernel may keep silent before a connection counts as dead.
-    pub peer_timeout: Duration,
     /// Whether channels that died are connected again while the others carry on.
     pub reconnect: bool,
     /// How long a round waits for a channel to come back when all are gone, with `reconnect`.
@@ -38,8 +37,7 @@ impl Default for SendOptions {
             register_memory: true,
             max_bandwidth: MaxBandwidth::default(),
             connect_timeout: Duration::from_secs(5),
-            stall_timeout: Duration::from_secs(5),
-            peer_timeout: PEER_TIMEOUT,
+            stall_timeout: STALL_TIMEOUT,
             reconnect: true,
             reconnect_grace: Duration::from_secs(10),
             frame_pages_max: 0,

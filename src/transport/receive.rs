@@ -27,7 +27,7 @@ use self::door::Door;
 use self::inbound::Inbound;
 use self::state::StateStream;
 use super::error::TransportError;
-use super::socket::PEER_TIMEOUT;
+use super::socket::STALL_TIMEOUT;
 use super::token::MigrationToken;
 use crate::layout::GuestMemory;
 use crate::page_set::AtomicPageSet;
@@ -54,15 +54,15 @@ impl DataListener {
     ///
     /// [`TransportError::Bind`] for the first address that cannot be had, [`TransportError::Thread`].
     pub fn bind(addresses: &[SocketAddr]) -> Result<Self, TransportError> {
-        Self::bind_with(addresses, PEER_TIMEOUT)
+        Self::bind_with(addresses, STALL_TIMEOUT)
     }
 
-    /// [`bind`](Self::bind), with a source that counts as dead when its kernel keeps silent for `peer_timeout`.
+    /// [`bind`](Self::bind), with connections that end when the source's kernel keeps silent for `stall_timeout`.
     ///
     /// # Errors
     ///
     /// As [`bind`](Self::bind).
-    pub fn bind_with(addresses: &[SocketAddr], peer_timeout: Duration) -> Result<Self, TransportError> {
+    pub fn bind_with(addresses: &[SocketAddr], stall_timeout: Duration) -> Result<Self, TransportError> {
         if addresses.is_empty() || addresses.len() > usize::from(CHANNELS_MAX) {
             return Err(TransportError::ChannelCount { found: addresses.len(), limit: CHANNELS_MAX });
         }
@@ -77,7 +77,7 @@ impl DataListener {
                 listen(address).map_err(|source| TransportError::Bind { address: *address, source })
             })
             .collect::<Result<_, _>>()?;
-        Ok(Self { door: Arc::new(Door::open(listeners, peer_timeout)?) })
+        Ok(Self { door: Arc::new(Door::open(listeners, stall_timeout)?) })
     }
 
     /// Where it listens, with the ports that port 0 became.

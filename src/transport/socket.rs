@@ -10,22 +10,24 @@ use socket2::{SockRef, TcpKeepalive};
 use crate::os::tcp;
 pub(super) use crate::os::tcp::{Buffer, abort, tcp_info};
 
-/// A peer that its kernel or the network hides for this long is gone.
-pub const PEER_TIMEOUT: Duration = Duration::from_secs(5);
+/// A data connection on which nothing moves for this long is given up. On a link that several connections share, one of
+/// them may well starve for some seconds (its retransmissions back off); others carry its pages meanwhile, and a dead peer
+/// is noticed by its silence on the control connection.
+pub const STALL_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// A wait for bytes polls this often whether it was cancelled.
 const CANCEL_POLL: Duration = Duration::from_millis(10);
 
-/// What both ends of a data connection want of it. A peer whose kernel acknowledges neither bytes (`TCP_USER_TIMEOUT`)
-/// nor, on an idle connection, keepalive probes for `peer_timeout` is taken for dead. It also bounds a `write`.
-pub(crate) fn prepare(stream: &TcpStream, peer_timeout: Duration) -> io::Result<()> {
+/// What both ends of a connection want of it. A peer whose kernel acknowledges neither bytes (`TCP_USER_TIMEOUT`)
+/// nor, on an idle connection, keepalive probes for `timeout` is taken for dead. It also bounds a `write`.
+pub(crate) fn prepare(stream: &TcpStream, timeout: Duration) -> io::Result<()> {
     stream.set_nodelay(true)?;
-    stream.set_write_timeout(Some(peer_timeout))?;
+    stream.set_write_timeout(Some(timeout))?;
     let socket = SockRef::from(stream);
-    socket.set_tcp_user_timeout(Some(peer_timeout))?;
+    socket.set_tcp_user_timeout(Some(timeout))?;
     // Keepalive is counted in whole seconds; the user timeout bounds how many probes stay unanswered.
     let second = Duration::from_secs(1);
-    let keepalive = TcpKeepalive::new().with_time((peer_timeout / 2).max(second)).with_interval(second);
+    let keepalive = TcpKeepalive::new().with_time((timeout / 2).max(second)).with_interval(second);
     socket.set_tcp_keepalive(&keepalive)
 }
 

@@ -32,7 +32,7 @@ pub(super) fn connect(
     };
     let deadline = Instant::now() + timeout;
     let stream = spec.dial(timeout, &cancelled).map_err(failed)?;
-    socket::prepare(&stream, session.options.peer_timeout).map_err(failed)?;
+    socket::prepare(&stream, session.options.stall_timeout).map_err(failed)?;
     let number = session.connection_number();
     let channel = u16::try_from(index).unwrap_or(u16::MAX);
     let hello = DataHello::new(session.token.0, channel, number, Role::Bulk);

@@ -45,7 +45,7 @@ pub(super) struct Door {
 
 struct Shared {
     listeners: Vec<TcpListener>,
-    peer_timeout: Duration,
+    stall_timeout: Duration,
     /// Readable once `stopping` is set.
     stop: OwnedFd,
     stopping: AtomicBool,
@@ -63,12 +63,12 @@ struct Greeting {
 
 impl Door {
     /// Begins to listen.
-    pub(super) fn open(listeners: Vec<TcpListener>, peer_timeout: Duration) -> Result<Self, TransportError> {
+    pub(super) fn open(listeners: Vec<TcpListener>, stall_timeout: Duration) -> Result<Self, TransportError> {
         let name = "ringferry-listen".to_owned();
         let failed = |source| TransportError::Thread { name: "ringferry-listen".to_owned(), source };
         let shared = Arc::new(Shared {
             listeners,
-            peer_timeout,
+            stall_timeout,
             stop: eventfd(0, EventfdFlags::CLOEXEC).map_err(|error| failed(error.into()))?,
             stopping: AtomicBool::new(false),
             migrations: Mutex::default(),
@@ -200,9 +200,9 @@ impl Shared {
             }
         };
         let seat = Seat::new(Arc::clone(&inbound), membership);
-        let (of_thread, peer_timeout) = (Arc::clone(&inbound), self.peer_timeout);
+        let (of_thread, stall_timeout) = (Arc::clone(&inbound), self.stall_timeout);
         let spawned = std::thread::Builder::new().name("ringferry-receive".to_owned()).spawn(move || {
-            let served = prepare(&stream, peer, peer_timeout)
+            let served = prepare(&stream, peer, stall_timeout)
                 .and_then(|()| Incoming::welcome(seat, &stream, peer))
                 .and_then(|mut incoming| incoming.serve());
             if let Err(error) = served {
@@ -223,8 +223,8 @@ impl Shared {
     }
 }
 
-fn prepare(stream: &TcpStream, peer: SocketAddr, peer_timeout: Duration) -> Result<(), TransportError> {
-    let prepared = stream.set_nonblocking(false).and_then(|()| socket::prepare(stream, peer_timeout));
+fn prepare(stream: &TcpStream, peer: SocketAddr, stall_timeout: Duration) -> Result<(), TransportError> {
+    let prepared = stream.set_nonblocking(false).and_then(|()| socket::prepare(stream, stall_timeout));
     prepared.map_err(|source| TransportError::Broken { peer: peer.to_string(), source })
 }
 
