@@ -100,6 +100,8 @@ pub(super) struct Connection<'a> {
     last_progress: Instant,
     /// Whether others send copies of what is under way here.
     copied: bool,
+    /// Since when all of those have arrived.
+    copies_arrived: Option<Instant>,
     superseded: bool,
 }
 
@@ -133,6 +135,7 @@ impl<'a> Connection<'a> {
             acknowledged_any: false,
             last_progress: Instant::now(),
             copied: false,
+            copies_arrived: None,
             superseded: false,
         })
     }
@@ -261,6 +264,7 @@ impl<'a> Connection<'a> {
         let sampled = if self.in_flight.is_empty() { self.sample(self.last_progress) } else { Ok(()) };
         self.session.scheduler.acknowledged(pages, copies);
         if self.in_flight_pages == 0 && std::mem::take(&mut self.copied) {
+            self.copies_arrived = None;
             self.session.scheduler.end_copies(self.number);
         }
         sampled
@@ -287,7 +291,14 @@ impl<'a> Connection<'a> {
         }
         let scheduler = &self.session.scheduler;
         if self.copied {
-            if scheduler.have_copies_arrived(self.number, self.in_flight_pages) {
+            if !scheduler.have_copies_arrived(self.number, self.in_flight_pages) {
+                return Ok(());
+            }
+            let arrived = *self.copies_arrived.get_or_insert(now);
+            // While the guest runs, a channel has as much time again as its pages took on the other way: one that
+            // starves beside others on a thin link comes back, and is not killed over and over.
+            let grace = arrived.saturating_duration_since(oldest.since);
+            if self.session.is_last_phase() || now.saturating_duration_since(arrived) > grace {
                 self.superseded = true;
                 let what = format!("channel {}, for which all others wait: a frame", self.counters.spec);
                 return Err(TransportError::TimedOut { what, after: waiting });
