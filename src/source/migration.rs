@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use super::behind::Behind;
 use super::error::SourceError;
 use super::link::{Link, tell_of_the_end};
 use super::options::SourceOptions;
@@ -57,10 +58,30 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Migration<'a, V, D> {
         u32::try_from(self.report.rounds.len() + 1).unwrap_or(u32::MAX)
     }
 
-    /// A harvest while the guest runs, or while only its vCPUs stand still.
+    /// A harvest of everything while the guest runs.
     pub fn harvest(&mut self) -> Result<PageSet, SourceError> {
         let mut harvested = PageSet::new(self.memory.end());
         self.tracker.harvest(&mut harvested)?;
+        self.taken.union(&harvested);
+        Ok(harvested)
+    }
+
+    /// A harvest of what is protected while the guest runs; the rest stays `behind`.
+    pub fn harvest_protected(&mut self, behind: &mut Behind) -> Result<PageSet, SourceError> {
+        let mut harvested = PageSet::new(self.memory.end());
+        behind.pages_mut().clear();
+        self.tracker.harvest_protected(&mut harvested, behind.pages_mut())?;
+        self.taken.union(&harvested);
+        if let Some(verification) = &mut self.verification {
+            verification.harvested_but(&harvested, Some(behind.pages_mut()));
+        }
+        Ok(harvested)
+    }
+
+    /// A harvest while the vCPUs stand still.
+    pub fn harvest_paused(&mut self, paused: &Paused) -> Result<PageSet, SourceError> {
+        let mut harvested = PageSet::new(self.memory.end());
+        self.tracker.harvest_paused(paused, &mut harvested)?;
         self.taken.union(&harvested);
         Ok(harvested)
     }

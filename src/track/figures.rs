@@ -55,6 +55,8 @@ pub(super) struct VmCounters {
     pub(super) short_resets: Counter,
     pub(super) unknown_slot_entries: Counter,
     pub(super) rearms: Counter,
+    pub(super) protects: Counter,
+    pub(super) protect_ns: Counter,
 }
 
 /// What one vCPU did. Sums are since it was attached.
@@ -102,6 +104,10 @@ pub struct Figures {
     /// Times that memory was declared dirty and protected anew: all of it after an overflow, or the slots in which
     /// interrupted resets had left pages unprotected.
     pub rearms: u64,
+    /// Calls that protected pages which rings had been recycled without.
+    pub protects: u64,
+    /// Time spent in them, in nanoseconds.
+    pub protect_ns: u64,
 }
 
 impl VmCounters {
@@ -116,6 +122,8 @@ impl VmCounters {
             short_resets: self.short_resets.get(),
             unknown_slot_entries: self.unknown_slot_entries.get(),
             rearms: self.rearms.get(),
+            protects: self.protects.get(),
+            protect_ns: self.protect_ns.get(),
         }
     }
 }

@@ -22,6 +22,7 @@ mod source;
 #[cfg(test)]
 mod tests;
 mod tracker;
+mod unprotected;
 mod vcpu;
 
 pub use self::error::{PagemapError, TrackError};

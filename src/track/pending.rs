@@ -1,14 +1,27 @@
 //! Pages known to be dirty and not yet handed out, behind the one rule: out only against proof that they are
-//! write-protected again.
+//! write-protected again, or that nobody writes them.
+//!
+//! A page that a ring was recycled without is dirty and unprotected: it stays here, known and silent, until somebody wants to
+//! read it. Then `unprotected` protects it.
 
 use super::error::TrackError;
+use super::redirtied::Redirtied;
 use super::slots::Slots;
+use crate::kvm::UnmapError;
+use crate::kvm::ring::Recycle;
 use crate::layout::{PageIndex, PageRun, Region};
 use crate::page_set::PageSet;
+use crate::vm::Paused;
 
-/// Proof that every page in [`Pending`] is write-protected. Only a backend makes one, at the end of its collecting,
-/// and it is used up before the tracker's lock is released.
-pub(super) trait Protected {}
+/// Proof that every page in [`Pending`] may be read: it is write-protected. Only a backend makes one, at the end of its
+/// collecting, and it is used up before the tracker's lock is released.
+pub(super) trait AllReadable {}
+
+/// Proof that every page may be read that is not unprotected.
+pub(super) trait ProtectedReadable {}
+
+/// Proof that the pages that come with it may be read.
+pub(super) trait TheseReadable {}
 
 /// How many pages are still to be handed out, of how many there were.
 #[derive(Clone, Copy, Debug)]
@@ -39,6 +52,13 @@ pub(super) struct Pending {
     unsure: PageSet,
     /// How many pages of `unsure` were handed out since it was last empty.
     unsure_handed_out: u64,
+    /// Dirty pages that may be written without an entry to tell of it. They are in `pages`, or were handed out while the
+    /// guest stood still.
+    unprotected: PageSet,
+    /// The pause in which `unprotected` was handed out, if it was.
+    handed_out_in: Option<u64>,
+    /// Whether pages may be left unprotected, as they can be protected later.
+    may_leave: bool,
     /// An overflow lost entries: every page is dirty, and all of memory must be protected anew.
     pub(super) everything: bool,
 }
@@ -52,15 +72,23 @@ impl Pending {
             given_back: empty(),
             unsure: empty(),
             unsure_handed_out: 0,
+            unprotected: empty(),
+            handed_out_in: None,
+            may_leave: false,
             everything: false,
         }
     }
 
     /// Guest RAM ends at `end` from now on; pages beyond have been removed.
     pub(super) fn resize(&mut self, end: PageIndex) {
-        for set in [&mut self.pages, &mut self.reported, &mut self.given_back, &mut self.unsure] {
+        for set in self.all_sets() {
             set.resize(end);
         }
+    }
+
+    fn all_sets(&mut self) -> [&mut PageSet; 5] {
+        let Self { pages, reported, given_back, unsure, unprotected, .. } = self;
+        [pages, reported, given_back, unsure, unprotected]
     }
 
     /// Where guest RAM ends.
@@ -71,6 +99,39 @@ impl Pending {
     /// Where a backend puts what it finds.
     pub(super) fn pages_mut(&mut self) -> &mut PageSet {
         &mut self.pages
+    }
+
+    /// The same, and where it puts what it leaves unprotected as well.
+    pub(super) fn pages_and_unprotected_mut(&mut self) -> (&mut PageSet, &mut PageSet) {
+        (&mut self.pages, &mut self.unprotected)
+    }
+
+    /// Whether pages may be left unprotected from now on.
+    pub(super) fn may_leave(&mut self, may_leave: bool) {
+        self.may_leave = may_leave;
+    }
+
+    /// How a ring is recycled when its pages are not about to be read.
+    pub(super) fn recycle_early(&self) -> Recycle {
+        if self.may_leave { Recycle::Leaving } else { Recycle::Protecting }
+    }
+
+    /// Pages could not be protected after all: all of memory is protected anew, and none is left unprotected any more.
+    pub(super) fn cannot_protect(&mut self, error: &UnmapError) {
+        tracing::warn!(%error, "pages that a dirty ring was recycled without cannot be protected: every page is dirty");
+        self.may_leave = false;
+        self.everything = true;
+    }
+
+    /// The pages that are unprotected.
+    pub(super) fn unprotected(&self) -> &PageSet {
+        &self.unprotected
+    }
+
+    /// They have been protected. Some may have been handed out while the guest stood still, and written since.
+    pub(super) fn all_are_protected(&mut self, _: &impl TheseReadable) {
+        self.pages.union(&self.unprotected);
+        self.unprotected.clear();
     }
 
     /// An observation found the page, which will come: whether it is the first that did.
@@ -105,13 +166,15 @@ impl Pending {
     pub(super) fn rearmed(&mut self) {
         self.unsure.clear();
         self.unsure_handed_out = 0;
-        self.everything = false;
+        if std::mem::take(&mut self.everything) {
+            self.unprotected.clear();
+        }
     }
 
     /// These pages are no longer RAM.
     pub(super) fn remove_runs(&mut self, runs: Vec<PageRun>) {
         for run in runs {
-            for set in [&mut self.pages, &mut self.reported, &mut self.given_back, &mut self.unsure] {
+            for set in self.all_sets() {
                 set.remove_run(run);
             }
         }
@@ -121,6 +184,7 @@ impl Pending {
     pub(super) fn forget(&mut self) {
         self.pages.clear();
         self.reported.clear();
+        self.unprotected.clear();
         self.rearmed();
     }
 
@@ -131,11 +195,22 @@ impl Pending {
     }
 
     /// Adds all pages to `dirty`.
-    pub(super) fn hand_out(&mut self, _: impl Protected, dirty: &mut PageSet) {
-        self.pages.union(&self.unsure);
-        self.unsure_handed_out += self.unsure.len();
-        self.pages.union(&self.given_back);
-        self.given_back.clear();
+    pub(super) fn hand_out(&mut self, _: impl AllReadable, dirty: &mut PageSet) {
+        self.hand_out_gathered(dirty);
+    }
+
+    /// Adds all pages to `dirty` while the guest stands still: then they may be read, protected or not. Others that write its
+    /// memory do not heed its protection, and are logged without it.
+    pub(super) fn hand_out_paused(&mut self, paused: &Paused, dirty: &mut PageSet) {
+        // What was handed out in an earlier pause may have been written since.
+        if self.handed_out_in.replace(paused.number) != Some(paused.number) {
+            self.pages.union(&self.unprotected);
+        }
+        self.hand_out_gathered(dirty);
+    }
+
+    fn hand_out_gathered(&mut self, dirty: &mut PageSet) {
+        self.gather();
         if dirty.is_empty() && dirty.capacity() == self.pages.capacity() {
             // The usual case, and the cheap one: no page is copied.
             std::mem::swap(&mut self.pages, dirty);
@@ -146,8 +221,36 @@ impl Pending {
         self.reported.clear();
     }
 
+    /// Adds the pages that are protected to `dirty`, and the others to `behind`.
+    pub(super) fn hand_out_protected(&mut self, _: impl ProtectedReadable, dirty: &mut PageSet, behind: &mut Redirtied) {
+        self.gather();
+        self.pages.subtract(&self.unprotected);
+        dirty.union(&self.pages);
+        self.pages.clone_from(&self.unprotected);
+        behind.add(&self.unprotected);
+        self.reported.clear();
+    }
+
+    /// Adds `runs` to `dirty`, which have just been protected.
+    pub(super) fn hand_out_these(&mut self, _: &impl TheseReadable, runs: &[PageRun], dirty: &mut PageSet) {
+        for run in runs {
+            dirty.insert_run(*run);
+            for set in [&mut self.pages, &mut self.reported, &mut self.unprotected] {
+                set.remove_run(*run);
+            }
+        }
+    }
+
+    /// What is dirty for other reasons than an entry.
+    fn gather(&mut self) {
+        self.pages.union(&self.unsure);
+        self.unsure_handed_out += self.unsure.len();
+        self.pages.union(&self.given_back);
+        self.given_back.clear();
+    }
+
     /// The pages of one run as a bitmap, bit 0 of word 0 the first; and what that leaves.
-    pub(super) fn hand_out_words(&mut self, _: impl Protected, run: PageRun) -> (Vec<u64>, Remainder) {
+    pub(super) fn hand_out_words(&mut self, _: impl AllReadable, run: PageRun) -> (Vec<u64>, Remainder) {
         self.pages.union(&self.unsure);
         self.unsure_handed_out += self.unsure.count_within(run);
         for part in self.given_back.runs_within(run) {

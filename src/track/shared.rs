@@ -8,12 +8,14 @@ use super::bitmap::{AllCleared, BitmapLog};
 use super::error::TrackError;
 use super::external::ExternalSource;
 use super::figures::VmCounters;
-use super::pending::{Pending, Protected};
+use super::pending::{AllReadable, Pending, ProtectedReadable};
+use super::redirtied::Redirtied;
 use super::rings::{AllReset, Context, Rings};
 use super::slots::{Slots, log_anew};
+use super::unprotected::{protect_all, protect_some};
 use super::vcpu::Vcpu;
-use crate::kvm::{Kernel, RingSize};
-use crate::page_set::AtomicPageSet;
+use crate::kvm::{Kernel, RingSize, UnmapError};
+use crate::page_set::{AtomicPageSet, PageSet};
 
 /// What the tracker's clones and the vCPU handles share.
 #[derive(Debug)]
@@ -78,9 +80,26 @@ pub(super) enum Collected {
     Bitmap { _proof: AllCleared },
 }
 
-impl Protected for Collected {}
+impl ProtectedReadable for Collected {}
+
+/// Proof that pages were protected that the backend had left, too.
+pub(super) struct AllProtected(());
+
+impl AllReadable for AllProtected {}
 
 impl State {
+    /// Rings may be recycled without protecting their pages if pages of every slot can be protected later.
+    pub(super) fn prepare_to_protect(&mut self, kernel: &dyn Kernel) {
+        let prepared = match self.backend {
+            Backend::Ring { .. } => self.slots.prepare_to_protect(kernel),
+            Backend::Bitmap(_) => Err(UnmapError::NotAsked),
+        };
+        if let (Err(error), Backend::Ring { .. }) = (&prepared, &self.backend) {
+            tracing::info!(%error, "a full dirty ring costs its guest a fault for every page in it");
+        }
+        self.pending.may_leave(prepared.is_ok());
+    }
+
     /// Starts every external source; none is left on when one cannot.
     pub(super) fn start_externals(&mut self) -> Result<(), TrackError> {
         for at in 0..self.externals.len() {
@@ -115,7 +134,34 @@ impl Shared {
         Context { kernel: &*self.kernel, slots, counters: &self.counters }
     }
 
-    /// Brings all that is dirty into `pending`, protected.
+    /// Brings all that is dirty into `pending`, and protects it.
+    pub(super) fn collect_all(&self, state: &mut State) -> Result<AllProtected, TrackError> {
+        self.collect(state, false)?;
+        self.protect_rest(state)?;
+        Ok(AllProtected(()))
+    }
+
+    /// Protects what the collecting has left unprotected.
+    fn protect_rest(&self, state: &mut State) -> Result<(), TrackError> {
+        let State { slots, pending, .. } = state;
+        protect_all(self.context(slots), pending);
+        self.rearm_if_lost(slots, pending)
+    }
+
+    /// Protects up to `pages` pages of `behind` and adds them to `dirty`.
+    pub(super) fn protect(
+        &self,
+        state: &mut State,
+        behind: &mut Redirtied,
+        pages: u64,
+        dirty: &mut PageSet,
+    ) {
+        let State { slots, pending, .. } = state;
+        protect_some(self.context(slots), pending, behind, pages, dirty);
+    }
+
+    /// Brings all that is dirty into `pending`, protected as far as it was not left unprotected on purpose. `quiet`: every
+    /// vCPU is outside the guest.
     pub(super) fn collect(&self, state: &mut State, quiet: bool) -> Result<Collected, TrackError> {
         let State { backend, slots, externals, pending, .. } = state;
         let cx = self.context(slots);
@@ -136,6 +182,15 @@ impl Shared {
             log.collect_beside_rings(cx, pending.pages_mut())?;
         }
         pending.remove_runs(slots.holes(pending.capacity()));
+        if !pending.everything && !quiet {
+            self.protect_unsure(slots, pending)?;
+        }
+        self.rearm_if_lost(slots, pending)?;
+        Ok(collected)
+    }
+
+    /// Protects all of memory anew and declares it dirty, if nobody knows any more what is.
+    fn rearm_if_lost(&self, slots: &Slots, pending: &mut Pending) -> Result<(), TrackError> {
         if pending.everything {
             slots.log_anew(&*self.kernel)?;
             for region in slots.regions() {
@@ -143,10 +198,8 @@ impl Shared {
             }
             pending.rearmed();
             self.counters.rearms.add(1);
-        } else if !quiet {
-            self.protect_unsure(slots, pending)?;
         }
-        Ok(collected)
+        Ok(())
     }
 
     /// Protects anew the slots with unsure pages, when that costs no more than what these have cost already.

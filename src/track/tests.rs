@@ -8,6 +8,7 @@
 mod edges;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroU64;
 
 use proptest::prelude::*;
 use proptest::sample::Index;
@@ -41,6 +42,8 @@ struct Model {
     taken: PageSet,
     /// Pages that observations reported and no harvest handed out yet.
     redirtied: Redirtied,
+    /// What the last harvest left behind unprotected.
+    behind: Redirtied,
 }
 
 fn end() -> PageIndex {
@@ -49,7 +52,13 @@ fn end() -> PageIndex {
 
 impl Model {
     fn new(vcpus: usize, position: u32, cpu_log_entries: usize, bitmap: bool) -> Self {
+        Self::leaving(vcpus, position, cpu_log_entries, bitmap, 0)
+    }
+
+    /// The same where the kernel can take `granule` pages at once from a guest; none if it is 0.
+    fn leaving(vcpus: usize, position: u32, cpu_log_entries: usize, bitmap: bool, granule: u64) -> Self {
         let kernel = FakeKernel::new();
+        kernel.can_take_pages(NonZeroU64::new(granule));
         let tracker = if bitmap {
             DirtyTracker::on_fake_bitmap(&kernel)
         } else {
@@ -66,6 +75,7 @@ impl Model {
             sent: BTreeMap::new(),
             taken: PageSet::new(end()),
             redirtied: Redirtied::new(end()),
+            behind: Redirtied::new(end()),
         };
         (0..SLOTS).for_each(|slot| model.add_slot(slot));
         model.start();
@@ -91,6 +101,7 @@ impl Model {
                 self.sent.remove(&page);
                 self.taken.remove(PageIndex(page));
                 self.redirtied.pages_mut().remove(PageIndex(page));
+                self.behind.pages_mut().remove(PageIndex(page));
             }
         }
     }
@@ -102,6 +113,7 @@ impl Model {
         self.sent = self.version.clone();
         self.taken.clear();
         self.redirtied.clear();
+        self.behind.clear();
     }
 
     fn wrote(&mut self, slot: u32, offset: u64) {
@@ -162,6 +174,33 @@ impl Model {
         );
     }
 
+    fn harvest_protected(&mut self) {
+        let mut dirty = PageSet::new(end());
+        self.behind.clear();
+        self.tracker.harvest_protected(&mut dirty, &mut self.behind).unwrap();
+        assert!(!dirty.intersects(self.behind.pages_mut()), "protected or not");
+        self.send(&dirty);
+        self.behind.strike_off(self.redirtied.pages_mut());
+        assert!(self.redirtied.is_empty(), "struck off and in no later round: {:?}", self.redirtied);
+    }
+
+    fn protect(&mut self, pages: u64) {
+        let mut dirty = PageSet::new(end());
+        let before = self.behind.len();
+        self.tracker.protect(&mut self.behind, pages, &mut dirty).unwrap();
+        assert!(dirty.len() <= before - self.behind.len(), "no other pages");
+        self.send(&dirty);
+    }
+
+    fn harvest_paused(&mut self) -> PageSet {
+        (0..self.vcpus.len()).for_each(|vcpu| self.kernel.exit(vcpu));
+        self.kernel.cancel_writes_during_reset();
+        let mut dirty = PageSet::new(end());
+        let paused = Paused::declare_every_vcpu_is_outside_kvm_run();
+        self.tracker.harvest_paused(&paused, &mut dirty).unwrap();
+        dirty
+    }
+
     fn harvest_final(&mut self) {
         let paused = Paused::declare_every_vcpu_is_outside_kvm_run();
         (0..self.vcpus.len()).for_each(|vcpu| self.kernel.exit(vcpu));
@@ -211,7 +250,13 @@ enum Event {
     VmmWrite { slot: u32, offset: u64 },
     Observe,
     Harvest,
+    HarvestProtected,
+    Protect(u64),
+    HarvestPaused {
+        called_off: bool,
+    },
     HarvestFinal,
+    CannotTakePages,
     TakeSlotBitmap(u32),
     Fail,
     Restart,
@@ -246,7 +291,11 @@ fn event() -> impl Strategy<Value = Event> {
         2 => (slot.clone(), offset).prop_map(|(slot, offset)| Event::VmmWrite { slot, offset }),
         2 => Just(Event::Observe),
         4 => Just(Event::Harvest),
+        4 => Just(Event::HarvestProtected),
+        4 => (0..SLOT_PAGES).prop_map(Event::Protect),
+        2 => any::<bool>().prop_map(|called_off| Event::HarvestPaused { called_off }),
         1 => Just(Event::HarvestFinal),
+        1 => Just(Event::CannotTakePages),
         2 => slot.clone().prop_map(Event::TakeSlotBitmap),
         1 => Just(Event::Fail),
         1 => Just(Event::Restart),
@@ -289,7 +338,18 @@ impl Model {
             }
             Event::Observe => drop(self.tracker.observe_into(&mut self.redirtied).unwrap()),
             Event::Harvest => self.harvest(),
+            Event::HarvestProtected => self.harvest_protected(),
+            Event::Protect(pages) => self.protect(*pages),
+            Event::HarvestPaused { called_off } => {
+                let dirty = self.harvest_paused();
+                if *called_off {
+                    self.tracker.give_back(&dirty);
+                } else {
+                    self.send(&dirty);
+                }
+            }
             Event::HarvestFinal => self.harvest_final(),
+            Event::CannotTakePages => self.kernel.can_take_pages(None),
             Event::TakeSlotBitmap(slot) => self.take_slot_bitmap(*slot),
             Event::Fail => self.fail(),
             Event::Restart => {
@@ -303,8 +363,15 @@ impl Model {
     }
 }
 
-fn run(vcpus: usize, position: u32, cpu_log_entries: usize, bitmap: bool, events: &[Event]) {
-    let mut model = Model::new(vcpus, position, cpu_log_entries, bitmap);
+fn run(
+    vcpus: usize,
+    position: u32,
+    cpu_log_entries: usize,
+    bitmap: bool,
+    granule: u64,
+    events: &[Event],
+) {
+    let mut model = Model::leaving(vcpus, position, cpu_log_entries, bitmap, granule);
     events.iter().for_each(|event| model.apply(event));
     model.check_nothing_is_lost();
 }
@@ -312,6 +379,11 @@ fn run(vcpus: usize, position: u32, cpu_log_entries: usize, bitmap: bool, events
 /// Rings that begin anywhere, and often shortly before the index wraps at 2³².
 fn position() -> impl Strategy<Value = u32> {
     prop_oneof![Just(0), (0..2000_u32).prop_map(|before| before.wrapping_neg()), any::<u32>()]
+}
+
+/// Whether rings are recycled without protection: not where the kernel cannot take pages from a guest later.
+fn granule() -> impl Strategy<Value = u64> {
+    prop_oneof![Just(0_u64), Just(1), Just(4)]
 }
 
 fn cases() -> ProptestConfig {
@@ -327,18 +399,20 @@ proptest! {
         vcpus in 1..5_usize,
         position in position(),
         cpu_log_entries in prop_oneof![Just(0_usize), Just(16)],
+        granule in granule(),
         events in prop::collection::vec(event(), 1..60),
     ) {
-        run(vcpus, position, cpu_log_entries, false, &events);
+        run(vcpus, position, cpu_log_entries, false, granule, &events);
     }
 
     #[test]
     fn rings_lose_nothing_when_emulation_overruns_them(
         vcpus in 1..5_usize,
         position in position(),
+        granule in granule(),
         events in prop::collection::vec(prop_oneof![1 => emulation(), 5 => event()], 1..60),
     ) {
-        run(vcpus, position, 0, false, &events);
+        run(vcpus, position, 0, false, granule, &events);
     }
 
     #[test]
@@ -346,7 +420,7 @@ proptest! {
         vcpus in 1..5_usize,
         events in prop::collection::vec(event(), 1..60),
     ) {
-        run(vcpus, 0, 0, true, &events);
+        run(vcpus, 0, 0, true, 0, &events);
     }
 }
 

@@ -22,7 +22,7 @@ use crate::layout::{GuestMemory, PageRun, SlotId};
 use crate::page_set::{AtomicPageSet, PageSet};
 #[cfg(any(test, feature = "testing"))]
 use crate::testing::FakeKernel;
-use crate::vm::Settled;
+use crate::vm::{Paused, Settled};
 
 /// Dirty tracking of one VM, on KVM's rings or on its bitmap. Cheap to clone: all clones are the same tracker, so
 /// that the VMM keeps one, and lends one to a migration as its [`DirtySource`].
@@ -146,6 +146,9 @@ impl DirtyTracker {
         }
         let end = state.slots.end();
         state.pending.resize(end);
+        if state.tracking {
+            state.prepare_to_protect(&*self.shared.kernel);
+        }
         let mut marks = self.shared.marks.write().unwrap_or_else(PoisonError::into_inner);
         if marks.capacity() < end {
             marks.drain_into(state.pending.pages_mut());
@@ -239,7 +242,7 @@ impl DirtyTracker {
         if !state.tracking {
             return Err(TrackError::NotTracking);
         }
-        let collected = self.shared.collect(state, false)?;
+        let collected = self.shared.collect_all(state)?;
         let (words, remainder) = state.pending.hand_out_words(collected, run);
         if let Backend::Ring { rings, .. } = &mut state.backend {
             rings.harvested_in_part(remainder);
@@ -304,14 +307,18 @@ impl DirtyTracker {
         }
     }
 
-    fn harvest_when(&self, quiet: bool, dirty: &mut PageSet) -> Result<(), TrackError> {
+    /// One harvest, handed out by `hand_out`.
+    fn harvest_by(
+        &self,
+        dirty: &mut PageSet,
+        hand_out: impl FnOnce(&Shared, &mut State, &mut PageSet) -> Result<(), TrackError>,
+    ) -> Result<(), TrackError> {
         let state = &mut *self.shared.lock();
         if !state.tracking {
             return Err(TrackError::NotTracking);
         }
         state.pending.check_fits(dirty)?;
-        let collected = self.shared.collect(state, quiet)?;
-        state.pending.hand_out(collected, dirty);
+        hand_out(&self.shared, state, dirty)?;
         if let Backend::Ring { rings, .. } = &mut state.backend {
             rings.harvested();
         }
@@ -348,6 +355,7 @@ impl DirtySource for DirtyTracker {
             state.stop_externals();
             return Err(error.into());
         }
+        state.prepare_to_protect(&*self.shared.kernel);
         state.tracking = true;
         self.shared.tracking.store(true, Ordering::Relaxed);
         // Before anybody reads a page: see `mark_dirty`.
@@ -364,11 +372,46 @@ impl DirtySource for DirtyTracker {
     }
 
     fn harvest(&mut self, dirty: &mut PageSet) -> Result<(), TrackError> {
-        self.harvest_when(false, dirty)
+        self.harvest_by(dirty, |shared, state, dirty| {
+            let all = shared.collect_all(state)?;
+            state.pending.hand_out(all, dirty);
+            Ok(())
+        })
     }
 
-    fn harvest_final(&mut self, _: &Settled<'_>, dirty: &mut PageSet) -> Result<(), TrackError> {
-        self.harvest_when(true, dirty)
+    fn harvest_protected(&mut self, dirty: &mut PageSet, behind: &mut Redirtied) -> Result<(), TrackError> {
+        self.harvest_by(dirty, |shared, state, dirty| {
+            let collected = shared.collect(state, false)?;
+            state.pending.hand_out_protected(collected, dirty, behind);
+            Ok(())
+        })
+    }
+
+    fn protect(
+        &mut self,
+        behind: &mut Redirtied,
+        pages: u64,
+        dirty: &mut PageSet,
+    ) -> Result<(), TrackError> {
+        let state = &mut *self.shared.lock();
+        if !state.tracking {
+            return Err(TrackError::NotTracking);
+        }
+        state.pending.check_fits(dirty)?;
+        self.shared.protect(state, behind, pages, dirty);
+        Ok(())
+    }
+
+    fn harvest_paused(&mut self, paused: &Paused, dirty: &mut PageSet) -> Result<(), TrackError> {
+        self.harvest_by(dirty, |shared, state, dirty| {
+            shared.collect(state, true)?;
+            state.pending.hand_out_paused(paused, dirty);
+            Ok(())
+        })
+    }
+
+    fn harvest_final(&mut self, settled: &Settled<'_>, dirty: &mut PageSet) -> Result<(), TrackError> {
+        self.harvest_paused(settled.paused(), dirty)
     }
 
     fn give_back(&mut self, pages: &PageSet) {
