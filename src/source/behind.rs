@@ -2,6 +2,9 @@
 //!
 //! They belong to the round that follows, and are protected right before they are sent, as much at a time as the link soon takes:
 //! until then the guest writes them without a fault. What is still behind when the guest is stopped was never protected.
+//!
+//! A round that is braked has all of them at once. A guest that is held back loses nothing by a fault; and what it writes
+//! again before its turn came is struck off, which it could not be if nobody saw it (`heavy-512m`: 7.6 instead of 10.4 s).
 
 use std::time::Duration;
 
@@ -60,7 +63,10 @@ impl Behind {
         link: &mut Link,
         steering: &Steering,
     ) -> Result<(), SourceError> {
-        let ahead = (steering.bytes_in(AHEAD) / PAGE_SIZE as u64).max(AHEAD_PAGES_MIN);
+        let ahead = match steering.is_braking() {
+            true => u64::MAX,
+            false => (steering.bytes_in(AHEAD) / PAGE_SIZE as u64).max(AHEAD_PAGES_MIN),
+        };
         if self.is_empty() || link.sender.undealt_pages() >= ahead {
             return Ok(());
         }
