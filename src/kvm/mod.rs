@@ -20,8 +20,8 @@ pub use self::caps::{Capabilities, RingSize};
 pub use self::error::KvmError;
 pub(crate) use self::sys::ResetCount;
 pub use self::unmap::UnmapError;
-pub(crate) use self::unmap::{Granule, Until};
 use self::unmap::Unmapper;
+pub(crate) use self::unmap::{Granule, Until};
 use crate::layout::{PageRun, Region, SlotId};
 
 /// What tracking needs of a kernel: the real one is [`VmFd`], and tests have one that misbehaves on demand.

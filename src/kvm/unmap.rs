@@ -56,7 +56,10 @@ impl fmt::Display for UnmapError {
                 "userfaultfd: {error}; allow the system call in seccomp, or give access to /dev/userfaultfd"
             ),
             Self::NoAsyncWriteProtection(error) => {
-                write!(f, "userfaultfd without asynchronous write protection: {error}; Linux 6.7 or newer has it")
+                write!(
+                    f,
+                    "userfaultfd without asynchronous write protection: {error}; Linux 6.7 or newer has it"
+                )
             }
             Self::NotProtectable(error) => write!(
                 f,

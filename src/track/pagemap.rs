@@ -92,9 +92,7 @@ impl PagemapTracker {
         let host = map.as_ptr().addr()..map.as_ptr().addr() + PAGE_SIZE;
         let pagemap = Pagemap::open().map_err(PagemapError::NoPagemap)?;
         let userfault = Userfault::open().map_err(PagemapError::from)?;
-        userfault
-            .register(host.clone())
-            .map_err(|error| PagemapError::NotProtectable(SlotId(0), error))?;
+        userfault.register(host.clone()).map_err(|error| PagemapError::NotProtectable(SlotId(0), error))?;
         let written_bytes = || {
             let mut bytes = 0;
             let scanned = pagemap.scan(host.clone(), PROTECT, |part| bytes += part.len());

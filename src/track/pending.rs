@@ -57,8 +57,8 @@ pub(super) struct Pending {
     unprotected: PageSet,
     /// The pause in which `unprotected` was handed out, if it was.
     handed_out_in: Option<u64>,
-    /// Whether pages may be left unprotected, as they can be protected later.
-    may_leave: bool,
+    /// Whether pages may be left unprotected, as they can be protected later; or why they cannot.
+    may_leave: Result<(), UnmapError>,
     /// An overflow lost entries: every page is dirty, and all of memory must be protected anew.
     pub(super) everything: bool,
 }
@@ -74,7 +74,7 @@ impl Pending {
             unsure_handed_out: 0,
             unprotected: empty(),
             handed_out_in: None,
-            may_leave: false,
+            may_leave: Err(UnmapError::NotAsked),
             everything: false,
         }
     }
@@ -107,19 +107,24 @@ impl Pending {
     }
 
     /// Whether pages may be left unprotected from now on.
-    pub(super) fn may_leave(&mut self, may_leave: bool) {
+    pub(super) fn may_leave(&mut self, may_leave: Result<(), UnmapError>) {
         self.may_leave = may_leave;
+    }
+
+    /// Why none may, if so.
+    pub(super) fn why_none_is_left(&self) -> Result<(), UnmapError> {
+        self.may_leave.clone()
     }
 
     /// How a ring is recycled when its pages are not about to be read.
     pub(super) fn recycle_early(&self) -> Recycle {
-        if self.may_leave { Recycle::Leaving } else { Recycle::Protecting }
+        if self.may_leave.is_ok() { Recycle::Leaving } else { Recycle::Protecting }
     }
 
     /// Pages could not be protected after all: all of memory is protected anew, and none is left unprotected any more.
-    pub(super) fn cannot_protect(&mut self, error: &UnmapError) {
+    pub(super) fn cannot_protect(&mut self, error: UnmapError) {
         tracing::warn!(%error, "pages that a dirty ring was recycled without cannot be protected: every page is dirty");
-        self.may_leave = false;
+        self.may_leave = Err(error);
         self.everything = true;
     }
 
@@ -222,7 +227,12 @@ impl Pending {
     }
 
     /// Adds the pages that are protected to `dirty`, and the others to `behind`.
-    pub(super) fn hand_out_protected(&mut self, _: impl ProtectedReadable, dirty: &mut PageSet, behind: &mut Redirtied) {
+    pub(super) fn hand_out_protected(
+        &mut self,
+        _: impl ProtectedReadable,
+        dirty: &mut PageSet,
+        behind: &mut Redirtied,
+    ) {
         self.gather();
         self.pages.subtract(&self.unprotected);
         dirty.union(&self.pages);

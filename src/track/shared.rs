@@ -97,7 +97,7 @@ impl State {
         if let (Err(error), Backend::Ring { .. }) = (&prepared, &self.backend) {
             tracing::info!(%error, "a full dirty ring costs its guest a fault for every page in it");
         }
-        self.pending.may_leave(prepared.is_ok());
+        self.pending.may_leave(prepared);
     }
 
     /// Starts every external source; none is left on when one cannot.
@@ -149,13 +149,7 @@ impl Shared {
     }
 
     /// Protects up to `pages` pages of `behind` and adds them to `dirty`.
-    pub(super) fn protect(
-        &self,
-        state: &mut State,
-        behind: &mut Redirtied,
-        pages: u64,
-        dirty: &mut PageSet,
-    ) {
+    pub(super) fn protect(&self, state: &mut State, behind: &mut Redirtied, pages: u64, dirty: &mut PageSet) {
         let State { slots, pending, .. } = state;
         protect_some(self.context(slots), pending, behind, pages, dirty);
     }

@@ -252,9 +252,7 @@ enum Event {
     Harvest,
     HarvestProtected,
     Protect(u64),
-    HarvestPaused {
-        called_off: bool,
-    },
+    HarvestPaused { called_off: bool },
     HarvestFinal,
     CannotTakePages,
     TakeSlotBitmap(u32),
@@ -363,14 +361,7 @@ impl Model {
     }
 }
 
-fn run(
-    vcpus: usize,
-    position: u32,
-    cpu_log_entries: usize,
-    bitmap: bool,
-    granule: u64,
-    events: &[Event],
-) {
+fn run(vcpus: usize, position: u32, cpu_log_entries: usize, bitmap: bool, granule: u64, events: &[Event]) {
     let mut model = Model::leaving(vcpus, position, cpu_log_entries, bitmap, granule);
     events.iter().for_each(|event| model.apply(event));
     model.check_nothing_is_lost();

@@ -17,7 +17,7 @@ use super::slots::{Slots, log_anew};
 use super::source::{DirtySource, Observed};
 use super::vcpu::Vcpu;
 use crate::kvm::ring::{DirtyRing, VmMark};
-use crate::kvm::{Kernel, KvmError, ManualProtect, RingSize, VmFd, caps};
+use crate::kvm::{Kernel, KvmError, ManualProtect, RingSize, UnmapError, VmFd, caps};
 use crate::layout::{GuestMemory, PageRun, SlotId};
 use crate::page_set::{AtomicPageSet, PageSet};
 #[cfg(any(test, feature = "testing"))]
@@ -289,6 +289,16 @@ impl DirtyTracker {
         state.vcpus.iter().map(handle).collect()
     }
 
+    /// Whether a full ring is recycled without protecting its pages, as of the last start of tracking.
+    ///
+    /// # Errors
+    ///
+    /// Why each of them is protected, which costs the guest a fault: the backend is the bitmap, or pages cannot be protected
+    /// one by one here.
+    pub fn recycles_without_protecting(&self) -> Result<(), UnmapError> {
+        self.shared.lock().pending.why_none_is_left()
+    }
+
     /// What tracking did so far and what it cost.
     pub fn snapshot(&self) -> Figures {
         let state = self.shared.lock();
@@ -387,12 +397,7 @@ impl DirtySource for DirtyTracker {
         })
     }
 
-    fn protect(
-        &mut self,
-        behind: &mut Redirtied,
-        pages: u64,
-        dirty: &mut PageSet,
-    ) -> Result<(), TrackError> {
+    fn protect(&mut self, behind: &mut Redirtied, pages: u64, dirty: &mut PageSet) -> Result<(), TrackError> {
         let state = &mut *self.shared.lock();
         if !state.tracking {
             return Err(TrackError::NotTracking);

@@ -89,7 +89,7 @@ pub(super) fn protect_all(cx: Context<'_>, pending: &mut Pending) {
     cx.counters.protect_ns.add_since(started);
     match outcome {
         Ok(proof) => pending.all_are_protected(&proof),
-        Err(error) => pending.cannot_protect(&error),
+        Err(error) => pending.cannot_protect(error),
     }
 }
 
@@ -119,7 +119,7 @@ pub(super) fn protect_some(
     cx.counters.protect_ns.add_since(started);
     match outcome {
         Ok(proof) => pending.hand_out_these(&proof, &found, dirty),
-        Err(error) => pending.cannot_protect(&error),
+        Err(error) => pending.cannot_protect(error),
     }
 }
 
@@ -134,7 +134,8 @@ mod tests {
     #[test]
     fn long_runs_are_protected_exactly_and_short_neighbours_together() {
         let part = |first, pages, until| Part { pages: run(first, pages), until };
-        let given = [run(0, 100), run(110, 1), run(120, 2), run(154, 1), run(300, 1), run(310, 16), run(330, 4)];
+        let given =
+            [run(0, 100), run(110, 1), run(120, 2), run(154, 1), run(300, 1), run(310, 16), run(330, 4)];
         assert_eq!(
             parts(given.into_iter()),
             [

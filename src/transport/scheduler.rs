@@ -327,7 +327,11 @@ impl Scheduler {
         runs: impl Iterator<Item = PageRun>,
     ) -> bool {
         let mut state = self.state.lock();
-        let alone = !state.has_work() && !state.open && pages > 0 && state.in_flight == pages && state.copies_in_flight == 0;
+        let alone = !state.has_work()
+            && !state.open
+            && pages > 0
+            && state.in_flight == pages
+            && state.copies_in_flight == 0;
         if !alone || state.copied.is_some() || state.live_channels < 2 {
             return false;
         }
