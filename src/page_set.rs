@@ -185,6 +185,27 @@ impl PageSet {
         }
     }
 
+    /// Adds all pages of `other` and gives each word of those that are new to `told`; how many they are.
+    pub(crate) fn union_telling(&mut self, other: &Self, mut told: impl FnMut(usize, u64)) -> u64 {
+        let before = self.len;
+        for (word, bits) in other.nonzero_words() {
+            let new = bits & !self.levels[0].get(word).copied().unwrap_or(0);
+            if new != 0 {
+                self.add_within(word, new);
+                told(word, new);
+            }
+        }
+        self.len - before
+    }
+
+    /// Adds those of `bits` that are not in `known`.
+    pub(crate) fn insert_unless(&mut self, word: usize, bits: u64, known: &Self) {
+        let bits = bits & !known.levels[0].get(word).copied().unwrap_or(0);
+        if bits != 0 {
+            self.add_within(word, bits);
+        }
+    }
+
     /// Adds the pages of one word, `first` a multiple of 64; how many are new.
     #[inline]
     fn insert_word(&mut self, first: PageIndex, bits: u64) -> u64 {

@@ -9,14 +9,15 @@ use std::collections::BTreeSet;
 
 use bare::{BareVcpu, BareVm, DATA, Privilege, Work, kvm};
 use ringferry::kvm::RingSize;
-use ringferry::track::{DirtyTracker, VcpuHandle};
-use ringferry::{DirtySource, PageIndex, PageSet, Paused, Redirtied};
+use ringferry::track::{DirtyTracker, Session, VcpuHandle};
+use ringferry::{PageIndex, PageSet, Paused, Redirtied};
 
 const SLOT_PAGES: [u64; 2] = [5000, 1000];
 
 struct Guest {
     vm: BareVm,
     tracker: DirtyTracker,
+    session: Session,
     vcpu: BareVcpu,
     handle: VcpuHandle,
     value: u64,
@@ -26,12 +27,12 @@ impl Guest {
     /// With a ring that is full after 192 pages, and logging on.
     fn new(kvm: &kvm_ioctls::Kvm) -> Self {
         let vm = BareVm::new(kvm, &SLOT_PAGES).unwrap();
-        let mut tracker = DirtyTracker::enable(vm.fd(), RingSize::MIN).unwrap();
+        let tracker = DirtyTracker::enable(vm.fd(), RingSize::MIN).unwrap();
         tracker.add_memory(vm.memory()).unwrap();
         let vcpu = vm.create_vcpu(0, Privilege::User).unwrap();
         let handle = tracker.attach_vcpu(0, vcpu.fd()).unwrap();
-        tracker.start().unwrap();
-        Self { vm, tracker, vcpu, handle, value: 0 }
+        let session = tracker.start().unwrap();
+        Self { vm, tracker, session, vcpu, handle, value: 0 }
     }
 
     fn write(&mut self, pages: &BTreeSet<PageIndex>) {
@@ -46,13 +47,13 @@ impl Guest {
 
     fn harvest(&mut self) -> BTreeSet<PageIndex> {
         let mut dirty = self.set();
-        self.tracker.harvest(&mut dirty).unwrap();
+        self.session.harvest(&mut dirty).unwrap();
         pages(&dirty)
     }
 
     /// Ring entries that the vCPU has made so far, as far as they were taken.
     fn entries(&mut self) -> u64 {
-        self.tracker.observe().unwrap();
+        self.session.observe().unwrap();
         let vcpu = self.tracker.snapshot().vcpus[0];
         vcpu.pages + vcpu.duplicate_entries + vcpu.ring_entries
     }
@@ -107,13 +108,13 @@ fn what_is_left_behind_is_handed_out_when_it_was_protected_and_not_before() {
     let written = every(1, 0);
     guest.write(&written);
     let (mut dirty, mut behind) = (guest.set(), Redirtied::new(guest.vm.memory().end()));
-    guest.tracker.harvest_protected(&mut dirty, &mut behind).unwrap();
+    guest.session.harvest_protected(&mut dirty, &mut behind).unwrap();
     let mut out = pages(&dirty);
     assert_eq!(out.len() as u64 + behind.len(), written.len() as u64);
     assert!(behind.len() > 4000, "{} pages stayed behind", behind.len());
     while !behind.is_empty() {
         let mut some = guest.set();
-        guest.tracker.protect(&mut behind, 700, &mut some).unwrap();
+        guest.session.protect(&mut behind, 700, &mut some).unwrap();
         assert!((1..=700).contains(&some.len()), "{some:?}");
         let some = pages(&some);
         assert!(out.is_disjoint(&some), "no page twice");
@@ -135,17 +136,17 @@ fn what_was_handed_out_in_a_pause_unprotected_comes_again_if_the_guest_runs_on()
     guest.write(&every(1, 0));
     let mut dirty = guest.set();
     let paused = Paused::declare_every_vcpu_is_outside_kvm_run();
-    guest.tracker.harvest_paused(&paused, &mut dirty).unwrap();
+    guest.session.harvest_paused(&paused, &mut dirty).unwrap();
     assert_eq!(pages(&dirty), every(1, 0));
     assert_eq!(guest.tracker.snapshot().protects, 0, "nobody writes: nothing is protected");
     dirty.clear();
     let settled = paused.declare_nothing_else_writes();
-    guest.tracker.harvest_final(&settled, &mut dirty).unwrap();
+    guest.session.harvest_final(&settled, &mut dirty).unwrap();
     assert_eq!(pages(&dirty), BTreeSet::new(), "once in a pause");
 
     guest.write(&every(5, 2));
     let again = Paused::declare_every_vcpu_is_outside_kvm_run();
-    guest.tracker.harvest_paused(&again, &mut dirty).unwrap();
+    guest.session.harvest_paused(&again, &mut dirty).unwrap();
     assert!(pages(&dirty).is_superset(&every(5, 2)), "another pause");
     guest.write(&every(6, 1));
     assert!(guest.harvest().is_superset(&every(6, 1)), "no pause");

@@ -1,7 +1,8 @@
 //! Which pages are dirty, and who dirtied them.
 //!
-//! [`DirtyTracker`] is what a VMM links, for all of a VM's life; its vCPU threads hold a [`VcpuHandle`] each. What a
-//! migration asks is the trait [`DirtySource`], which the tracker implements on KVM's dirty rings or on its bitmap.
+//! [`DirtyTracker`] is what a VMM links, for all of a VM's life, on KVM's dirty rings or on its bitmap; its vCPU threads hold
+//! a [`VcpuHandle`] each. Whoever wants dirty pages has a [`Session`] of it. What a migration asks is the trait
+//! [`DirtySource`], which a session implements.
 //!
 //! The one rule of this module: a page is handed out only after it was write-protected again, so that whoever
 //! reads it then misses no later write. `rings` and `bitmap` say how each backend keeps it.
@@ -16,6 +17,8 @@ mod pagemap;
 mod pending;
 mod redirtied;
 mod rings;
+mod session;
+mod session_pages;
 mod shared;
 mod slots;
 mod source;
@@ -32,6 +35,7 @@ pub use self::gate::{BeforeRun, Gate};
 pub use self::handle::{KVM_EXIT_DIRTY_RING_FULL, VcpuHandle};
 pub use self::pagemap::PagemapTracker;
 pub use self::redirtied::Redirtied;
+pub use self::session::{Leftover, Session};
 pub use self::shared::ExternalId;
 pub use self::source::{DirtySource, Observed};
 pub use self::tracker::DirtyTracker;

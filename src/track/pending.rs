@@ -1,11 +1,16 @@
-//! Pages known to be dirty and not yet handed out, behind the one rule: out only against proof that they are
-//! write-protected again, or that nobody writes them.
+//! Pages known to be dirty and not yet handed out, by session, behind the one rule: out only against proof that they are
+//! write-protected again, or that the guest stands still.
 //!
-//! A page that a ring was recycled without is dirty and unprotected: it stays here, known and silent, until somebody wants to
-//! read it. Then `unprotected` protects it.
+//! A backend puts what it finds where [`Pending::sink`] says, and [`Pending::distribute`] then gives it to every session.
+//! So a page is in the set of each session from the moment in which it may become protected until that session has
+//! harvested it, whatever the others do.
+//!
+//! A page that a ring was recycled without is dirty and unprotected: it stays in the set of every session, known and silent,
+//! until one of them wants to read it. Then `unprotected` protects it.
 
 use super::error::TrackError;
 use super::redirtied::Redirtied;
+use super::session_pages::{SessionKey, SessionPages};
 use super::slots::Slots;
 use crate::kvm::UnmapError;
 use crate::kvm::ring::Recycle;
@@ -13,7 +18,7 @@ use crate::layout::{PageIndex, PageRun, Region};
 use crate::page_set::PageSet;
 use crate::vm::Paused;
 
-/// Proof that every page in [`Pending`] may be read: it is write-protected. Only a backend makes one, at the end of its
+/// Proof that every page of every session may be read: it is write-protected. Only a backend makes one, at the end of its
 /// collecting, and it is used up before the tracker's lock is released.
 pub(super) trait AllReadable {}
 
@@ -23,40 +28,27 @@ pub(super) trait ProtectedReadable {}
 /// Proof that the pages that come with it may be read.
 pub(super) trait TheseReadable {}
 
-/// How many pages are still to be handed out, of how many there were.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Remainder {
-    left: u64,
-    before: u64,
-}
-
-impl Remainder {
-    /// As large a part of `pages`, rounded down.
-    pub(super) fn share_of(self, pages: u64) -> u64 {
-        let share = u128::from(pages) * u128::from(self.left) / u128::from(self.before.max(1));
-        // No larger than `pages`, as no more are left than there were.
-        u64::try_from(share).unwrap_or(pages)
-    }
-}
-
-/// The pages between a backend and the next harvest.
+/// The pages between a backend and the next harvest of each session.
 #[derive(Debug)]
 pub(super) struct Pending {
-    pages: PageSet,
-    /// Pages, in `pages` or to come, that an observation has reported since they were handed out.
-    reported: PageSet,
-    /// Pages that were handed out before and did not arrive. They outlast a period of tracking.
-    given_back: PageSet,
+    sessions: Vec<SessionPages>,
+    next_key: u64,
+    /// What was found and not yet distributed. Empty between two operations, unless one failed.
+    fresh: PageSet,
+    /// What sessions have left to the one that begins next.
+    left_behind: PageSet,
+    /// vCPUs, whose pages each session counts.
+    vcpus: usize,
+    /// A harvest collects: nobody asks afterwards which of the pages are new.
+    harvesting: bool,
     /// Pages that an interrupted reset may have left writable with no entry to tell of later writes: dirty in
     /// every harvest, until their slots are protected anew.
     unsure: PageSet,
     /// How many pages of `unsure` were handed out since it was last empty.
     unsure_handed_out: u64,
-    /// Dirty pages that may be written without an entry to tell of it. They are in `pages`, or were handed out while the
-    /// guest stood still.
+    /// Dirty pages that may be written without an entry to tell of it. Every session has them, but those to which they were
+    /// handed out while the guest stood still.
     unprotected: PageSet,
-    /// The pause in which `unprotected` was handed out, if it was.
-    handed_out_in: Option<u64>,
     /// Whether pages may be left unprotected, as they can be protected later; or why they cannot.
     may_leave: Result<(), UnmapError>,
     /// An overflow lost entries: every page is dirty, and all of memory must be protected anew.
@@ -65,45 +57,143 @@ pub(super) struct Pending {
 
 impl Pending {
     pub(super) fn new() -> Self {
-        let empty = || PageSet::new(PageIndex(0));
         Self {
-            pages: empty(),
-            reported: empty(),
-            given_back: empty(),
-            unsure: empty(),
+            sessions: Vec::new(),
+            next_key: 0,
+            fresh: PageSet::new(PageIndex(0)),
+            left_behind: PageSet::new(PageIndex(0)),
+            vcpus: 0,
+            harvesting: false,
+            unsure: PageSet::new(PageIndex(0)),
             unsure_handed_out: 0,
-            unprotected: empty(),
-            handed_out_in: None,
+            unprotected: PageSet::new(PageIndex(0)),
             may_leave: Err(UnmapError::NotAsked),
             everything: false,
         }
     }
 
-    /// Guest RAM ends at `end` from now on; pages beyond have been removed.
-    pub(super) fn resize(&mut self, end: PageIndex) {
-        for set in self.all_sets() {
-            set.resize(end);
-        }
+    /// Another session, which does not run yet.
+    pub(super) fn add_session(&mut self) -> SessionKey {
+        let key = SessionKey(self.next_key);
+        self.next_key += 1;
+        self.sessions.push(SessionPages::new(key, self.capacity(), self.vcpus));
+        key
     }
 
-    fn all_sets(&mut self) -> [&mut PageSet; 5] {
-        let Self { pages, reported, given_back, unsure, unprotected, .. } = self;
-        [pages, reported, given_back, unsure, unprotected]
+    /// A session begins with an empty set, and with what was given back to it or left behind.
+    pub(super) fn begin(&mut self, key: SessionKey) -> Result<(), TrackError> {
+        let session = find(&mut self.sessions, key)?;
+        session.forget();
+        session.given_back.union(&self.left_behind);
+        session.running = true;
+        self.left_behind.clear();
+        Ok(())
+    }
+
+    /// A session stops and forgets its pages.
+    pub(super) fn stop(&mut self, key: SessionKey) -> Result<(), TrackError> {
+        let session = find(&mut self.sessions, key)?;
+        session.running = false;
+        session.forget();
+        Ok(())
+    }
+
+    /// The session that begins next has the pages of this one.
+    pub(super) fn leave_behind(&mut self, key: SessionKey) -> Result<(), TrackError> {
+        self.pauses_are_over();
+        let session = find(&mut self.sessions, key)?;
+        self.left_behind.union(&session.pages);
+        self.left_behind.union(&session.given_back);
+        // What may be dirty without a trace.
+        self.left_behind.union(&self.unsure);
+        Ok(())
+    }
+
+    /// The session and its pages are forgotten.
+    pub(super) fn remove_session(&mut self, key: SessionKey) {
+        self.sessions.retain(|session| session.key != key);
+    }
+
+    /// The session of this key.
+    pub(super) fn session(&mut self, key: SessionKey) -> Result<&mut SessionPages, TrackError> {
+        find(&mut self.sessions, key)
+    }
+
+    /// The session of this key, if it runs.
+    pub(super) fn running_session(&mut self, key: SessionKey) -> Result<&mut SessionPages, TrackError> {
+        let session = self.session(key)?;
+        if session.running { Ok(session) } else { Err(TrackError::NotTracking) }
+    }
+
+    fn running(&mut self) -> impl Iterator<Item = &mut SessionPages> {
+        self.sessions.iter_mut().filter(|session| session.running)
+    }
+
+    /// Whether any session runs.
+    pub(super) fn is_tracking(&self) -> bool {
+        self.sessions.iter().any(|session| session.running)
+    }
+
+    /// A vCPU more.
+    pub(super) fn vcpu_attached(&mut self) {
+        self.vcpus += 1;
+        // Here, because nothing may be allocated on a vCPU's path.
+        self.sessions.iter_mut().for_each(|session| session.vcpus.resize(self.vcpus, Default::default()));
+    }
+
+    fn sets(&mut self) -> impl Iterator<Item = &mut PageSet> {
+        let sets = self.sessions.iter_mut().flat_map(SessionPages::sets);
+        sets.chain([&mut self.fresh, &mut self.left_behind, &mut self.unsure, &mut self.unprotected])
+    }
+
+    /// Guest RAM ends at `end` from now on; pages beyond have been removed.
+    pub(super) fn resize(&mut self, end: PageIndex) {
+        self.sets().for_each(|set| set.resize(end));
     }
 
     /// Where guest RAM ends.
     pub(super) fn capacity(&self) -> PageIndex {
-        self.pages.capacity()
+        self.fresh.capacity()
     }
 
-    /// Where a backend puts what it finds.
-    pub(super) fn pages_mut(&mut self) -> &mut PageSet {
-        &mut self.pages
+    /// These pages are no longer RAM.
+    pub(super) fn remove_runs(&mut self, runs: &[PageRun]) {
+        for set in self.sets() {
+            runs.iter().for_each(|run| set.remove_run(*run));
+        }
+    }
+
+    /// All of these pages are dirty for every session.
+    pub(super) fn insert_run(&mut self, run: PageRun) {
+        self.running().for_each(|session| session.pages.insert_run(run));
+    }
+
+    /// Between these two calls all that is dirty is collected, and then handed out to a session.
+    pub(super) fn harvest_begins(&mut self) {
+        self.harvesting = true;
+    }
+
+    /// See [`harvest_begins`](Self::harvest_begins).
+    pub(super) fn harvest_ends(&mut self) {
+        self.harvesting = false;
+    }
+
+    /// Whether what is found can go straight into the set of the only session. Else it goes through `fresh`, so that each
+    /// session can tell what is new to it.
+    fn goes_straight(&self) -> bool {
+        self.harvesting && self.sessions.iter().filter(|session| session.running).count() == 1
+    }
+
+    /// Where a backend puts what it finds; [`distribute`](Self::distribute) must follow.
+    pub(super) fn sink(&mut self) -> &mut PageSet {
+        self.sinks().0
     }
 
     /// The same, and where it puts what it leaves unprotected as well.
-    pub(super) fn pages_and_unprotected_mut(&mut self) -> (&mut PageSet, &mut PageSet) {
-        (&mut self.pages, &mut self.unprotected)
+    pub(super) fn sinks(&mut self) -> (&mut PageSet, &mut PageSet) {
+        let straight = self.goes_straight();
+        let session = self.sessions.iter_mut().find(|session| straight && session.running);
+        (session.map_or(&mut self.fresh, |session| &mut session.pages), &mut self.unprotected)
     }
 
     /// Whether pages may be left unprotected from now on.
@@ -133,19 +223,42 @@ impl Pending {
         &self.unprotected
     }
 
-    /// They have been protected. Some may have been handed out while the guest stood still, and written since.
+    /// They have been protected.
     pub(super) fn all_are_protected(&mut self, _: &impl TheseReadable) {
-        self.pages.union(&self.unprotected);
+        self.pauses_are_over();
         self.unprotected.clear();
     }
 
-    /// An observation found the page, which will come: whether it is the first that did.
-    pub(super) fn report(&mut self, page: PageIndex) -> bool {
-        self.reported.insert(page) && (self.pages.is_empty() || !self.pages.contains(page))
+    /// What was handed out unprotected in a pause may have been written since.
+    fn pauses_are_over(&mut self) {
+        for session in self.sessions.iter_mut().filter(|session| session.running) {
+            if session.handed_out_in.take().is_some() {
+                session.pages.union(&self.unprotected);
+            }
+        }
     }
 
-    pub(super) fn give_back(&mut self, pages: &PageSet) {
-        self.given_back.union(pages);
+    /// Gives what is new to every session. It comes from the ring of the vCPU at place `vcpu`, of which `new` pages were
+    /// not in the sink before; or not from a ring. Returns how many pages at least one session did not have.
+    pub(super) fn distribute(&mut self, vcpu: Option<usize>, new: u64) -> u64 {
+        let straight = if self.goes_straight() { new } else { 0 };
+        let fresh = &mut self.fresh;
+        let mut new_to_any = 0;
+        for session in self.sessions.iter_mut().filter(|session| session.running) {
+            let new = straight + if fresh.is_empty() { 0 } else { session.absorb(fresh) };
+            new_to_any = new.max(new_to_any);
+            if let Some(vcpu) = vcpu {
+                session.vcpus[vcpu].taken += new;
+                session.vcpus[vcpu].repeated = 0;
+            }
+        }
+        fresh.clear();
+        new_to_any
+    }
+
+    /// An observation found the page in the ring of the vCPU at place `vcpu`, and it will come.
+    pub(super) fn report(&mut self, vcpu: usize, page: PageIndex) {
+        self.running().for_each(|session| session.report(vcpu, page));
     }
 
     pub(super) fn insert_unsure(&mut self, page: PageIndex) {
@@ -176,100 +289,90 @@ impl Pending {
         }
     }
 
-    /// These pages are no longer RAM.
-    pub(super) fn remove_runs(&mut self, runs: Vec<PageRun>) {
-        for run in runs {
-            for set in self.all_sets() {
-                set.remove_run(run);
-            }
-        }
-    }
-
-    /// A period of tracking begins or ends.
+    /// No session runs, and all of memory is protected anew or no longer logged.
     pub(super) fn forget(&mut self) {
-        self.pages.clear();
-        self.reported.clear();
+        self.fresh.clear();
         self.unprotected.clear();
         self.rearmed();
     }
 
     /// Whether a set of this capacity can take everything.
     pub(super) fn check_fits(&self, dirty: &PageSet) -> Result<(), TrackError> {
-        let (capacity, needed) = (dirty.capacity(), self.pages.capacity());
+        let (capacity, needed) = (dirty.capacity(), self.capacity());
         if capacity < needed { Err(TrackError::SetTooSmall { capacity, needed }) } else { Ok(()) }
     }
 
-    /// Adds all pages to `dirty`.
-    pub(super) fn hand_out(&mut self, _: impl AllReadable, dirty: &mut PageSet) {
-        self.hand_out_gathered(dirty);
+    /// Adds all pages of a session to `dirty`.
+    pub(super) fn hand_out(
+        &mut self,
+        _: impl AllReadable,
+        key: SessionKey,
+        dirty: &mut PageSet,
+    ) -> Result<(), TrackError> {
+        find(&mut self.sessions, key)?.hand_out(&self.unsure, dirty);
+        self.unsure_handed_out += self.unsure.len();
+        Ok(())
     }
 
-    /// Adds all pages to `dirty` while the guest stands still: then they may be read, protected or not. Others that write its
-    /// memory do not heed its protection, and are logged without it.
-    pub(super) fn hand_out_paused(&mut self, paused: &Paused, dirty: &mut PageSet) {
-        // What was handed out in an earlier pause may have been written since.
-        if self.handed_out_in.replace(paused.number) != Some(paused.number) {
-            self.pages.union(&self.unprotected);
+    /// Adds all pages of a session to `dirty` while the guest stands still: then they may be read, protected or not. Others
+    /// that write its memory do not heed its protection, and are logged without it.
+    pub(super) fn hand_out_paused(
+        &mut self,
+        paused: &Paused,
+        key: SessionKey,
+        dirty: &mut PageSet,
+    ) -> Result<(), TrackError> {
+        let session = find(&mut self.sessions, key)?;
+        let before = session.handed_out_in.replace(paused.number);
+        if before.is_some_and(|before| before != paused.number) {
+            session.pages.union(&self.unprotected);
         }
-        self.hand_out_gathered(dirty);
+        session.hand_out(&self.unsure, dirty);
+        self.unsure_handed_out += self.unsure.len();
+        Ok(())
     }
 
-    fn hand_out_gathered(&mut self, dirty: &mut PageSet) {
-        self.gather();
-        if dirty.is_empty() && dirty.capacity() == self.pages.capacity() {
-            // The usual case, and the cheap one: no page is copied.
-            std::mem::swap(&mut self.pages, dirty);
-        } else {
-            dirty.union(&self.pages);
-        }
-        self.pages.clear();
-        self.reported.clear();
-    }
-
-    /// Adds the pages that are protected to `dirty`, and the others to `behind`.
+    /// Adds the pages of a session that are protected to `dirty`, and the others, which stay with it, to `behind`.
     pub(super) fn hand_out_protected(
         &mut self,
         _: impl ProtectedReadable,
+        key: SessionKey,
         dirty: &mut PageSet,
         behind: &mut Redirtied,
-    ) {
-        self.gather();
-        self.pages.subtract(&self.unprotected);
-        dirty.union(&self.pages);
-        self.pages.clone_from(&self.unprotected);
+    ) -> Result<(), TrackError> {
+        self.pauses_are_over();
         behind.add(&self.unprotected);
-        self.reported.clear();
-    }
-
-    /// Adds `runs` to `dirty`, which have just been protected.
-    pub(super) fn hand_out_these(&mut self, _: &impl TheseReadable, runs: &[PageRun], dirty: &mut PageSet) {
-        for run in runs {
-            dirty.insert_run(*run);
-            for set in [&mut self.pages, &mut self.reported, &mut self.unprotected] {
-                set.remove_run(*run);
-            }
-        }
-    }
-
-    /// What is dirty for other reasons than an entry.
-    fn gather(&mut self) {
-        self.pages.union(&self.unsure);
+        find(&mut self.sessions, key)?.hand_out_all_but(&self.unprotected, &self.unsure, dirty);
         self.unsure_handed_out += self.unsure.len();
-        self.pages.union(&self.given_back);
-        self.given_back.clear();
+        Ok(())
     }
 
-    /// The pages of one run as a bitmap, bit 0 of word 0 the first; and what that leaves.
-    pub(super) fn hand_out_words(&mut self, _: impl AllReadable, run: PageRun) -> (Vec<u64>, Remainder) {
-        self.pages.union(&self.unsure);
-        self.unsure_handed_out += self.unsure.count_within(run);
-        for part in self.given_back.runs_within(run) {
-            self.pages.insert_run(part);
-        }
-        self.given_back.remove_run(run);
-        self.reported.remove_run(run);
-        let before = self.pages.len();
-        let words = self.pages.take_words(run);
-        (words, Remainder { left: self.pages.len(), before })
+    /// Adds `runs` to `dirty`, which have just been protected. The other sessions still have them.
+    pub(super) fn hand_out_these(
+        &mut self,
+        _: &impl TheseReadable,
+        key: SessionKey,
+        runs: &[PageRun],
+        dirty: &mut PageSet,
+    ) -> Result<(), TrackError> {
+        self.pauses_are_over();
+        runs.iter().for_each(|run| self.unprotected.remove_run(*run));
+        find(&mut self.sessions, key)?.hand_out_runs(runs, dirty);
+        Ok(())
     }
+
+    /// The pages that a session has in one run as a bitmap, bit 0 of word 0 the first.
+    pub(super) fn hand_out_words(
+        &mut self,
+        _: impl AllReadable,
+        key: SessionKey,
+        run: PageRun,
+    ) -> Result<Vec<u64>, TrackError> {
+        self.unsure_handed_out += self.unsure.count_within(run);
+        Ok(find(&mut self.sessions, key)?.hand_out_words(&self.unsure, run))
+    }
+}
+
+fn find(sessions: &mut [SessionPages], key: SessionKey) -> Result<&mut SessionPages, TrackError> {
+    sessions.iter_mut().find(|session| session.key == key).ok_or(TrackError::NotTracking)
 }

@@ -18,13 +18,13 @@ use std::time::Instant;
 
 use super::error::TrackError;
 use super::figures::VmCounters;
-use super::pending::{Pending, ProtectedReadable, Remainder};
-use super::redirtied::Redirtied;
+use super::pending::{Pending, ProtectedReadable};
+use super::session_pages::SessionKey;
 use super::slots::{SlotCursor, Slots};
 use super::vcpu::Vcpu;
 use crate::kvm::ring::{DirtyRing, Prefix, Recycle};
 use crate::kvm::{Kernel, ResetCount};
-use crate::page_set::{PageSet, WordAtHand};
+use crate::page_set::WordAtHand;
 
 /// Resets in a row that reset nothing, before a ring is taken for stuck. A stop signal, a freezing cgroup or task
 /// work interrupt one call each.
@@ -54,12 +54,10 @@ impl ProtectedReadable for AllReset {}
 struct Ring {
     ring: DirtyRing,
     vcpu: Arc<Vcpu>,
-    /// Pages taken early, since the last harvest.
-    early_pages: u64,
+    /// Its place among the rings, by which sessions count its pages.
+    place: usize,
     /// Dirty entries at the last observation.
     observed: u32,
-    /// Those of them that name pages taken early or named before, as far as they were reported.
-    repeated: u32,
     /// Runs in a row that KVM ended with "full" when there was nothing to take.
     empty_fulls: u32,
     /// Calls of `ring_full` in a row with nothing to take.
@@ -76,16 +74,14 @@ struct Ring {
 #[derive(Default, Debug)]
 pub(super) struct Rings {
     rings: Vec<Ring>,
-    /// Of the pages taken early since the last harvest, those that `observe` has reported.
-    early_reported: u64,
 }
 
 impl Ring {
     fn take_entries(&mut self, recycle: Recycle, cx: Context<'_>, pending: &mut Pending) -> u32 {
         let mut slots = SlotCursor::new(cx.slots);
         let (mut unknown, leaving) = (0, recycle == Recycle::Leaving);
-        let (pages, unprotected) = pending.pages_and_unprotected_mut();
-        let (mut words, mut word) = (pages.insert_prefetched(), WordAtHand::NONE);
+        let (sink, unprotected) = pending.sinks();
+        let (mut words, mut word) = (sink.insert_prefetched(), WordAtHand::NONE);
         let (mut words_left, mut word_left) = (unprotected.insert_prefetched(), WordAtHand::NONE);
         let taken = self.ring.take(recycle, |slot, offset| match slots.page(slot, offset) {
             Some(page) => {
@@ -100,10 +96,10 @@ impl Ring {
         let new = words.finish(word);
         words_left.finish(word_left);
         if taken > 0 {
+            let new = pending.distribute(Some(self.place), new);
             self.vcpu.counters.pages.add(new);
             self.vcpu.counters.duplicates.add(u64::from(taken) - new - unknown);
             cx.counters.unknown_slot_entries.add(unknown);
-            self.early_pages += new;
             (self.empty_fulls, self.empty_calls, self.passes) = (0, 0, None);
         }
         taken
@@ -135,21 +131,19 @@ impl Ring {
                 }
             }
         }
-        (self.observed, self.repeated) = (0, 0);
+        self.observed = 0;
         self.vcpu.counters.occupancy.set(0);
         let harvest_ns = self.vcpu.counters.harvest_ns.add_since(started);
         cx.counters.harvest_ns.add(harvest_ns);
     }
 
-    /// Adds the pages of the entries that were not reported yet to `redirtied`, and counts the entries that repeat a page:
-    /// KVM names a page again when the host has taken it from the guest in between (kernel-notes/dirty-ring.md).
-    fn report(&mut self, slots: &Slots, pending: &mut Pending, redirtied: &mut PageSet) {
+    /// Tells every session of the pages of entries that were not reported yet.
+    fn report(&mut self, slots: &Slots, pending: &mut Pending) {
         let mut slots = SlotCursor::new(slots);
-        let repeated = &mut self.repeated;
+        let place = self.place;
         self.ring.report(|slot, offset| {
             if let Some(page) = slots.page(slot, offset) {
-                redirtied.insert(page);
-                *repeated += u32::from(!pending.report(page));
+                pending.report(place, page);
             }
         });
     }
@@ -233,9 +227,8 @@ impl Rings {
         self.rings.push(Ring {
             ring,
             vcpu,
-            early_pages: 0,
+            place: self.rings.len(),
             observed: 0,
-            repeated: 0,
             empty_fulls: 0,
             empty_calls: 0,
             passes: None,
@@ -266,60 +259,33 @@ impl Rings {
         self.recycle_these(0..self.rings.len(), pending.recycle_early(), cx, pending)
     }
 
-    /// A harvest was handed out: what comes now counts anew.
-    pub(super) fn harvested(&mut self) {
-        for ring in &mut self.rings {
-            ring.early_pages = 0;
-        }
-        self.early_reported = 0;
-    }
-
-    /// The pages of one slot were handed out. Whose the others are is not known: each vCPU keeps its share of them.
-    pub(super) fn harvested_in_part(&mut self, remainder: Remainder) {
-        let are_all_reported = self.early_reported == self.early_pages();
-        for ring in &mut self.rings {
-            ring.early_pages = remainder.share_of(ring.early_pages);
-        }
-        // No number of pages is that high: the next observation reports them.
-        self.early_reported = if are_all_reported { self.early_pages() } else { u64::MAX };
-    }
-
-    fn early_pages(&self) -> u64 {
-        self.rings.iter().map(|ring| ring.early_pages).sum()
-    }
-
-    /// Pages by vCPU since the last harvest; recycles a ring that would be full before the next
-    /// observation. `redirtied` gets the pages that no earlier call reported.
+    /// Pages by vCPU since the last harvest of a session; recycles a ring that would be full before the next
+    /// observation. If `reports`, every session is told of the pages that no earlier call reported.
     pub(super) fn observe(
         &mut self,
         cx: Context<'_>,
         pending: &mut Pending,
-        mut redirtied: Option<&mut Redirtied>,
+        key: SessionKey,
+        reports: bool,
     ) -> Result<Vec<u64>, TrackError> {
-        let mut pages = Vec::with_capacity(self.rings.len());
+        let mut entries_left = Vec::with_capacity(self.rings.len());
         for at in 0..self.rings.len() {
             let ring = &mut self.rings[at];
             let entries = ring.ring.scan();
             ring.note_occupancy(entries);
             if ring.nears_its_limit(entries) {
                 self.recycle_these(at..at + 1, pending.recycle_early(), cx, pending)?;
-                pages.push(self.rings[at].early_pages);
+                entries_left.push(0);
             } else {
                 ring.observed = entries;
-                if let Some(redirtied) = &mut redirtied {
-                    ring.report(cx.slots, pending, redirtied.pages_mut());
+                if reports {
+                    ring.report(cx.slots, pending);
                 }
-                pages.push(ring.early_pages + u64::from(entries - ring.repeated.min(entries)));
+                entries_left.push(entries);
             }
         }
-        let early = self.early_pages();
-        if let Some(redirtied) = redirtied
-            && early != self.early_reported
-        {
-            redirtied.pages_mut().union(pending.pages_mut());
-            self.early_reported = early;
-        }
-        Ok(pages)
+        let session = pending.running_session(key)?;
+        Ok((0..).zip(entries_left).map(|(place, entries)| session.pages_of(place, entries)).collect())
     }
 
     /// The vCPU says that its ring is full. It is outside the guest: we are on its thread.

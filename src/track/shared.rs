@@ -1,7 +1,7 @@
-//! What all clones of a tracker and all vCPU handles share: one lock, and the way that dirty pages take under it.
+//! What a tracker, its sessions and its vCPU handles share: one lock, and the way that dirty pages take under it.
 
 use std::fmt;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use super::bitmap::{AllCleared, BitmapLog};
@@ -9,15 +9,14 @@ use super::error::TrackError;
 use super::external::ExternalSource;
 use super::figures::VmCounters;
 use super::pending::{AllReadable, Pending, ProtectedReadable};
-use super::redirtied::Redirtied;
 use super::rings::{AllReset, Context, Rings};
 use super::slots::{Slots, log_anew};
-use super::unprotected::{protect_all, protect_some};
+use super::unprotected::protect_all;
 use super::vcpu::Vcpu;
 use crate::kvm::{Kernel, RingSize, UnmapError};
-use crate::page_set::{AtomicPageSet, PageSet};
+use crate::page_set::AtomicPageSet;
 
-/// What the tracker's clones and the vCPU handles share.
+/// What the tracker's clones, its sessions and the vCPU handles share.
 #[derive(Debug)]
 pub(super) struct Shared {
     pub(super) kernel: Box<dyn Kernel>,
@@ -38,7 +37,6 @@ pub(super) struct State {
     pub(super) externals: Vec<External>,
     pub(super) next_external: u64,
     pub(super) pending: Pending,
-    pub(super) tracking: bool,
 }
 
 /// An external source that was added to a tracker.
@@ -134,27 +132,44 @@ impl Shared {
         Context { kernel: &*self.kernel, slots, counters: &self.counters }
     }
 
-    /// Brings all that is dirty into `pending`, and protects it.
+    /// The first session is about to begin.
+    pub(super) fn start_logging(&self, state: &mut State) -> Result<(), TrackError> {
+        if let Backend::Ring { rings, .. } = &mut state.backend {
+            // What an earlier period left behind.
+            rings.recycle(self.context(&state.slots), &mut state.pending)?;
+        }
+        state.pending.forget();
+        state.start_externals()?;
+        if let Err(error) = state.slots.log_anew(&*self.kernel) {
+            state.stop_externals();
+            return Err(error.into());
+        }
+        state.prepare_to_protect(&*self.kernel);
+        Ok(())
+    }
+
+    /// The last session has stopped.
+    pub(super) fn stop_logging(&self, state: &mut State) -> Result<(), TrackError> {
+        self.tracking.store(false, Ordering::Relaxed);
+        state.stop_externals();
+        let logging_off = state.slots.stop_logging(&*self.kernel);
+        if let Backend::Ring { rings, .. } = &mut state.backend {
+            rings.recycle(self.context(&state.slots), &mut state.pending)?;
+        }
+        state.pending.forget();
+        Ok(logging_off?)
+    }
+
+    /// Gives all that is dirty to every session, and protects all of it.
     pub(super) fn collect_all(&self, state: &mut State) -> Result<AllProtected, TrackError> {
         self.collect(state, false)?;
-        self.protect_rest(state)?;
+        let State { slots, pending, .. } = state;
+        protect_all(self.context(slots), pending);
+        self.rearm_if_lost(slots, pending)?;
         Ok(AllProtected(()))
     }
 
-    /// Protects what the collecting has left unprotected.
-    fn protect_rest(&self, state: &mut State) -> Result<(), TrackError> {
-        let State { slots, pending, .. } = state;
-        protect_all(self.context(slots), pending);
-        self.rearm_if_lost(slots, pending)
-    }
-
-    /// Protects up to `pages` pages of `behind` and adds them to `dirty`.
-    pub(super) fn protect(&self, state: &mut State, behind: &mut Redirtied, pages: u64, dirty: &mut PageSet) {
-        let State { slots, pending, .. } = state;
-        protect_some(self.context(slots), pending, behind, pages, dirty);
-    }
-
-    /// Brings all that is dirty into `pending`, protected as far as it was not left unprotected on purpose. `quiet`: every
+    /// Gives all that is dirty to every session, protected as far as it was not left unprotected on purpose. `quiet`: every
     /// vCPU is outside the guest.
     pub(super) fn collect(&self, state: &mut State, quiet: bool) -> Result<Collected, TrackError> {
         let State { backend, slots, externals, pending, .. } = state;
@@ -164,18 +179,19 @@ impl Shared {
                 Collected::Ring { _proof: rings.recycle_quiet(cx, pending)? }
             }
             Backend::Ring { rings, .. } => Collected::Ring { _proof: rings.recycle(cx, pending)? },
-            Backend::Bitmap(log) => Collected::Bitmap { _proof: log.collect(cx, pending.pages_mut())? },
+            Backend::Bitmap(log) => Collected::Bitmap { _proof: log.collect(cx, pending.sink())? },
         };
         // After the guest's: what a device wrote because of what the guest wrote is then in the same harvest.
-        self.marks.read().unwrap_or_else(PoisonError::into_inner).drain_into(pending.pages_mut());
-        externals.iter_mut().for_each(|external| external.source.drain_into(pending.pages_mut()));
+        self.marks.read().unwrap_or_else(PoisonError::into_inner).drain_into(pending.sink());
+        externals.iter_mut().for_each(|external| external.source.drain_into(pending.sink()));
         // Last of all: it has what the kernel wrote with no vCPU at hand, on behalf of whatever stopped just now.
         if let Backend::Ring { beside: Some(log), .. } = backend
             && quiet
         {
-            log.collect_beside_rings(cx, pending.pages_mut())?;
+            log.collect_beside_rings(cx, pending.sink())?;
         }
-        pending.remove_runs(slots.holes(pending.capacity()));
+        pending.remove_runs(&slots.holes(pending.capacity()));
+        pending.distribute(None, 0);
         if !pending.everything && !quiet {
             self.protect_unsure(slots, pending)?;
         }
@@ -187,9 +203,7 @@ impl Shared {
     fn rearm_if_lost(&self, slots: &Slots, pending: &mut Pending) -> Result<(), TrackError> {
         if pending.everything {
             slots.log_anew(&*self.kernel)?;
-            for region in slots.regions() {
-                pending.pages_mut().insert_run(region.pages);
-            }
+            slots.regions().for_each(|region| pending.insert_run(region.pages));
             pending.rearmed();
             self.counters.rearms.add(1);
         }
@@ -205,7 +219,7 @@ impl Shared {
                 pending.everything = true;
                 return Err(error.into());
             }
-            pending.pages_mut().insert_run(region.pages);
+            pending.insert_run(region.pages);
         }
         if !regions.is_empty() {
             pending.rearmed();

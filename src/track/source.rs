@@ -15,7 +15,7 @@ pub enum Observed {
     /// it may count again before the next harvest: if KVM emulates guest instructions, if a ring was recycled early, or
     /// if the host took the page from the guest for a moment (huge pages, compaction, NUMA balancing). With
     /// [`observe_into`](DirtySource::observe_into) it does not, unless two vCPUs named it and a ring of theirs was
-    /// recycled early. After [`take_slot_bitmap`](super::DirtyTracker::take_slot_bitmap), pages of other slots that were
+    /// recycled early. After [`take_slot_bitmap`](super::Session::take_slot_bitmap), pages of other slots that were
     /// taken from the rings meanwhile are divided among the vCPUs as before.
     PerVcpu(Vec<u64>),
     /// Pages, whoever dirtied them.
@@ -24,7 +24,8 @@ pub enum Observed {
     Unobservable,
 }
 
-/// One place that dirty pages come from.
+/// One place that dirty pages come from, for one user at a time: so its methods take `&mut self`, although a
+/// [`Session`](super::Session) can do without.
 pub trait DirtySource: Send {
     /// The name that reports show: `ring`, `bitmap`, `pagemap`.
     fn backend(&self) -> &'static str;

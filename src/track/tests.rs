@@ -34,6 +34,7 @@ fn slot_pages(slot: u32) -> PageRun {
 struct Model {
     kernel: FakeKernel,
     tracker: DirtyTracker,
+    session: Session,
     vcpus: Vec<VcpuHandle>,
     slots: BTreeSet<u32>,
     version: BTreeMap<u64, u64>,
@@ -68,6 +69,7 @@ impl Model {
         let vcpus = (0..vcpus).map(attach).collect();
         let mut model = Self {
             kernel,
+            session: tracker.session(),
             tracker,
             vcpus,
             slots: BTreeSet::new(),
@@ -108,7 +110,7 @@ impl Model {
 
     /// A migration begins: all of memory is sent once.
     fn start(&mut self) {
-        self.tracker.start().unwrap();
+        self.session.start().unwrap();
         self.note_writes_during_reset();
         self.sent = self.version.clone();
         self.taken.clear();
@@ -165,7 +167,7 @@ impl Model {
 
     fn harvest(&mut self) {
         let mut dirty = PageSet::new(end());
-        self.tracker.harvest(&mut dirty).unwrap();
+        self.session.harvest(&mut dirty).unwrap();
         self.send(&dirty);
         assert!(
             self.redirtied.is_empty(),
@@ -177,7 +179,7 @@ impl Model {
     fn harvest_protected(&mut self) {
         let mut dirty = PageSet::new(end());
         self.behind.clear();
-        self.tracker.harvest_protected(&mut dirty, &mut self.behind).unwrap();
+        self.session.harvest_protected(&mut dirty, &mut self.behind).unwrap();
         assert!(!dirty.intersects(self.behind.pages_mut()), "protected or not");
         self.send(&dirty);
         self.behind.strike_off(self.redirtied.pages_mut());
@@ -187,7 +189,7 @@ impl Model {
     fn protect(&mut self, pages: u64) {
         let mut dirty = PageSet::new(end());
         let before = self.behind.len();
-        self.tracker.protect(&mut self.behind, pages, &mut dirty).unwrap();
+        self.session.protect(&mut self.behind, pages, &mut dirty).unwrap();
         assert!(dirty.len() <= before - self.behind.len(), "no other pages");
         self.send(&dirty);
     }
@@ -197,7 +199,7 @@ impl Model {
         self.kernel.cancel_writes_during_reset();
         let mut dirty = PageSet::new(end());
         let paused = Paused::declare_every_vcpu_is_outside_kvm_run();
-        self.tracker.harvest_paused(&paused, &mut dirty).unwrap();
+        self.session.harvest_paused(&paused, &mut dirty).unwrap();
         dirty
     }
 
@@ -206,17 +208,17 @@ impl Model {
         (0..self.vcpus.len()).for_each(|vcpu| self.kernel.exit(vcpu));
         self.kernel.cancel_writes_during_reset();
         let mut dirty = PageSet::new(end());
-        self.tracker.harvest_final(&paused.declare_nothing_else_writes(), &mut dirty).unwrap();
+        self.session.harvest_final(&paused.declare_nothing_else_writes(), &mut dirty).unwrap();
         self.send(&dirty);
     }
 
     fn take_slot_bitmap(&mut self, slot: u32) {
         if !self.slots.contains(&slot) {
-            let unknown = self.tracker.take_slot_bitmap(SlotId(slot));
+            let unknown = self.session.take_slot_bitmap(SlotId(slot));
             assert!(matches!(unknown, Err(TrackError::SlotUnknown(SlotId(id))) if id == slot));
             return;
         }
-        let words = self.tracker.take_slot_bitmap(SlotId(slot)).unwrap();
+        let words = self.session.take_slot_bitmap(SlotId(slot)).unwrap();
         let mut dirty = PageSet::new(end());
         dirty.union_words(slot_pages(slot).first, &words);
         self.send(&dirty);
@@ -224,7 +226,7 @@ impl Model {
 
     /// The migration fails: what was taken never arrived.
     fn fail(&mut self) {
-        self.tracker.give_back(&self.taken);
+        self.session.give_back(&self.taken);
         for run in self.taken.runs() {
             self.sent.extend((run.first.0..run.end().0).map(|page| (page, 0)));
         }
@@ -334,14 +336,14 @@ impl Model {
                 let first = PageIndex(slot_pages(*slot).first.0 + offset);
                 self.tracker.mark_dirty(PageRun { first, pages: 1 });
             }
-            Event::Observe => drop(self.tracker.observe_into(&mut self.redirtied).unwrap()),
+            Event::Observe => drop(self.session.observe_into(&mut self.redirtied).unwrap()),
             Event::Harvest => self.harvest(),
             Event::HarvestProtected => self.harvest_protected(),
             Event::Protect(pages) => self.protect(*pages),
             Event::HarvestPaused { called_off } => {
                 let dirty = self.harvest_paused();
                 if *called_off {
-                    self.tracker.give_back(&dirty);
+                    self.session.give_back(&dirty);
                 } else {
                     self.send(&dirty);
                 }
@@ -351,7 +353,7 @@ impl Model {
             Event::TakeSlotBitmap(slot) => self.take_slot_bitmap(*slot),
             Event::Fail => self.fail(),
             Event::Restart => {
-                self.tracker.stop().unwrap();
+                self.session.stop().unwrap();
                 self.start();
             }
             Event::AddSlot(slot) => self.add_slot(*slot),
@@ -420,7 +422,7 @@ fn an_observation_reports_each_page_once_and_those_that_were_taken_early_too() {
     let mut model = Model::new(2, 0, 0, false);
     let reported = |model: &mut Model| {
         let mut redirtied = Redirtied::new(end());
-        model.tracker.observe_into(&mut redirtied).unwrap();
+        model.session.observe_into(&mut redirtied).unwrap();
         redirtied.pages_mut().runs().flat_map(|run| run.first.0..run.end().0).collect::<Vec<_>>()
     };
     for page in [3, 4, 90] {
@@ -445,7 +447,7 @@ fn an_observation_that_reports_counts_a_page_once_however_often_kvm_names_it() {
     let mut redirtied = Redirtied::new(end());
     let mut observe = |model: &mut Model| {
         redirtied.clear();
-        model.tracker.observe_into(&mut redirtied).unwrap()
+        model.session.observe_into(&mut redirtied).unwrap()
     };
     model.emulate(0, 1, &[5, 5, 9]);
     assert_eq!(observe(&mut model), Observed::PerVcpu(vec![2, 0]));
@@ -457,7 +459,7 @@ fn an_observation_that_reports_counts_a_page_once_however_often_kvm_names_it() {
     model.harvest();
     model.emulate(1, 1, &[9, 9]);
     assert_eq!(observe(&mut model), Observed::PerVcpu(vec![0, 1]));
-    model.tracker.take_slot_bitmap(SlotId(1)).unwrap();
+    model.session.take_slot_bitmap(SlotId(1)).unwrap();
     model.emulate(1, 1, &[9]);
     assert_eq!(observe(&mut model), Observed::PerVcpu(vec![0, 1]));
 }
@@ -511,7 +513,7 @@ fn a_ring_goes_on_when_its_index_wraps() {
     let mut model = Model::new(1, u32::MAX - 10, 0, false);
     for _ in 0..3 {
         (0..20).for_each(|page| model.write(0, 1, page));
-        let observed = model.tracker.observe().unwrap();
+        let observed = model.session.observe().unwrap();
         assert_eq!(observed, Observed::PerVcpu(vec![20]));
         model.harvest();
     }
@@ -559,28 +561,28 @@ fn external_logs_begin_end_and_are_harvested_with_the_tracker() {
     pages.lock().unwrap().as_mut().expect("started, as tracking is on").extend([5, SLOT_PAGES, u64::MAX]);
     model.write(0, 0, 7);
     let mut dirty = PageSet::new(end());
-    model.tracker.harvest(&mut dirty).unwrap();
+    model.session.harvest(&mut dirty).unwrap();
     assert_eq!(
         dirty.runs().map(|run| run.first.0).collect::<Vec<_>>(),
         [5, 7],
         "and no page that is not RAM"
     );
 
-    model.tracker.stop().unwrap();
+    model.session.stop().unwrap();
     assert!(pages.lock().unwrap().is_none());
     let refusing = Log { refuses: true, ..Log::default() };
     let refusing = model.tracker.add_external(Box::new(refusing)).unwrap();
-    let error = model.tracker.start().unwrap_err();
+    let error = model.session.start().unwrap_err();
     assert!(matches!(error, TrackError::External { name: "test", .. }), "{error:?}");
     assert!(pages.lock().unwrap().is_none(), "the first log was stopped again");
     assert!(model.tracker.remove_external(refusing).is_some());
     assert!(model.tracker.remove_external(refusing).is_none());
 
-    model.tracker.start().unwrap();
+    model.session.start().unwrap();
     pages.lock().unwrap().as_mut().unwrap().push(9);
     assert!(model.tracker.remove_external(id).is_some());
     dirty.clear();
-    model.tracker.harvest(&mut dirty).unwrap();
+    model.session.harvest(&mut dirty).unwrap();
     assert!(dirty.contains(PageIndex(9)), "what it had logged when it went");
 }
 
@@ -588,17 +590,17 @@ fn external_logs_begin_end_and_are_harvested_with_the_tracker() {
 #[test]
 fn what_no_vcpu_wrote_comes_from_the_bitmap_beside_the_rings_with_the_final_harvest() {
     let kernel = FakeKernel::new();
-    let mut tracker = DirtyTracker::on_fake_rings_with_bitmap(&kernel, RingSize::MIN);
+    let tracker = DirtyTracker::on_fake_rings_with_bitmap(&kernel, RingSize::MIN);
     tracker.add_memory(&kernel.create_slot(SlotId(1), slot_pages(1))).unwrap();
     tracker.attach_fake_vcpu(0, &kernel, 0, 0).unwrap();
-    tracker.start().unwrap();
+    let session = tracker.start().unwrap();
     kernel.write_without_vcpu(SlotId(1), 70);
     assert!(kernel.write(0, SlotId(1), 5));
     let mut dirty = PageSet::new(end());
-    tracker.harvest(&mut dirty).unwrap();
+    session.harvest(&mut dirty).unwrap();
     assert_eq!(dirty.len(), 1, "while vCPUs run, the rings only");
     kernel.write_without_vcpu(SlotId(1), 71);
-    tracker
+    session
         .harvest_final(
             &Paused::declare_every_vcpu_is_outside_kvm_run().declare_nothing_else_writes(),
             &mut dirty,
@@ -611,23 +613,23 @@ fn what_no_vcpu_wrote_comes_from_the_bitmap_beside_the_rings_with_the_final_harv
 
 #[test]
 fn what_was_given_back_outlasts_everything_but_a_harvest() {
-    let mut model = Model::new(1, 0, 0, false);
+    let model = Model::new(1, 0, 0, false);
     let (kept, other) = (slot_pages(1).first, slot_pages(2).first);
     let mut given_back = PageSet::new(end());
     given_back.extend([kept, other, PageIndex(slot_pages(0).end().0)]);
-    model.tracker.give_back(&given_back);
-    model.tracker.stop().unwrap();
+    model.session.give_back(&given_back);
+    model.session.stop().unwrap();
     let beyond = PageRun { first: PageIndex(50_000), pages: 10 };
     model.tracker.add_memory(&model.kernel.create_slot(SlotId(9), beyond)).unwrap();
-    model.tracker.start().unwrap();
-    assert_eq!(model.tracker.take_slot_bitmap(SlotId(2)).unwrap()[0], 1);
-    model.tracker.stop().unwrap();
-    model.tracker.start().unwrap();
+    model.session.start().unwrap();
+    assert_eq!(model.session.take_slot_bitmap(SlotId(2)).unwrap()[0], 1);
+    model.session.stop().unwrap();
+    model.session.start().unwrap();
     let mut dirty = PageSet::new(beyond.end());
-    model.tracker.harvest(&mut dirty).unwrap();
+    model.session.harvest(&mut dirty).unwrap();
     let pages: Vec<PageIndex> = dirty.runs().map(|run| run.first).collect();
     assert_eq!((dirty.len(), pages), (1, vec![kept]), "once, and no page that is not RAM");
     dirty.clear();
-    model.tracker.harvest(&mut dirty).unwrap();
+    model.session.harvest(&mut dirty).unwrap();
     assert!(dirty.is_empty());
 }

@@ -1,4 +1,4 @@
-//! The tracker that a VMM keeps for all of a VM's life: slots and vCPUs come and go, periods of tracking begin and end.
+//! The tracker that a VMM keeps for all of a VM's life: slots and vCPUs come and go, sessions begin and end.
 
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
@@ -10,22 +10,22 @@ use super::external::ExternalSource;
 use super::figures::{Figures, VmCounters};
 use super::handle::VcpuHandle;
 use super::pending::Pending;
-use super::redirtied::Redirtied;
 use super::rings::Rings;
+use super::session::Session;
 use super::shared::{Backend, External, ExternalId, Shared, State};
 use super::slots::{Slots, log_anew};
-use super::source::{DirtySource, Observed};
 use super::vcpu::Vcpu;
 use crate::kvm::ring::{DirtyRing, VmMark};
 use crate::kvm::{Kernel, KvmError, ManualProtect, RingSize, UnmapError, VmFd, caps};
 use crate::layout::{GuestMemory, PageRun, SlotId};
-use crate::page_set::{AtomicPageSet, PageSet};
+use crate::page_set::AtomicPageSet;
 #[cfg(any(test, feature = "testing"))]
 use crate::testing::FakeKernel;
-use crate::vm::{Paused, Settled};
 
-/// Dirty tracking of one VM, on KVM's rings or on its bitmap. Cheap to clone: all clones are the same tracker, so
-/// that the VMM keeps one, and lends one to a migration as its [`DirtySource`].
+/// Dirty tracking of one VM, on KVM's rings or on its bitmap. Cheap to clone: all clones are the same tracker.
+///
+/// It hands out no pages itself. Whoever wants to know dirty pages has a [`Session`], with a set of its own: a migration,
+/// an incremental backup beside it and a measurement of the dirty rate see each page once, each of them.
 ///
 /// The tracker sets and clears `KVM_MEM_LOG_DIRTY_PAGES` itself, on the slots that it was told of with
 /// [`add_memory`](Self::add_memory): it must be able to do so from any thread and without a lock of the VMM's, to
@@ -37,7 +37,7 @@ pub struct DirtyTracker {
 
 impl DirtyTracker {
     /// Gives every vCPU that is created from now on a dirty ring. It cannot be undone, and from then on KVM refuses
-    /// the bitmap ioctls for this VM: see [`take_slot_bitmap`](Self::take_slot_bitmap). On arm64, before the first
+    /// the bitmap ioctls for this VM: see [`Session::take_slot_bitmap`]. On arm64, before the first
     /// memory slot is created, as there is a bitmap beside the rings there; the final harvest collects it.
     ///
     /// # Errors
@@ -98,7 +98,6 @@ impl DirtyTracker {
     }
 
     fn on(kernel: Box<dyn Kernel>, backend: Backend) -> Self {
-        let pending = Pending::new();
         let slots = Slots::default();
         let marks = RwLock::new(AtomicPageSet::new(slots.end()));
         let state = State {
@@ -107,8 +106,7 @@ impl DirtyTracker {
             vcpus: Vec::new(),
             externals: Vec::new(),
             next_external: 0,
-            pending,
-            tracking: false,
+            pending: Pending::new(),
         };
         let shared = Shared {
             kernel,
@@ -134,7 +132,7 @@ impl DirtyTracker {
     pub fn add_memory(&self, memory: &GuestMemory) -> Result<(), TrackError> {
         let state = &mut *self.shared.lock();
         state.slots.add(memory)?;
-        if state.tracking {
+        if state.pending.is_tracking() {
             let mut refused = Ok(());
             for region in memory.regions() {
                 refused = refused.and_then(|()| log_anew(&*self.shared.kernel, region));
@@ -146,19 +144,16 @@ impl DirtyTracker {
         }
         let end = state.slots.end();
         state.pending.resize(end);
-        if state.tracking {
-            state.prepare_to_protect(&*self.shared.kernel);
-        }
         let mut marks = self.shared.marks.write().unwrap_or_else(PoisonError::into_inner);
         if marks.capacity() < end {
-            marks.drain_into(state.pending.pages_mut());
+            marks.drain_into(state.pending.sink());
+            state.pending.distribute(None, 0);
             *marks = AtomicPageSet::new(end);
         }
-        if state.tracking {
-            for region in memory.regions() {
-                state.pending.pages_mut().insert_run(region.pages);
-            }
+        if state.pending.is_tracking() {
+            state.prepare_to_protect(&*self.shared.kernel);
         }
+        memory.regions().iter().for_each(|region| state.pending.insert_run(region.pages));
         Ok(())
     }
 
@@ -172,7 +167,7 @@ impl DirtyTracker {
     pub fn remove_slot(&self, slot: SlotId) -> Result<(), TrackError> {
         let state = &mut *self.shared.lock();
         let region = *state.slots.get(slot).ok_or(TrackError::SlotUnknown(slot))?;
-        if state.tracking {
+        if state.pending.is_tracking() {
             match self.shared.kernel.set_dirty_logging(&region, false) {
                 // The VMM was too early. It can do nothing better now than to have the slot forgotten.
                 Err(KvmError::SlotGone(_)) => {}
@@ -185,7 +180,7 @@ impl DirtyTracker {
         }
         state.slots.remove(slot);
         // Not simply its pages: another address space may have them, too.
-        state.pending.remove_runs(state.slots.holes(state.pending.capacity()));
+        state.pending.remove_runs(&state.slots.holes(state.pending.capacity()));
         state.pending.resize(state.slots.end());
         Ok(())
     }
@@ -216,6 +211,7 @@ impl DirtyTracker {
             rings.push(ring, Arc::clone(&vcpu));
         }
         state.vcpus.push(Arc::clone(&vcpu));
+        state.pending.vcpu_attached();
         Ok(VcpuHandle::new(Arc::clone(&self.shared), vcpu))
     }
 
@@ -230,27 +226,6 @@ impl DirtyTracker {
         }
     }
 
-    /// What `KVM_GET_DIRTY_LOG` would say of one slot: bit 0 of word 0 is its first page. The pages of other slots
-    /// stay for their own turn.
-    ///
-    /// # Errors
-    ///
-    /// [`TrackError::SlotUnknown`], and as for [`harvest`](DirtySource::harvest).
-    pub fn take_slot_bitmap(&self, slot: SlotId) -> Result<Vec<u64>, TrackError> {
-        let state = &mut *self.shared.lock();
-        let run = state.slots.get(slot).ok_or(TrackError::SlotUnknown(slot))?.pages;
-        if !state.tracking {
-            return Err(TrackError::NotTracking);
-        }
-        let collected = self.shared.collect_all(state)?;
-        let (words, remainder) = state.pending.hand_out_words(collected, run);
-        if let Backend::Ring { rings, .. } = &mut state.backend {
-            rings.harvested_in_part(remainder);
-        }
-        self.shared.counters.harvests.add(1);
-        Ok(words)
-    }
-
     /// From now on the pages that `source` logs are in every harvest. It is started and stopped with the tracker; while
     /// tracking is on, at once: its writer must not have begun before.
     ///
@@ -260,7 +235,7 @@ impl DirtyTracker {
     pub fn add_external(&self, source: Box<dyn ExternalSource>) -> Result<ExternalId, TrackError> {
         let state = &mut *self.shared.lock();
         let mut external = External { id: ExternalId(state.next_external), source };
-        if state.tracking {
+        if state.pending.is_tracking() {
             external.start()?;
         }
         state.next_external += 1;
@@ -275,18 +250,33 @@ impl DirtyTracker {
         let state = &mut *self.shared.lock();
         let at = state.externals.iter().position(|external| external.id == id)?;
         let mut source = state.externals.remove(at).source;
-        if state.tracking {
-            source.drain_into(state.pending.pages_mut());
+        if state.pending.is_tracking() {
+            source.drain_into(state.pending.sink());
+            state.pending.distribute(None, 0);
             source.stop();
         }
         Some(source)
     }
 
+    /// A session that does not run yet: for a migration, which begins it when its peer has agreed.
+    pub fn session(&self) -> Session {
+        Session::new(Arc::clone(&self.shared))
+    }
+
+    /// A session that runs: what is dirtied from here on is in its harvests.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel or an external source refused; the other sessions go on as before.
+    pub fn start(&self) -> Result<Session, TrackError> {
+        let session = self.session();
+        session.start()?;
+        Ok(session)
+    }
+
     /// Handles of all vCPUs, in the order of attachment: for whoever throttles.
     pub fn vcpus(&self) -> Vec<VcpuHandle> {
-        let state = self.shared.lock();
-        let handle = |vcpu: &Arc<Vcpu>| VcpuHandle::new(Arc::clone(&self.shared), Arc::clone(vcpu));
-        state.vcpus.iter().map(handle).collect()
+        VcpuHandle::all(&self.shared)
     }
 
     /// Whether a full ring is recycled without protecting its pages, as of the last start of tracking.
@@ -304,138 +294,5 @@ impl DirtyTracker {
         let state = self.shared.lock();
         let vcpus = state.vcpus.iter().map(|vcpu| vcpu.figures()).collect();
         self.shared.counters.figures(vcpus)
-    }
-
-    fn observe_and_report(&self, redirtied: Option<&mut Redirtied>) -> Result<Observed, TrackError> {
-        let State { backend, slots, pending, tracking, .. } = &mut *self.shared.lock();
-        match backend {
-            _ if !*tracking => Err(TrackError::NotTracking),
-            Backend::Ring { rings, .. } => {
-                rings.observe(self.shared.context(slots), pending, redirtied).map(Observed::PerVcpu)
-            }
-            Backend::Bitmap(_) => Ok(Observed::Unobservable),
-        }
-    }
-
-    /// One harvest, handed out by `hand_out`.
-    fn harvest_by(
-        &self,
-        dirty: &mut PageSet,
-        hand_out: impl FnOnce(&Shared, &mut State, &mut PageSet) -> Result<(), TrackError>,
-    ) -> Result<(), TrackError> {
-        let state = &mut *self.shared.lock();
-        if !state.tracking {
-            return Err(TrackError::NotTracking);
-        }
-        state.pending.check_fits(dirty)?;
-        hand_out(&self.shared, state, dirty)?;
-        if let Backend::Ring { rings, .. } = &mut state.backend {
-            rings.harvested();
-        }
-        self.shared.counters.harvests.add(1);
-        Ok(())
-    }
-}
-
-impl DirtySource for DirtyTracker {
-    fn backend(&self) -> &'static str {
-        match self.shared.lock().backend {
-            Backend::Ring { .. } => "ring",
-            Backend::Bitmap(_) => "bitmap",
-        }
-    }
-
-    fn vcpus(&self) -> Vec<VcpuHandle> {
-        Self::vcpus(self)
-    }
-
-    fn start(&mut self) -> Result<(), TrackError> {
-        let state = &mut *self.shared.lock();
-        if state.tracking {
-            return Err(TrackError::AlreadyTracking);
-        }
-        if let Backend::Ring { rings, .. } = &mut state.backend {
-            // What an earlier period left behind.
-            rings.recycle(self.shared.context(&state.slots), &mut state.pending)?;
-            rings.harvested();
-        }
-        state.pending.forget();
-        state.start_externals()?;
-        if let Err(error) = state.slots.log_anew(&*self.shared.kernel) {
-            state.stop_externals();
-            return Err(error.into());
-        }
-        state.prepare_to_protect(&*self.shared.kernel);
-        state.tracking = true;
-        self.shared.tracking.store(true, Ordering::Relaxed);
-        // Before anybody reads a page: see `mark_dirty`.
-        fence(Ordering::SeqCst);
-        Ok(())
-    }
-
-    fn observe(&mut self) -> Result<Observed, TrackError> {
-        self.observe_and_report(None)
-    }
-
-    fn observe_into(&mut self, redirtied: &mut Redirtied) -> Result<Observed, TrackError> {
-        self.observe_and_report(Some(redirtied))
-    }
-
-    fn harvest(&mut self, dirty: &mut PageSet) -> Result<(), TrackError> {
-        self.harvest_by(dirty, |shared, state, dirty| {
-            let all = shared.collect_all(state)?;
-            state.pending.hand_out(all, dirty);
-            Ok(())
-        })
-    }
-
-    fn harvest_protected(&mut self, dirty: &mut PageSet, behind: &mut Redirtied) -> Result<(), TrackError> {
-        self.harvest_by(dirty, |shared, state, dirty| {
-            let collected = shared.collect(state, false)?;
-            state.pending.hand_out_protected(collected, dirty, behind);
-            Ok(())
-        })
-    }
-
-    fn protect(&mut self, behind: &mut Redirtied, pages: u64, dirty: &mut PageSet) -> Result<(), TrackError> {
-        let state = &mut *self.shared.lock();
-        if !state.tracking {
-            return Err(TrackError::NotTracking);
-        }
-        state.pending.check_fits(dirty)?;
-        self.shared.protect(state, behind, pages, dirty);
-        Ok(())
-    }
-
-    fn harvest_paused(&mut self, paused: &Paused, dirty: &mut PageSet) -> Result<(), TrackError> {
-        self.harvest_by(dirty, |shared, state, dirty| {
-            shared.collect(state, true)?;
-            state.pending.hand_out_paused(paused, dirty);
-            Ok(())
-        })
-    }
-
-    fn harvest_final(&mut self, settled: &Settled<'_>, dirty: &mut PageSet) -> Result<(), TrackError> {
-        self.harvest_paused(settled.paused(), dirty)
-    }
-
-    fn give_back(&mut self, pages: &PageSet) {
-        self.shared.lock().pending.give_back(pages);
-    }
-
-    fn stop(&mut self) -> Result<(), TrackError> {
-        let state = &mut *self.shared.lock();
-        if !state.tracking {
-            return Ok(());
-        }
-        state.tracking = false;
-        self.shared.tracking.store(false, Ordering::Relaxed);
-        state.stop_externals();
-        let logging_off = state.slots.stop_logging(&*self.shared.kernel);
-        if let Backend::Ring { rings, .. } = &mut state.backend {
-            rings.recycle(self.shared.context(&state.slots), &mut state.pending)?;
-        }
-        state.pending.forget();
-        Ok(logging_off?)
     }
 }

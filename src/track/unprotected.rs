@@ -6,9 +6,10 @@
 
 use std::time::Instant;
 
+use super::error::TrackError;
 use super::pending::{Pending, TheseReadable};
-use super::redirtied::Redirtied;
 use super::rings::Context;
+use super::session_pages::SessionKey;
 use crate::kvm::{Granule, UnmapError, Until};
 use crate::layout::{PageIndex, PageRun, Region};
 use crate::page_set::PageSet;
@@ -93,21 +94,18 @@ pub(super) fn protect_all(cx: Context<'_>, pending: &mut Pending) {
     }
 }
 
-/// Protects up to `pages` pages of `behind`, from the top down, and hands them out.
+/// Protects those pages of `runs` that are unprotected, and hands them out to a session. The others were protected since: if
+/// they are dirty, it has them.
 pub(super) fn protect_some(
     cx: Context<'_>,
     pending: &mut Pending,
-    behind: &mut Redirtied,
-    pages: u64,
+    key: SessionKey,
+    runs: &[PageRun],
     dirty: &mut PageSet,
-) {
+) -> Result<(), TrackError> {
     let started = Instant::now();
-    // Those that were protected since are dirty for another reason, or were handed out: they come again if they must.
-    let found: Vec<PageRun> = behind
-        .take_highest(pages)
-        .into_iter()
-        .flat_map(|run| pending.unprotected().runs_within(run).collect::<Vec<_>>())
-        .collect();
+    let unprotected = |run: &PageRun| pending.unprotected().runs_within(*run).collect::<Vec<_>>();
+    let found: Vec<PageRun> = runs.iter().flat_map(unprotected).collect();
     let within = |region: PageRun| {
         let clipped = found.iter().map(|run| {
             let first = run.first.max(region.first);
@@ -118,8 +116,11 @@ pub(super) fn protect_some(
     let outcome = protect(cx, within);
     cx.counters.protect_ns.add_since(started);
     match outcome {
-        Ok(proof) => pending.hand_out_these(&proof, &found, dirty),
-        Err(error) => pending.cannot_protect(error),
+        Ok(proof) => pending.hand_out_these(&proof, key, &found, dirty),
+        Err(error) => {
+            pending.cannot_protect(error);
+            Ok(())
+        }
     }
 }
 

@@ -13,11 +13,11 @@ fn when_the_topmost_memory_is_unplugged_a_set_of_what_is_left_is_large_enough() 
     let left = PageIndex(slot_pages(1).end().0);
     for expected in [1, 0] {
         let mut dirty = PageSet::new(left);
-        model.tracker.harvest(&mut dirty).unwrap();
+        model.session.harvest(&mut dirty).unwrap();
         assert_eq!(dirty.len(), expected);
         model.send(&dirty);
     }
-    let too_small = model.tracker.harvest(&mut PageSet::new(PageIndex(left.0 - 1)));
+    let too_small = model.session.harvest(&mut PageSet::new(PageIndex(left.0 - 1)));
     assert!(matches!(too_small, Err(TrackError::SetTooSmall { needed, .. }) if needed == left));
     model.add_slot(2);
     model.harvest();
@@ -32,7 +32,7 @@ fn an_overflowed_ring_whose_vcpu_idles_makes_all_of_ram_dirty_once() {
     model.emulate(0, 1, &over);
     let harvested = |model: &mut Model| {
         let mut dirty = PageSet::new(end());
-        model.tracker.harvest(&mut dirty).unwrap();
+        model.session.harvest(&mut dirty).unwrap();
         model.send(&dirty);
         dirty.len()
     };
@@ -54,7 +54,7 @@ fn an_interrupted_reset_makes_dirty_again_what_it_may_have_left_unprotected_and_
     let mut model = Model::new(8, 0, 0, false);
     let harvested = |model: &mut Model| {
         let mut dirty = PageSet::new(end());
-        model.tracker.harvest(&mut dirty).unwrap();
+        model.session.harvest(&mut dirty).unwrap();
         model.send(&dirty);
         dirty.runs().flat_map(|run| run.first.0..run.end().0).collect::<Vec<_>>()
     };
@@ -86,7 +86,7 @@ fn pages_that_resets_left_unprotected_are_protected_once_that_is_cheaper() {
     let mut harvested = Vec::new();
     for _ in 0..20 {
         let mut dirty = PageSet::new(end());
-        model.tracker.harvest(&mut dirty).unwrap();
+        model.session.harvest(&mut dirty).unwrap();
         model.send(&dirty);
         harvested.push(dirty.len());
     }
@@ -102,7 +102,7 @@ fn pages_that_resets_left_unprotected_are_protected_once_that_is_cheaper() {
 #[test]
 fn pages_that_were_taken_slot_by_slot_are_observed_no_more() {
     let mut model = Model::new(2, 0, 0, false);
-    let observe = |model: &mut Model| match model.tracker.observe_into(&mut model.redirtied).unwrap() {
+    let observe = |model: &mut Model| match model.session.observe_into(&mut model.redirtied).unwrap() {
         Observed::PerVcpu(pages) => pages,
         other => panic!("{other:?}"),
     };
@@ -129,15 +129,15 @@ fn pages_that_were_taken_slot_by_slot_are_observed_no_more() {
 #[test]
 fn a_handle_knows_the_index_that_the_vmm_gave_its_vcpu() {
     let kernel = FakeKernel::new();
-    let mut tracker = DirtyTracker::on_fake_rings(&kernel, RingSize::MIN);
+    let tracker = DirtyTracker::on_fake_rings(&kernel, RingSize::MIN);
     tracker.add_memory(&kernel.create_slot(SlotId(1), slot_pages(1))).unwrap();
     let given = [7, 2, 40];
     for index in given {
         assert_eq!(tracker.attach_fake_vcpu(index, &kernel, 0, 0).unwrap().index(), index);
     }
-    tracker.start().unwrap();
+    let session = tracker.start().unwrap();
     assert!(kernel.write(1, SlotId(1), 5));
-    assert_eq!(tracker.observe().unwrap(), Observed::PerVcpu(vec![0, 1, 0]));
+    assert_eq!(session.observe().unwrap(), Observed::PerVcpu(vec![0, 1, 0]));
     assert_eq!(tracker.vcpus().iter().map(VcpuHandle::index).collect::<Vec<_>>(), given);
     assert_eq!(tracker.snapshot().vcpus.iter().map(|vcpu| vcpu.index).collect::<Vec<_>>(), given);
 }
@@ -159,20 +159,20 @@ fn memory_whose_place_is_taken_is_refused_wherever_it_was_added() {
 /// System management mode has slots of its own over the same memory.
 #[test]
 fn a_page_of_two_address_spaces_stays_dirty_when_one_of_its_slots_goes() {
-    let mut model = Model::new(1, 0, 0, false);
+    let model = Model::new(1, 0, 0, false);
     let pages = PageRun { first: PageIndex(slot_pages(SLOTS - 1).end().0 + 10), pages: 50 };
     let memory = model.kernel.create_slot(SlotId(9), pages);
     let smm = memory.in_address_space(1);
     model.kernel.create_slots(&smm);
     model.tracker.add_memory(&memory).unwrap();
     model.tracker.add_memory(&smm).unwrap();
-    model.tracker.harvest(&mut PageSet::new(pages.end())).unwrap();
+    model.session.harvest(&mut PageSet::new(pages.end())).unwrap();
     for (slot, offset) in [(SlotId(9), 3), (SlotId(0x1_0009), 3), (SlotId(0x1_0009), 4)] {
         assert!(model.kernel.write(0, slot, offset));
     }
     model.tracker.remove_slot(SlotId(0x1_0009)).unwrap();
     let mut dirty = PageSet::new(pages.end());
-    model.tracker.harvest(&mut dirty).unwrap();
+    model.session.harvest(&mut dirty).unwrap();
     let found: Vec<u64> = dirty.runs().flat_map(|run| run.first.0..run.end().0).collect();
     assert_eq!(found, [pages.first.0 + 3, pages.first.0 + 4]);
 }

@@ -9,7 +9,7 @@ use anyhow::ensure;
 use kvm_ioctls::{Cap, Kvm};
 use ringferry::kvm::{Capabilities, RingSize};
 use ringferry::track::DirtyTracker;
-use ringferry::{DirtySource, PageSet};
+use ringferry::PageSet;
 use ringferry_testvm::bare::{BareVm, DATA, Pages, Privilege, Work};
 
 use super::Use::{Demo, Migration, Tracking};
@@ -143,11 +143,11 @@ fn beyond_the_ring() -> Check {
 fn try_beyond_the_ring() -> anyhow::Result<()> {
     let kvm = Kvm::new()?;
     let vm = BareVm::new(&kvm, &[PROBE_PAGES])?;
-    let mut tracker = DirtyTracker::enable(vm.fd(), RingSize::from_entries(PROBE_ENTRIES)?)?;
+    let tracker = DirtyTracker::enable(vm.fd(), RingSize::from_entries(PROBE_ENTRIES)?)?;
     tracker.add_memory(vm.memory())?;
     let mut vcpu = vm.create_vcpu(0, Privilege::User)?;
     let handle = tracker.attach_vcpu(0, vcpu.fd())?;
-    tracker.start()?;
+    let session = tracker.start()?;
     tracker.recycles_without_protecting()?;
     let mut harvested = PageSet::new(vm.memory().end());
     let all = Pages { first: DATA, pages: PROBE_PAGES, stride: 1, passes: 2 };
@@ -155,7 +155,7 @@ fn try_beyond_the_ring() -> anyhow::Result<()> {
         vcpu.set_work(&Work::Loop(all), value)?;
         vcpu.run_to_end(Some(&handle))?;
         harvested.clear();
-        tracker.harvest(&mut harvested)?;
+        session.harvest(&mut harvested)?;
         ensure!(
             harvested.len() == PROBE_PAGES,
             "a guest wrote {PROBE_PAGES} pages, {} were seen",
