@@ -2,7 +2,6 @@
 
 use std::time::Instant;
 
-use super::behind::Behind;
 use super::error::SourceError;
 use super::link::{Link, tell_of_the_end};
 use super::options::SourceOptions;
@@ -11,7 +10,7 @@ use super::verification::Verification;
 use crate::layout::GuestMemory;
 use crate::page_set::PageSet;
 use crate::progress::{Event, Progress, RoundReport};
-use crate::track::DirtySource;
+use crate::track::{DirtySource, Redirtied};
 use crate::transport::control::ControlError;
 use crate::transport::{RoundSent, TransportError};
 use crate::vm::{Paused, Vm};
@@ -67,13 +66,13 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Migration<'a, V, D> {
     }
 
     /// A harvest of what is protected while the guest runs; the rest stays `behind`.
-    pub fn harvest_protected(&mut self, behind: &mut Behind) -> Result<PageSet, SourceError> {
+    pub fn harvest_protected(&mut self, behind: &mut Redirtied) -> Result<PageSet, SourceError> {
         let mut harvested = PageSet::new(self.memory.end());
-        behind.pages_mut().clear();
-        self.tracker.harvest_protected(&mut harvested, behind.pages_mut())?;
+        behind.clear();
+        self.tracker.harvest_protected(&mut harvested, behind)?;
         self.taken.union(&harvested);
         if let Some(verification) = &mut self.verification {
-            verification.harvested_but(&harvested, Some(behind.pages_mut()));
+            verification.harvested_but(&harvested, Some(behind));
         }
         Ok(harvested)
     }

@@ -139,7 +139,7 @@ impl<V: Vm + ?Sized, D: DirtySource + ?Sized> Precopy<'_, '_, V, D> {
                 }
             };
             let observed = self.migration.tracker.observe()?;
-            let mut dirty = self.migration.harvest_protected(&mut self.behind)?;
+            let mut dirty = self.migration.harvest_protected(self.behind.pages_mut())?;
             let pages_dirty = dirty.len() + self.behind.len();
             self.migration.round_sent(&sent, pages_to_send, dirtied(pages_dirty, &observed));
             self.plan_besides()?;

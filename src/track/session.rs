@@ -117,12 +117,7 @@ impl Session {
     /// # Errors
     ///
     /// [`TrackError::NotTracking`], [`TrackError::SetTooSmall`].
-    pub fn protect(
-        &self,
-        behind: &mut Redirtied,
-        pages: u64,
-        dirty: &mut PageSet,
-    ) -> Result<(), TrackError> {
+    pub fn protect(&self, behind: &mut Redirtied, pages: u64, dirty: &mut PageSet) -> Result<(), TrackError> {
         let State { slots, pending, .. } = &mut *self.shared.lock();
         pending.running_session(self.key)?;
         pending.check_fits(dirty)?;
@@ -278,12 +273,7 @@ impl DirtySource for Session {
         Self::harvest_protected(self, dirty, behind)
     }
 
-    fn protect(
-        &mut self,
-        behind: &mut Redirtied,
-        pages: u64,
-        dirty: &mut PageSet,
-    ) -> Result<(), TrackError> {
+    fn protect(&mut self, behind: &mut Redirtied, pages: u64, dirty: &mut PageSet) -> Result<(), TrackError> {
         Self::protect(self, behind, pages, dirty)
     }
 

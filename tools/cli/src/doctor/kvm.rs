@@ -7,9 +7,9 @@ use std::path::Path;
 
 use anyhow::ensure;
 use kvm_ioctls::{Cap, Kvm};
+use ringferry::PageSet;
 use ringferry::kvm::{Capabilities, RingSize};
 use ringferry::track::DirtyTracker;
-use ringferry::PageSet;
 use ringferry_testvm::bare::{BareVm, DATA, Pages, Privilege, Work};
 
 use super::Use::{Demo, Migration, Tracking};
