@@ -414,7 +414,7 @@ impl Kernel for FakeKernel {
     fn protect(&self, region: &Region, pages: PageRun, _: Until) -> Result<(), UnmapError> {
         let granule = self.can_protect(region)?.get();
         let first = pages.first.0 - region.pages.first.0;
-        assert!(first % granule == 0 && pages.pages % granule == 0, "whole granules");
+        assert!(first.is_multiple_of(granule) && pages.pages.is_multiple_of(granule), "whole granules");
         let inner = &mut *self.lock();
         if let Some(slot) = inner.slots.get_mut(&region.slot.0) {
             slot.writable[index(first)..index(first + pages.pages)].fill(false);

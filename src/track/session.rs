@@ -94,6 +94,7 @@ impl Session {
     ///
     /// [`TrackError::NotTracking`], [`TrackError::SetTooSmall`], or what the kernel refused; nothing is lost then.
     pub fn harvest(&self, dirty: &mut PageSet) -> Result<(), TrackError> {
+        self.shared.protect_in_steps();
         self.harvest_by(dirty, |shared, state, dirty| {
             let all = shared.collect_all(state)?;
             state.pending.hand_out(all, self.key, dirty)
@@ -152,6 +153,7 @@ impl Session {
     ///
     /// [`TrackError::SlotUnknown`], and as for [`harvest`](Self::harvest).
     pub fn take_slot_bitmap(&self, slot: SlotId) -> Result<Vec<u64>, TrackError> {
+        self.shared.protect_in_steps();
         let state = &mut *self.shared.lock();
         let run = state.slots.get(slot).ok_or(TrackError::SlotUnknown(slot))?.pages;
         state.pending.running_session(self.key)?;

@@ -1,7 +1,7 @@
 //! The tracker that a VMM keeps for all of a VM's life: slots and vCPUs come and go, sessions begin and end.
 
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use super::bitmap::BitmapLog;
@@ -113,6 +113,7 @@ impl DirtyTracker {
             counters: VmCounters::default(),
             tracking: AtomicBool::new(false),
             marks,
+            full_rings: AtomicU32::new(0),
             state: Mutex::new(state),
         };
         Self { shared: Arc::new(shared) }
