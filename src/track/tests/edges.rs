@@ -13,11 +13,11 @@ fn when_the_topmost_memory_is_unplugged_a_set_of_what_is_left_is_large_enough() 
     let left = PageIndex(slot_pages(1).end().0);
     for expected in [1, 0] {
         let mut dirty = PageSet::new(left);
-        model.session.harvest(&mut dirty).unwrap();
+        model.session().harvest(&mut dirty).unwrap();
         assert_eq!(dirty.len(), expected);
         model.send(&dirty);
     }
-    let too_small = model.session.harvest(&mut PageSet::new(PageIndex(left.0 - 1)));
+    let too_small = model.session().harvest(&mut PageSet::new(PageIndex(left.0 - 1)));
     assert!(matches!(too_small, Err(TrackError::SetTooSmall { needed, .. }) if needed == left));
     model.add_slot(2);
     model.harvest();
@@ -32,7 +32,7 @@ fn an_overflowed_ring_whose_vcpu_idles_makes_all_of_ram_dirty_once() {
     model.emulate(0, 1, &over);
     let harvested = |model: &mut Model| {
         let mut dirty = PageSet::new(end());
-        model.session.harvest(&mut dirty).unwrap();
+        model.session().harvest(&mut dirty).unwrap();
         model.send(&dirty);
         dirty.len()
     };
@@ -54,7 +54,7 @@ fn an_interrupted_reset_makes_dirty_again_what_it_may_have_left_unprotected_and_
     let mut model = Model::new(8, 0, 0, false);
     let harvested = |model: &mut Model| {
         let mut dirty = PageSet::new(end());
-        model.session.harvest(&mut dirty).unwrap();
+        model.session().harvest(&mut dirty).unwrap();
         model.send(&dirty);
         dirty.runs().flat_map(|run| run.first.0..run.end().0).collect::<Vec<_>>()
     };
@@ -86,7 +86,7 @@ fn pages_that_resets_left_unprotected_are_protected_once_that_is_cheaper() {
     let mut harvested = Vec::new();
     for _ in 0..20 {
         let mut dirty = PageSet::new(end());
-        model.session.harvest(&mut dirty).unwrap();
+        model.session().harvest(&mut dirty).unwrap();
         model.send(&dirty);
         harvested.push(dirty.len());
     }
@@ -102,7 +102,7 @@ fn pages_that_resets_left_unprotected_are_protected_once_that_is_cheaper() {
 #[test]
 fn pages_that_were_taken_slot_by_slot_are_observed_no_more() {
     let mut model = Model::new(2, 0, 0, false);
-    let observe = |model: &mut Model| match model.session.observe_into(&mut model.redirtied).unwrap() {
+    let observe = |model: &mut Model| match model.observe() {
         Observed::PerVcpu(pages) => pages,
         other => panic!("{other:?}"),
     };
@@ -122,7 +122,7 @@ fn pages_that_were_taken_slot_by_slot_are_observed_no_more() {
     model.write(0, 2, 7);
     model.take_slot_bitmap(1);
     observe(&mut model);
-    assert!(model.redirtied.pages_mut().contains(PageIndex(slot_pages(2).first.0 + 7)));
+    assert!(model.views[0].redirtied.pages_mut().contains(PageIndex(slot_pages(2).first.0 + 7)));
     model.check_nothing_is_lost();
 }
 
@@ -166,13 +166,35 @@ fn a_page_of_two_address_spaces_stays_dirty_when_one_of_its_slots_goes() {
     model.kernel.create_slots(&smm);
     model.tracker.add_memory(&memory).unwrap();
     model.tracker.add_memory(&smm).unwrap();
-    model.session.harvest(&mut PageSet::new(pages.end())).unwrap();
+    model.session().harvest(&mut PageSet::new(pages.end())).unwrap();
     for (slot, offset) in [(SlotId(9), 3), (SlotId(0x1_0009), 3), (SlotId(0x1_0009), 4)] {
         assert!(model.kernel.write(0, slot, offset));
     }
     model.tracker.remove_slot(SlotId(0x1_0009)).unwrap();
     let mut dirty = PageSet::new(pages.end());
-    model.session.harvest(&mut dirty).unwrap();
+    model.session().harvest(&mut dirty).unwrap();
     let found: Vec<u64> = dirty.runs().flat_map(|run| run.first.0..run.end().0).collect();
     assert_eq!(found, [pages.first.0 + 3, pages.first.0 + 4]);
+}
+
+/// A reset gives KVM's lock back before it flushes the TLBs. Whoever then finds its entries reset has not protected their
+/// pages: a vCPU may go on writing them, and nothing tells of it.
+#[test]
+fn a_reset_of_another_thread_that_has_not_flushed_yet_makes_everything_dirty() {
+    for kept in [0, 3] {
+        let mut model = Model::new(1, 0, 0, false);
+        for offset in 0..150 {
+            model.write(0, 1, offset);
+        }
+        if kept > 0 {
+            // It is interrupted, and ours does the rest.
+            model.kernel.interrupt_a_reset(Interruption { after_entries: kept });
+        }
+        model.kernel.foreign_reset_before_the_next();
+        model.harvest();
+        model.write(0, 1, 5);
+        model.kernel.foreign_flush();
+        model.check_nothing_is_lost();
+        assert_eq!(model.tracker.snapshot().foreign_resets, 1);
+    }
 }
