@@ -52,6 +52,9 @@ struct Inner {
     tlbs: Vec<BTreeSet<(u32, u64)>>,
     /// Another thread resets just before the tracker does.
     foreign_comes_first: bool,
+    /// Slots whose logging it refuses to switch on.
+    refused: BTreeSet<u32>,
+    fails_next_reset: bool,
     interruptions: VecDeque<Interruption>,
     /// Writes that guests do while the next reset runs.
     writes_during_reset: Vec<WriteDuringReset>,
@@ -243,6 +246,8 @@ impl FakeKernel {
             slots: BTreeMap::new(),
             tlbs: Vec::new(),
             foreign_comes_first: false,
+            refused: BTreeSet::new(),
+            fails_next_reset: false,
             interruptions: VecDeque::new(),
             writes_during_reset: Vec::new(),
             written_during_reset: Vec::new(),
@@ -370,6 +375,17 @@ impl FakeKernel {
         self.lock().flush_tlbs();
     }
 
+    /// The logging of a slot cannot be switched on: a slot that is gone and one that is not what the tracker was told are refused
+    /// by other means.
+    pub fn refuse_to_log(&self, slot: SlotId) {
+        self.lock().refused.insert(slot.0);
+    }
+
+    /// The next reset of the rings is refused.
+    pub fn fail_the_next_reset(&self) {
+        self.lock().fails_next_reset = true;
+    }
+
     /// Whether writes to a slot are logged.
     pub fn is_logging(&self, slot: SlotId) -> bool {
         self.lock().slots.get(&slot.0).is_some_and(|slot| slot.logging)
@@ -379,6 +395,10 @@ impl FakeKernel {
     pub fn ring_used(&self, vcpu: usize) -> u32 {
         self.lock().rings.get(vcpu).map_or(0, FakeRing::used)
     }
+}
+
+fn refusal(name: &'static str) -> KvmError {
+    KvmError::Ioctl { name, source: std::io::Error::from_raw_os_error(libc::ENOMEM) }
 }
 
 impl Default for FakeKernel {
@@ -396,6 +416,9 @@ impl fmt::Debug for FakeKernel {
 impl Kernel for FakeKernel {
     fn reset_dirty_rings(&self) -> Result<ResetCount, KvmError> {
         let inner = &mut *self.lock();
+        if std::mem::take(&mut inner.fails_next_reset) {
+            return Err(refusal("KVM_RESET_DIRTY_RINGS"));
+        }
         if std::mem::take(&mut inner.foreign_comes_first) {
             inner.reset();
         }
@@ -409,6 +432,9 @@ impl Kernel for FakeKernel {
     fn set_dirty_logging(&self, region: &Region, enabled: bool) -> Result<(), KvmError> {
         let inner = &mut *self.lock();
         let slot = inner.slots.get_mut(&region.slot.0).ok_or(KvmError::SlotGone(region.slot))?;
+        if enabled && inner.refused.contains(&region.slot.0) {
+            return Err(refusal("KVM_SET_USER_MEMORY_REGION"));
+        }
         if enabled && !slot.logging {
             slot.writable.fill(false);
             slot.bitmap.fill(0);

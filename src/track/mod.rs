@@ -37,4 +37,4 @@ pub use self::redirtied::Redirtied;
 pub use self::session::{Leftover, Session};
 pub use self::shared::ExternalId;
 pub use self::source::{DirtySource, Observed};
-pub use self::tracker::DirtyTracker;
+pub use self::tracker::{DirtyTracker, Initially};

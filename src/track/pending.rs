@@ -246,15 +246,16 @@ impl Pending {
         Ok(())
     }
 
-    /// The pages that a session has in one run as a bitmap, bit 0 of word 0 the first.
-    pub(super) fn hand_out_words(
+    /// The pages that a session has in one run, as `take` takes them out of its set.
+    pub(super) fn hand_out_run<T>(
         &mut self,
         _: impl Protected,
         key: SessionKey,
         run: PageRun,
-    ) -> Result<Vec<u64>, TrackError> {
+        take: impl FnOnce(&mut PageSet, PageRun) -> T,
+    ) -> Result<T, TrackError> {
         self.unsure_handed_out += self.unsure.count_within(run);
-        Ok(find(&mut self.sessions, key)?.hand_out_words(&self.unsure, run))
+        Ok(find(&mut self.sessions, key)?.hand_out_run(&self.unsure, run, take))
     }
 }
 

@@ -9,7 +9,7 @@ use super::redirtied::Redirtied;
 use super::session_pages::SessionKey;
 use super::shared::{Backend, Shared, State};
 use super::source::{DirtySource, Observed};
-use crate::layout::SlotId;
+use crate::layout::{PageRun, SlotId};
 use crate::page_set::PageSet;
 use crate::vm::Settled;
 
@@ -106,19 +106,63 @@ impl Session {
     }
 
     /// What `KVM_GET_DIRTY_LOG` would say of one slot: bit 0 of word 0 is its first page. The pages of other slots
-    /// stay for their own turn.
+    /// stay for their own turn. It costs by the size of the slot: [`take_slot_runs`](Self::take_slot_runs) by what is dirty.
     ///
     /// # Errors
     ///
     /// [`TrackError::SlotUnknown`], and as for [`harvest`](Self::harvest).
     pub fn take_slot_bitmap(&self, slot: SlotId) -> Result<Vec<u64>, TrackError> {
+        self.take_slot(slot, false, PageSet::take_words)
+    }
+
+    /// [`take_slot_bitmap`](Self::take_slot_bitmap) when nothing writes guest memory any more: the last and complete view, on
+    /// arm64 with what the kernel logged beside the rings.
+    ///
+    /// # Errors
+    ///
+    /// As for `take_slot_bitmap`.
+    pub fn take_slot_bitmap_final(&self, _: &Settled<'_>, slot: SlotId) -> Result<Vec<u64>, TrackError> {
+        self.take_slot(slot, true, PageSet::take_words)
+    }
+
+    /// The dirty pages of one slot as runs of guest frame numbers, in order. The pages of other slots stay for their own turn.
+    ///
+    /// # Errors
+    ///
+    /// [`TrackError::SlotUnknown`], and as for [`harvest`](Self::harvest).
+    pub fn take_slot_runs(
+        &self,
+        slot: SlotId,
+    ) -> Result<impl ExactSizeIterator<Item = PageRun> + use<>, TrackError> {
+        self.take_slot(slot, false, PageSet::take_runs).map(Vec::into_iter)
+    }
+
+    /// [`take_slot_runs`](Self::take_slot_runs) when nothing writes guest memory any more.
+    ///
+    /// # Errors
+    ///
+    /// As for `take_slot_runs`.
+    pub fn take_slot_runs_final(
+        &self,
+        _: &Settled<'_>,
+        slot: SlotId,
+    ) -> Result<impl ExactSizeIterator<Item = PageRun> + use<>, TrackError> {
+        self.take_slot(slot, true, PageSet::take_runs).map(Vec::into_iter)
+    }
+
+    fn take_slot<T>(
+        &self,
+        slot: SlotId,
+        quiet: bool,
+        take: impl FnOnce(&mut PageSet, PageRun) -> T,
+    ) -> Result<T, TrackError> {
         let state = &mut *self.shared.lock();
         let run = state.slots.get(slot).ok_or(TrackError::SlotUnknown(slot))?.pages;
         state.pending.running_session(self.key)?;
-        let collected = self.shared.collect(state, false)?;
-        let words = state.pending.hand_out_words(collected, self.key, run)?;
+        let collected = self.shared.collect(state, quiet)?;
+        let taken = state.pending.hand_out_run(collected, self.key, run, take)?;
         self.shared.counters.harvests.add(1);
-        Ok(words)
+        Ok(taken)
     }
 
     /// Marks pages dirty again that were harvested and never arrived: see [`DirtySource::give_back`].
@@ -198,10 +242,7 @@ impl Drop for Session {
 
 impl DirtySource for Session {
     fn backend(&self) -> &'static str {
-        match self.shared.lock().backend {
-            Backend::Ring { .. } => "ring",
-            Backend::Bitmap(_) => "bitmap",
-        }
+        self.shared.lock().backend.name()
     }
 
     fn vcpus(&self) -> Vec<VcpuHandle> {

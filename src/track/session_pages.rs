@@ -128,8 +128,13 @@ impl SessionPages {
         self.forget();
     }
 
-    /// The pages of one run as a bitmap, bit 0 of word 0 the first, `unsure` ones besides.
-    pub(super) fn hand_out_words(&mut self, unsure: &PageSet, run: PageRun) -> Vec<u64> {
+    /// The pages of one run, `unsure` ones besides, as `take` takes them out of the set.
+    pub(super) fn hand_out_run<T>(
+        &mut self,
+        unsure: &PageSet,
+        run: PageRun,
+        take: impl FnOnce(&mut PageSet, PageRun) -> T,
+    ) -> T {
         self.pages.union(unsure);
         for part in self.given_back.runs_within(run) {
             self.pages.insert_run(part);
@@ -138,9 +143,9 @@ impl SessionPages {
             set.remove_run(run);
         }
         let before = self.pages.len();
-        let words = self.pages.take_words(run);
+        let taken = take(&mut self.pages, run);
         self.divide(Remainder { left: self.pages.len(), before });
-        words
+        taken
     }
 
     /// The pages of one slot were handed out. Whose the others are is not known: each vCPU keeps its share of them.

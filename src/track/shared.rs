@@ -71,6 +71,16 @@ pub(super) enum Backend {
     Bitmap(BitmapLog),
 }
 
+impl Backend {
+    /// As reports show it.
+    pub(super) fn name(&self) -> &'static str {
+        match self {
+            Self::Ring { .. } => "ring",
+            Self::Bitmap(_) => "bitmap",
+        }
+    }
+}
+
 /// Proof from whichever backend it is.
 pub(super) enum Collected {
     Ring { _proof: AllReset },
