@@ -136,7 +136,7 @@ fn three_sessions_over_a_guest_whose_memory_comes_and_goes_lose_nothing() {
                 }
                 thread::sleep(Duration::from_millis(1));
                 let observed = measurement.session.observe_into(&mut redirtied).unwrap();
-                let Observed::PerVcpu(pages) = observed else { panic!("{observed:?}") };
+                let Observed::PerVcpu { vcpus: pages, .. } = observed else { panic!("{observed:?}") };
                 // The third writes its pages once between two times that memory is plugged in.
                 let most = [SLOT_PAGES[0], SLOT_PAGES[1] / 3, SLOT_PAGES[2]];
                 assert!(pages.iter().zip(most).all(|(pages, most)| *pages <= most), "{pages:?}");

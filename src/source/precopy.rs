@@ -303,7 +303,7 @@ impl<V: Vm + ?Sized, D: DirtySource + ?Sized> Precopy<'_, '_, V, D> {
 
 fn dirtied(dirty: &PageSet, observed: &Observed) -> RoundReport {
     let vcpu_pages_dirtied = match observed {
-        Observed::PerVcpu(pages) => pages.clone(),
+        Observed::PerVcpu { vcpus, .. } => vcpus.clone(),
         Observed::Total(_) | Observed::Unobservable => Vec::new(),
     };
     RoundReport { pages_dirtied: dirty.len(), vcpu_pages_dirtied, ..RoundReport::default() }

@@ -142,6 +142,15 @@ impl Pending {
         }
     }
 
+    /// What was found and is no RAM leaves the sink.
+    pub(super) fn remove_from_sink(&mut self, slots: &Slots) {
+        let end = self.capacity();
+        let sink = self.sink();
+        if !sink.is_empty() {
+            slots.holes(end).iter().for_each(|run| sink.remove_run(*run));
+        }
+    }
+
     /// All of these pages are dirty for every session.
     pub(super) fn insert_run(&mut self, run: PageRun) {
         self.running().for_each(|session| session.pages.insert_run(run));
@@ -182,9 +191,12 @@ impl Pending {
         for session in self.sessions.iter_mut().filter(|session| session.running) {
             let new = straight + if fresh.is_empty() { 0 } else { session.absorb(fresh) };
             new_to_any = new.max(new_to_any);
-            if let Some(vcpu) = vcpu {
-                session.vcpus[vcpu].taken += new;
-                session.vcpus[vcpu].repeated = 0;
+            match vcpu {
+                Some(vcpu) => {
+                    session.vcpus[vcpu].taken += new;
+                    session.vcpus[vcpu].repeated = 0;
+                }
+                None => session.others += new,
             }
         }
         fresh.clear();

@@ -9,6 +9,7 @@ use super::redirtied::Redirtied;
 use super::session_pages::SessionKey;
 use super::shared::{Backend, Shared, State};
 use super::source::{DirtySource, Observed};
+use crate::kvm::caps;
 use crate::layout::{PageRun, SlotId};
 use crate::page_set::PageSet;
 use crate::vm::Settled;
@@ -49,7 +50,8 @@ impl Session {
     /// [`TrackError::AlreadyTracking`] when started twice, or what the kernel or an external source refused. Every session is
     /// then as before.
     pub fn start(&self) -> Result<(), TrackError> {
-        let state = &mut *self.shared.lock();
+        let (mut others, mut state) = self.shared.lock_all();
+        let (others, state) = (&mut *others, &mut *state);
         if state.pending.session(self.key)?.running {
             return Err(TrackError::AlreadyTracking);
         }
@@ -57,9 +59,9 @@ impl Session {
             // A page that was dirtied before, and is still writable, makes no entry when it is written after the start. So
             // everything that is dirty goes to the others first, which protects it: its next write is then seen. What is
             // dirtied while this collects is still in a ring when it is done, and comes to this session too.
-            self.shared.collect(state, false)?;
+            self.shared.collect(state, others, false)?;
         } else {
-            self.shared.start_logging(state)?;
+            self.shared.start_logging(state, others)?;
         }
         state.pending.begin(self.key)?;
         self.shared.tracking.store(true, Ordering::Relaxed);
@@ -156,10 +158,11 @@ impl Session {
         quiet: bool,
         take: impl FnOnce(&mut PageSet, PageRun) -> T,
     ) -> Result<T, TrackError> {
-        let state = &mut *self.shared.lock();
+        let (mut others, mut state) = self.shared.lock_all();
+        let state = &mut *state;
         let run = state.slots.get(slot).ok_or(TrackError::SlotUnknown(slot))?.pages;
         state.pending.running_session(self.key)?;
-        let collected = self.shared.collect(state, quiet)?;
+        let collected = self.shared.collect(state, &mut others, quiet)?;
         let taken = state.pending.hand_out_run(collected, self.key, run, take)?;
         self.shared.counters.harvests.add(1);
         Ok(taken)
@@ -178,12 +181,13 @@ impl Session {
     ///
     /// The first thing that the kernel refused; the session has stopped all the same.
     pub fn stop(&self) -> Result<(), TrackError> {
+        let mut others = self.shared.others.lock();
         let state = &mut *self.shared.lock();
         if !state.pending.session(self.key)?.running {
             return Ok(());
         }
         state.pending.stop(self.key)?;
-        if state.pending.is_tracking() { Ok(()) } else { self.shared.stop_logging(state) }
+        if state.pending.is_tracking() { Ok(()) } else { self.shared.stop_logging(state, &mut others) }
     }
 
     /// Stops, and forgets its pages or leaves them to the session that starts next.
@@ -195,9 +199,10 @@ impl Session {
     pub fn end(self, leftover: Leftover) -> Result<(), TrackError> {
         let mut collected = Ok(());
         if leftover == Leftover::GiveBack {
-            let state = &mut *self.shared.lock();
+            let (mut others, mut state) = self.shared.lock_all();
+            let state = &mut *state;
             if state.pending.session(self.key)?.running {
-                collected = self.shared.collect(state, false).map(drop);
+                collected = self.shared.collect(state, &mut others, false).map(drop);
                 if collected.is_err() {
                     state.slots.regions().for_each(|region| state.pending.insert_run(region.pages));
                 }
@@ -208,22 +213,31 @@ impl Session {
     }
 
     fn observe_and_tell(&self, redirtied: Option<&mut Redirtied>) -> Result<Observed, TrackError> {
-        let State { backend, slots, pending, .. } = &mut *self.shared.lock();
-        pending.running_session(self.key)?;
-        let Backend::Ring { rings, .. } = backend else { return Ok(Observed::Unobservable) };
-        let observed = rings.observe(self.shared.context(slots), pending, self.key, redirtied.is_some())?;
-        if let Some(redirtied) = redirtied {
-            pending.running_session(self.key)?.tell(redirtied);
+        // Another session may be at them, and then has what they log.
+        let mut others = self.shared.others.try_lock();
+        if let Some(others) = &mut others {
+            others.drain_if_rested();
         }
-        Ok(Observed::PerVcpu(observed))
+        let state = &mut *self.shared.lock();
+        state.pending.running_session(self.key)?;
+        self.shared.collect_others(state, others.as_deref_mut());
+        let State { backend, slots, pending, .. } = state;
+        let Backend::Ring { rings, .. } = backend else { return Ok(Observed::Unobservable) };
+        let vcpus = rings.observe(self.shared.context(slots), pending, self.key, redirtied.is_some())?;
+        let session = pending.running_session(self.key)?;
+        if let Some(redirtied) = redirtied {
+            session.tell(redirtied);
+        }
+        Ok(Observed::PerVcpu { vcpus, others: session.others })
     }
 
     fn harvest_when(&self, quiet: bool, dirty: &mut PageSet) -> Result<(), TrackError> {
-        let state = &mut *self.shared.lock();
+        let (mut others, mut state) = self.shared.lock_all();
+        let state = &mut *state;
         state.pending.running_session(self.key)?;
         state.pending.check_fits(dirty)?;
         state.pending.harvest_begins();
-        let collected = self.shared.collect(state, quiet);
+        let collected = self.shared.collect(state, &mut others, quiet);
         state.pending.harvest_ends();
         state.pending.hand_out(collected?, self.key, dirty)?;
         self.shared.counters.harvests.add(1);
@@ -247,6 +261,13 @@ impl DirtySource for Session {
 
     fn vcpus(&self) -> Vec<VcpuHandle> {
         VcpuHandle::all(&self.shared)
+    }
+
+    fn unseen_per_vcpu(&self) -> u64 {
+        match self.shared.lock().backend {
+            Backend::Ring { .. } => caps::pml_entries(),
+            Backend::Bitmap(_) => 0,
+        }
     }
 
     fn start(&mut self) -> Result<(), TrackError> {

@@ -47,6 +47,8 @@ pub(super) struct SessionPages {
     untold: PageSet,
     /// Pages that were handed out before and did not arrive. They outlast a period of tracking.
     pub(super) given_back: PageSet,
+    /// Pages since the last harvest that no vCPU was the first to dirty.
+    pub(super) others: u64,
     /// By vCPU, in the order of attachment.
     pub(super) vcpus: Vec<VcpuPages>,
 }
@@ -61,6 +63,7 @@ impl SessionPages {
             reported: empty(),
             untold: empty(),
             given_back: empty(),
+            others: 0,
             vcpus: vec![VcpuPages::default(); vcpus],
         }
     }
@@ -80,6 +83,7 @@ impl SessionPages {
         self.reported.clear();
         self.untold.clear();
         self.vcpus.fill(VcpuPages::default());
+        self.others = 0;
     }
 
     /// Adds pages that came out of KVM; how many of them it did not have.
@@ -148,10 +152,11 @@ impl SessionPages {
         taken
     }
 
-    /// The pages of one slot were handed out. Whose the others are is not known: each vCPU keeps its share of them.
+    /// The pages of one slot were handed out. Whose the rest are is not known: each vCPU keeps its share of them.
     fn divide(&mut self, remainder: Remainder) {
         for vcpu in &mut self.vcpus {
             vcpu.taken = remainder.share_of(vcpu.taken);
         }
+        self.others = remainder.share_of(self.others);
     }
 }

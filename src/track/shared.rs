@@ -1,13 +1,12 @@
 //! What a tracker, its sessions and its vCPU handles share: one lock, and the way that dirty pages take under it.
 
-use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use super::bitmap::{AllCleared, BitmapLog};
 use super::error::TrackError;
-use super::external::ExternalSource;
 use super::figures::VmCounters;
+use super::others::Others;
 use super::pending::{Pending, Protected};
 use super::rings::{AllReset, Context, Rings};
 use super::slots::{Slots, log_anew};
@@ -24,6 +23,8 @@ pub(super) struct Shared {
     pub(super) tracking: AtomicBool,
     /// Marks from outside the guest; replaced by a larger one when memory grows.
     pub(super) marks: RwLock<AtomicPageSet>,
+    /// Writers that KVM does not see. This lock is taken before `state`, never after.
+    pub(super) others: parking_lot::Mutex<Others>,
     /// The recycle lock. A `std` mutex is one futex word: unlike others it never allocates.
     pub(super) state: Mutex<State>,
 }
@@ -33,31 +34,7 @@ pub(super) struct State {
     pub(super) backend: Backend,
     pub(super) slots: Slots,
     pub(super) vcpus: Vec<Arc<Vcpu>>,
-    pub(super) externals: Vec<External>,
-    pub(super) next_external: u64,
     pub(super) pending: Pending,
-}
-
-/// An external source that was added to a tracker.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct ExternalId(pub(super) u64);
-
-pub(super) struct External {
-    pub(super) id: ExternalId,
-    pub(super) source: Box<dyn ExternalSource>,
-}
-
-impl External {
-    pub(super) fn start(&mut self) -> Result<(), TrackError> {
-        let name = self.source.name();
-        self.source.start().map_err(|source| TrackError::External { name, source })
-    }
-}
-
-impl fmt::Debug for External {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.id.0, self.source.name())
-    }
 }
 
 #[derive(Debug)]
@@ -89,27 +66,17 @@ pub(super) enum Collected {
 
 impl Protected for Collected {}
 
-impl State {
-    /// Starts every external source; none is left on when one cannot.
-    pub(super) fn start_externals(&mut self) -> Result<(), TrackError> {
-        for at in 0..self.externals.len() {
-            if let Err(error) = self.externals[at].start() {
-                self.externals[..at].iter_mut().for_each(|external| external.source.stop());
-                return Err(error);
-            }
-        }
-        Ok(())
-    }
-
-    pub(super) fn stop_externals(&mut self) {
-        self.externals.iter_mut().for_each(|external| external.source.stop());
-    }
-}
-
 impl Shared {
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         // A panic elsewhere leaves pages in `pending` or in the rings: taking them again is harmless.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Both locks, with all that external sources have logged found.
+    pub(super) fn lock_all(&self) -> (parking_lot::MutexGuard<'_, Others>, MutexGuard<'_, State>) {
+        let mut others = self.others.lock();
+        others.drain();
+        (others, self.lock())
     }
 
     pub(super) fn ring_full(&self, vcpu: &Arc<Vcpu>) -> Result<(), TrackError> {
@@ -125,24 +92,24 @@ impl Shared {
     }
 
     /// The first session is about to begin.
-    pub(super) fn start_logging(&self, state: &mut State) -> Result<(), TrackError> {
+    pub(super) fn start_logging(&self, state: &mut State, others: &mut Others) -> Result<(), TrackError> {
         if let Backend::Ring { rings, .. } = &mut state.backend {
             // What an earlier period left behind.
             rings.recycle(self.context(&state.slots), &mut state.pending)?;
         }
         state.pending.forget();
-        state.start_externals()?;
+        others.start()?;
         if let Err(error) = state.slots.log_anew(&*self.kernel) {
-            state.stop_externals();
+            others.stop();
             return Err(error.into());
         }
         Ok(())
     }
 
     /// The last session has stopped.
-    pub(super) fn stop_logging(&self, state: &mut State) -> Result<(), TrackError> {
+    pub(super) fn stop_logging(&self, state: &mut State, others: &mut Others) -> Result<(), TrackError> {
         self.tracking.store(false, Ordering::Relaxed);
-        state.stop_externals();
+        others.stop();
         let logging_off = state.slots.stop_logging(&*self.kernel);
         if let Backend::Ring { rings, .. } = &mut state.backend {
             rings.recycle(self.context(&state.slots), &mut state.pending)?;
@@ -151,9 +118,26 @@ impl Shared {
         Ok(logging_off?)
     }
 
+    /// Gives what others than vCPUs have written to every session. It is not protected against them: they log their next write
+    /// in any case.
+    pub(super) fn collect_others(&self, state: &mut State, others: Option<&mut Others>) {
+        let State { slots, pending, .. } = state;
+        self.marks.read().unwrap_or_else(PoisonError::into_inner).drain_into(pending.sink());
+        if let Some(others) = others {
+            others.move_into(pending.sink());
+        }
+        pending.remove_from_sink(slots);
+        pending.distribute(None, 0);
+    }
+
     /// Gives all that is dirty to every session, protected.
-    pub(super) fn collect(&self, state: &mut State, quiet: bool) -> Result<Collected, TrackError> {
-        let State { backend, slots, externals, pending, .. } = state;
+    pub(super) fn collect(
+        &self,
+        state: &mut State,
+        others: &mut Others,
+        quiet: bool,
+    ) -> Result<Collected, TrackError> {
+        let State { backend, slots, pending, .. } = state;
         let cx = self.context(slots);
         let collected = match backend {
             Backend::Ring { rings, .. } if quiet => {
@@ -164,7 +148,7 @@ impl Shared {
         };
         // After the guest's: what a device wrote because of what the guest wrote is then in the same harvest.
         self.marks.read().unwrap_or_else(PoisonError::into_inner).drain_into(pending.sink());
-        externals.iter_mut().for_each(|external| external.source.drain_into(pending.sink()));
+        others.move_into(pending.sink());
         // Last of all: it has what the kernel wrote with no vCPU at hand, on behalf of whatever stopped just now.
         if let Backend::Ring { beside: Some(log), .. } = backend
             && quiet

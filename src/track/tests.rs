@@ -94,18 +94,18 @@ fn an_observation_that_reports_counts_a_page_once_however_often_kvm_names_it() {
         model.session().observe_into(&mut redirtied).unwrap()
     };
     model.emulate(0, 1, &[5, 5, 9]);
-    assert_eq!(observe(&mut model), Observed::PerVcpu(vec![2, 0]));
+    assert_eq!(observe(&mut model), Observed::per_vcpu(vec![2, 0]));
     // Again after an observation, and by the other vCPU.
     model.emulate(0, 1, &[9, 11]);
     model.emulate(1, 1, &[5, 12]);
-    assert_eq!(observe(&mut model), Observed::PerVcpu(vec![3, 1]));
+    assert_eq!(observe(&mut model), Observed::per_vcpu(vec![3, 1]));
     // In another round they are new, wholly or a slot at a time.
     model.harvest();
     model.emulate(1, 1, &[9, 9]);
-    assert_eq!(observe(&mut model), Observed::PerVcpu(vec![0, 1]));
+    assert_eq!(observe(&mut model), Observed::per_vcpu(vec![0, 1]));
     model.session().take_slot_bitmap(SlotId(1)).unwrap();
     model.emulate(1, 1, &[9]);
-    assert_eq!(observe(&mut model), Observed::PerVcpu(vec![0, 1]));
+    assert_eq!(observe(&mut model), Observed::per_vcpu(vec![0, 1]));
 }
 
 /// A signal that comes after the last entry was counted leaves the count right and the last batch unprotected.
@@ -158,7 +158,7 @@ fn a_ring_goes_on_when_its_index_wraps() {
     for _ in 0..3 {
         (0..20).for_each(|page| model.write(0, 1, page));
         let observed = model.session().observe().unwrap();
-        assert_eq!(observed, Observed::PerVcpu(vec![20]));
+        assert_eq!(observed, Observed::per_vcpu(vec![20]));
         model.harvest();
     }
     let figures = model.tracker.snapshot();

@@ -10,10 +10,11 @@ use super::error::TrackError;
 use super::external::ExternalSource;
 use super::figures::{Figures, VmCounters};
 use super::handle::VcpuHandle;
+use super::others::{ExternalId, Others};
 use super::pending::Pending;
 use super::rings::Rings;
 use super::session::Session;
-use super::shared::{Backend, External, ExternalId, Shared, State};
+use super::shared::{Backend, Shared, State};
 use super::slots::{Slots, log_these_anew};
 use super::vcpu::Vcpu;
 use crate::kvm::ring::{DirtyRing, VmMark};
@@ -128,19 +129,13 @@ impl DirtyTracker {
     fn on(kernel: Box<dyn Kernel>, backend: Backend) -> Self {
         let slots = Slots::default();
         let marks = RwLock::new(AtomicPageSet::new(slots.end()));
-        let state = State {
-            backend,
-            slots,
-            vcpus: Vec::new(),
-            externals: Vec::new(),
-            next_external: 0,
-            pending: Pending::new(),
-        };
+        let state = State { backend, slots, vcpus: Vec::new(), pending: Pending::new() };
         let shared = Shared {
             kernel,
             counters: VmCounters::default(),
             tracking: AtomicBool::new(false),
             marks,
+            others: parking_lot::Mutex::new(Others::new()),
             state: Mutex::new(state),
         };
         Self { shared: Arc::new(shared) }
@@ -193,6 +188,7 @@ impl DirtyTracker {
     ///
     /// As for `add_memory`.
     pub fn add_memory_as(&self, memory: &GuestMemory, initially: Initially) -> Result<(), TrackError> {
+        let mut others = self.shared.others.lock();
         let state = &mut *self.shared.lock();
         state.slots.add(memory)?;
         if state.pending.is_tracking()
@@ -203,6 +199,7 @@ impl DirtyTracker {
         }
         let end = state.slots.end();
         state.pending.resize(end);
+        others.resize(end);
         let mut marks = self.shared.marks.write().unwrap_or_else(PoisonError::into_inner);
         if marks.capacity() < end {
             marks.drain_into(state.pending.sink());
@@ -222,6 +219,7 @@ impl DirtyTracker {
     ///
     /// What KVM refused; the slot is then still tracked. A slot that the VMM has deleted already is forgotten.
     pub fn remove_slot(&self, slot: SlotId) -> Result<bool, TrackError> {
+        let mut others = self.shared.others.lock();
         let state = &mut *self.shared.lock();
         let Some(region) = state.slots.get(slot).copied() else { return Ok(false) };
         if state.pending.is_tracking() {
@@ -243,6 +241,7 @@ impl DirtyTracker {
         // Not simply its pages: another address space may have them, too.
         state.pending.remove_runs(&state.slots.holes(state.pending.capacity()));
         state.pending.resize(state.slots.end());
+        others.resize(state.slots.end());
         Ok(true)
     }
 
@@ -287,36 +286,23 @@ impl DirtyTracker {
         }
     }
 
-    /// From now on the pages that `source` logs are in every harvest. It is started and stopped with the tracker; while
-    /// tracking is on, at once: its writer must not have begun before.
+    /// From now on the pages that `source` logs are in every harvest. It is started with the first session and stopped with the
+    /// last; while one runs, at once: its writer must not have begun before.
+    ///
+    /// A VMM that has to go on using its source adds an `Arc<Mutex<_>>` of it, and keeps a clone: see
+    /// [`ExternalSource`](super::ExternalSource).
     ///
     /// # Errors
     ///
     /// [`TrackError::External`] if it had to be started and could not; it is not added then.
     pub fn add_external(&self, source: Box<dyn ExternalSource>) -> Result<ExternalId, TrackError> {
-        let state = &mut *self.shared.lock();
-        let mut external = External { id: ExternalId(state.next_external), source };
-        if state.pending.is_tracking() {
-            external.start()?;
-        }
-        state.next_external += 1;
-        let id = external.id;
-        state.externals.push(external);
-        Ok(id)
+        self.shared.others.lock().add(source)
     }
 
     /// Takes a source out again, once its writer has stopped; what it has logged stays dirty. `None` if it is gone
     /// already.
     pub fn remove_external(&self, id: ExternalId) -> Option<Box<dyn ExternalSource>> {
-        let state = &mut *self.shared.lock();
-        let at = state.externals.iter().position(|external| external.id == id)?;
-        let mut source = state.externals.remove(at).source;
-        if state.pending.is_tracking() {
-            source.drain_into(state.pending.sink());
-            state.pending.distribute(None, 0);
-            source.stop();
-        }
-        Some(source)
+        self.shared.others.lock().remove(id)
     }
 
     /// A session that does not run yet: for a migration, which begins it when its peer has agreed.

@@ -105,7 +105,7 @@ fn pages_that_resets_left_unprotected_are_protected_once_that_is_cheaper() {
 fn pages_that_were_taken_slot_by_slot_are_observed_no_more() {
     let mut model = Model::new(2, 0, 0, false);
     let observe = |model: &mut Model| match model.observe() {
-        Observed::PerVcpu(pages) => pages,
+        Observed::PerVcpu { vcpus, .. } => vcpus,
         other => panic!("{other:?}"),
     };
     for turn in 1..=3 {
@@ -139,7 +139,7 @@ fn a_handle_knows_the_index_that_the_vmm_gave_its_vcpu() {
     }
     let session = tracker.start().unwrap();
     assert!(kernel.write(1, SlotId(1), 5));
-    assert_eq!(session.observe().unwrap(), Observed::PerVcpu(vec![0, 1, 0]));
+    assert_eq!(session.observe().unwrap(), Observed::per_vcpu(vec![0, 1, 0]));
     assert_eq!(tracker.vcpus().iter().map(VcpuHandle::index).collect::<Vec<_>>(), given);
     assert_eq!(tracker.snapshot().vcpus.iter().map(|vcpu| vcpu.index).collect::<Vec<_>>(), given);
 }

@@ -60,7 +60,7 @@ proptest! {
                     dirty[view].values().for_each(|vcpu| expected[*vcpu] += 1);
                     let model::View { session, redirtied, .. } = &mut model.views[view];
                     let observed = session.observe_into(redirtied).unwrap();
-                    prop_assert_eq!(observed, Observed::PerVcpu(expected));
+                    prop_assert_eq!(observed, Observed::per_vcpu(expected));
                     let told: BTreeSet<u64> = model::pages(redirtied.pages_mut());
                     prop_assert_eq!(&told, &dirty[view].keys().copied().collect());
                 }
@@ -94,15 +94,85 @@ fn the_harvest_of_one_session_changes_nothing_of_what_another_observes() {
     for turn in 0..3 {
         (0..100).for_each(|offset| model.write(0, 1, offset));
         (0..30).for_each(|offset| model.write(1, 2, offset));
-        assert_eq!(model.observe(), Observed::PerVcpu(vec![100, 30]), "turn {turn}");
+        assert_eq!(model.observe(), Observed::per_vcpu(vec![100, 30]), "turn {turn}");
         let mut dirty = PageSet::new(end());
         second.harvest(&mut dirty).unwrap();
         assert_eq!(dirty.len(), 130, "turn {turn}");
     }
     assert_eq!(model.harvest_of(0).len(), 130);
     model.write(0, 1, 5);
-    assert_eq!(model.observe(), Observed::PerVcpu(vec![1, 0]));
-    assert_eq!(second.observe().unwrap(), Observed::PerVcpu(vec![1, 0]));
+    assert_eq!(model.observe(), Observed::per_vcpu(vec![1, 0]));
+    assert_eq!(second.observe().unwrap(), Observed::per_vcpu(vec![1, 0]));
+}
+
+#[test]
+fn what_others_than_vcpus_dirty_is_observed_as_theirs_by_each_session() {
+    let mut model = Model::new(1, 0, 0, false);
+    let second = model.tracker.start().unwrap();
+    let log = external::RegionLog::new(4096 * 300);
+    model.tracker.add_external(Box::new(log.source(slot_pages(1).first))).unwrap();
+    model.write(0, 0, 1);
+    log.mark_dirty(4096 * 7, 1);
+    model.tracker.mark_dirty(PageRun { first: slot_pages(2).first, pages: 3 });
+    let observed = |others| Observed::PerVcpu { vcpus: vec![1], others };
+    assert_eq!(model.observe(), observed(4));
+    assert_eq!(second.observe().unwrap(), observed(4));
+    // The guest writes one of them too: it was dirty before.
+    model.write(0, 1, 7);
+    assert_eq!(model.observe(), observed(4));
+    assert_eq!(model.harvest_of(0).len(), 5);
+    assert_eq!(model.observe(), Observed::per_vcpu(vec![0]));
+    model.tracker.mark_dirty(PageRun { first: slot_pages(2).first, pages: 3 });
+    assert_eq!(model.session().take_slot_runs(SlotId(2)).unwrap().len(), 1);
+    assert_eq!(model.observe(), Observed::per_vcpu(vec![0]));
+    let mut dirty = PageSet::new(end());
+    second.harvest(&mut dirty).unwrap();
+    assert_eq!(dirty.len(), 5);
+}
+
+/// A log that is read for as long as a test wants.
+struct SlowLog {
+    began: std::sync::mpsc::Sender<()>,
+    go_on: std::sync::mpsc::Receiver<()>,
+}
+
+impl external::ExternalSource for SlowLog {
+    fn name(&self) -> &'static str {
+        "slow"
+    }
+
+    fn start(&mut self) -> Result<(), VmError> {
+        Ok(())
+    }
+
+    fn drain_into(&mut self, _: &mut PageSet) {
+        let _ = self.began.send(());
+        let _ = self.go_on.recv();
+    }
+
+    fn stop(&mut self) {}
+}
+
+#[test]
+fn a_vcpu_whose_ring_is_full_waits_for_no_device_log_and_an_observation_passes_it_by() {
+    let mut model = Model::new(1, 0, 0, false);
+    let ((began, has_begun), (go_on, may_go_on)) = (std::sync::mpsc::channel(), std::sync::mpsc::channel());
+    let source = std::sync::Arc::new(std::sync::Mutex::new(SlowLog { began, go_on: may_go_on }));
+    model.tracker.add_external(Box::new(std::sync::Arc::clone(&source))).unwrap();
+    std::thread::scope(|scope| {
+        let tracker = &model.tracker;
+        scope.spawn(move || {
+            // Begins while the first runs: all is collected.
+            tracker.start().unwrap();
+        });
+        has_begun.recv().unwrap();
+        model.vcpus[0].ring_full().unwrap();
+        model.session().observe().unwrap();
+        go_on.send(()).unwrap();
+        drop(go_on);
+    });
+    model.write(0, 1, 7);
+    model.check_nothing_is_lost();
 }
 
 #[test]
