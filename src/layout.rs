@@ -144,6 +144,14 @@ impl Region {
         self.host.addr()..self.host.addr() + self.len_bytes()
     }
 
+    /// The host addresses of a run of its pages.
+    pub(crate) fn host_range_of(&self, pages: PageRun) -> Range<usize> {
+        assert!(self.pages.first <= pages.first && pages.end() <= self.pages.end(), "a run of this region");
+        let bytes = |pages: u64| usize::try_from(pages << PAGE_SHIFT).unwrap_or(usize::MAX);
+        let start = self.host.addr() + bytes(pages.first.0 - self.pages.first.0);
+        start..start + bytes(pages.pages)
+    }
+
     /// The guest pages behind a page-aligned part of its host addresses.
     pub(crate) fn pages_at(&self, part: Range<usize>) -> PageRun {
         let offset_pages = (part.start - self.host.addr()) / PAGE_SIZE;

@@ -9,6 +9,7 @@
 //! which pages are RAM: [`layout`](crate::layout) does.
 
 mod atomic;
+mod from_the_top;
 mod prefetch;
 #[cfg(test)]
 mod tests;
@@ -21,6 +22,7 @@ use bitvec::slice::BitSlice;
 use bitvec::view::BitView;
 
 pub use self::atomic::AtomicPageSet;
+pub(crate) use self::from_the_top::FromTheTop;
 pub(crate) use self::prefetch::WordAtHand;
 use self::words::Words;
 use crate::layout::{PageIndex, PageRun, RAM_END_MAX};

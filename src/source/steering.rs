@@ -198,6 +198,11 @@ impl Steering {
         }
     }
 
+    /// Whether vCPUs are held back in this round, so that it is the last but few.
+    pub fn is_braking(&self) -> bool {
+        self.controller.is_braking()
+    }
+
     /// Lets every vCPU run.
     pub fn open_gates(&mut self) {
         for vcpu in &mut self.vcpus {

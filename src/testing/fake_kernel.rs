@@ -6,6 +6,8 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
+use std::io;
+use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -13,7 +15,7 @@ use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, KVM_EXIT_UNKNOWN};
 
 use super::{AnonymousRam, Backing};
 use crate::kvm::ring::{DIRTY, DirtyRing, EMPTY, Entry, RESET};
-use crate::kvm::{Kernel, KvmError, ResetCount, RingSize};
+use crate::kvm::{Granule, Kernel, KvmError, ResetCount, RingSize, UnmapError, Until};
 use crate::layout::{GuestMemory, PageRun, Region, SlotId};
 
 /// The next reset stops after so many entries, as if a signal had come: the batch at hand is forgotten.
@@ -56,6 +58,8 @@ struct Inner {
     refused: BTreeSet<u32>,
     fails_next_reset: bool,
     interruptions: VecDeque<Interruption>,
+    /// How many pages it can take from a guest at once at least, if it can at all.
+    granule: Option<Granule>,
     /// Writes that guests do while the next reset runs.
     writes_during_reset: Vec<WriteDuringReset>,
     /// Those of them that were done.
@@ -249,6 +253,7 @@ impl FakeKernel {
             refused: BTreeSet::new(),
             fails_next_reset: false,
             interruptions: VecDeque::new(),
+            granule: None,
             writes_during_reset: Vec::new(),
             written_during_reset: Vec::new(),
         };
@@ -279,6 +284,11 @@ impl FakeKernel {
             let fake = FakeSlot { logging: false, writable: vec![true; count], bitmap: words };
             self.lock().slots.insert(region.slot.0, fake);
         }
+    }
+
+    /// From now on pages can be taken from guests, so many at once at least; with `None`, none any more.
+    pub fn can_take_pages(&self, granule: Option<NonZeroU64>) {
+        self.lock().granule = granule;
     }
 
     /// Deletes a slot.
@@ -461,6 +471,24 @@ impl Kernel for FakeKernel {
         inner.flush_tlbs();
         Ok(())
     }
+
+    fn can_protect(&self, region: &Region) -> Result<Granule, UnmapError> {
+        let inner = self.lock();
+        let refused = || UnmapError::NotProtectable(Arc::new(io::Error::from_raw_os_error(libc::EINVAL)));
+        inner.slots.get(&region.slot.0).ok_or_else(refused)?;
+        inner.granule.ok_or_else(refused)
+    }
+
+    fn protect(&self, region: &Region, pages: PageRun, _: Until) -> Result<(), UnmapError> {
+        let granule = self.can_protect(region)?.get();
+        let first = pages.first.0 - region.pages.first.0;
+        assert!(first.is_multiple_of(granule) && pages.pages.is_multiple_of(granule), "whole granules");
+        let inner = &mut *self.lock();
+        if let Some(slot) = inner.slots.get_mut(&region.slot.0) {
+            slot.writable[index(first)..index(first + pages.pages)].fill(false);
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -469,6 +497,7 @@ mod tests {
     use std::thread;
 
     use super::*;
+    use crate::kvm::ring::Recycle;
 
     /// KVM on one thread, we on another, with nothing between them but the entries. Each entry names a slot that
     /// follows from its offset: an entry read before it was written, or after it was reused, does not match.
@@ -502,7 +531,7 @@ mod tests {
             let mut next = 0;
             while next < entries && !failed.load(Ordering::Relaxed) {
                 let scanned = ring.scan();
-                let taken = ring.take(|slot, offset| {
+                let taken = ring.take(Recycle::Protecting, |slot, offset| {
                     failed.fetch_or((slot, offset) != (slot_of(next), next), Ordering::Relaxed);
                     next += 1;
                 });

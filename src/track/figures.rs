@@ -56,6 +56,8 @@ pub(super) struct VmCounters {
     pub(super) foreign_resets: Counter,
     pub(super) unknown_slot_entries: Counter,
     pub(super) rearms: Counter,
+    pub(super) protects: Counter,
+    pub(super) protect_ns: Counter,
 }
 
 /// What one vCPU did. Sums are since it was attached.
@@ -106,6 +108,10 @@ pub struct Figures {
     /// Times that memory was declared dirty and protected anew: all of it after an overflow, or the slots in which
     /// interrupted resets had left pages unprotected.
     pub rearms: u64,
+    /// Calls that protected pages which rings had been recycled without.
+    pub protects: u64,
+    /// Time spent in them, in nanoseconds.
+    pub protect_ns: u64,
 }
 
 impl VmCounters {
@@ -121,6 +127,8 @@ impl VmCounters {
             foreign_resets: self.foreign_resets.get(),
             unknown_slot_entries: self.unknown_slot_entries.get(),
             rearms: self.rearms.get(),
+            protects: self.protects.get(),
+            protect_ns: self.protect_ns.get(),
         }
     }
 }

@@ -26,6 +26,7 @@ mod source;
 #[cfg(test)]
 mod tests;
 mod tracker;
+mod unprotected;
 mod vcpu;
 
 pub use self::error::{PagemapError, TrackError};

@@ -1,19 +1,32 @@
 //! Pages known to be dirty and not yet handed out, by session, behind the one rule: out only against proof that they are
-//! write-protected again.
+//! write-protected again, or that the guest stands still.
 //!
 //! A backend puts what it finds where [`Pending::sink`] says, and [`Pending::distribute`] then gives it to every session.
 //! So a page is in the set of each session from the moment in which it may become protected until that session has
 //! harvested it, whatever the others do.
+//!
+//! A page that a ring was recycled without is dirty and unprotected: it stays in the set of every session, known and silent,
+//! until one of them wants to read it. Then `unprotected` protects it.
 
 use super::error::TrackError;
+use super::redirtied::Redirtied;
 use super::session_pages::{SessionKey, SessionPages};
 use super::slots::Slots;
+use crate::kvm::UnmapError;
+use crate::kvm::ring::Recycle;
 use crate::layout::{PageIndex, PageRun, Region};
 use crate::page_set::PageSet;
+use crate::vm::Paused;
 
-/// Proof that every page of every session is write-protected. Only a backend makes one, at the end of its collecting,
-/// and it is used up before the tracker's lock is released.
-pub(super) trait Protected {}
+/// Proof that every page of every session may be read: it is write-protected. Only a backend makes one, at the end of its
+/// collecting, and it is used up before the tracker's lock is released.
+pub(super) trait AllReadable {}
+
+/// Proof that every page may be read that is not unprotected.
+pub(super) trait ProtectedReadable {}
+
+/// Proof that the pages that come with it may be read.
+pub(super) trait TheseReadable {}
 
 /// The pages between a backend and the next harvest of each session.
 #[derive(Debug)]
@@ -33,6 +46,11 @@ pub(super) struct Pending {
     unsure: PageSet,
     /// How many pages of `unsure` were handed out since it was last empty.
     unsure_handed_out: u64,
+    /// Dirty pages that may be written without an entry to tell of it. Every session has them, but those to which they were
+    /// handed out while the guest stood still.
+    unprotected: PageSet,
+    /// Whether pages may be left unprotected, as they can be protected later; or why they cannot.
+    may_leave: Result<(), UnmapError>,
     /// An overflow lost entries: every page is dirty, and all of memory must be protected anew.
     pub(super) everything: bool,
 }
@@ -48,6 +66,8 @@ impl Pending {
             harvesting: false,
             unsure: PageSet::new(PageIndex(0)),
             unsure_handed_out: 0,
+            unprotected: PageSet::new(PageIndex(0)),
+            may_leave: Err(UnmapError::NotAsked),
             everything: false,
         }
     }
@@ -80,6 +100,7 @@ impl Pending {
 
     /// The session that begins next has the pages of this one.
     pub(super) fn leave_behind(&mut self, key: SessionKey) -> Result<(), TrackError> {
+        self.pauses_are_over();
         let session = find(&mut self.sessions, key)?;
         self.left_behind.union(&session.pages);
         self.left_behind.union(&session.given_back);
@@ -122,7 +143,7 @@ impl Pending {
 
     fn sets(&mut self) -> impl Iterator<Item = &mut PageSet> {
         let sets = self.sessions.iter_mut().flat_map(SessionPages::sets);
-        sets.chain([&mut self.fresh, &mut self.left_behind, &mut self.unsure])
+        sets.chain([&mut self.fresh, &mut self.left_behind, &mut self.unsure, &mut self.unprotected])
     }
 
     /// Guest RAM ends at `end` from now on; pages beyond have been removed.
@@ -174,11 +195,55 @@ impl Pending {
 
     /// Where a backend puts what it finds; [`distribute`](Self::distribute) must follow.
     pub(super) fn sink(&mut self) -> &mut PageSet {
-        if self.goes_straight() {
-            let session = self.sessions.iter_mut().find(|session| session.running);
-            session.map_or(&mut self.fresh, |session| &mut session.pages)
-        } else {
-            &mut self.fresh
+        self.sinks().0
+    }
+
+    /// The same, and where it puts what it leaves unprotected as well.
+    pub(super) fn sinks(&mut self) -> (&mut PageSet, &mut PageSet) {
+        let straight = self.goes_straight();
+        let session = self.sessions.iter_mut().find(|session| straight && session.running);
+        (session.map_or(&mut self.fresh, |session| &mut session.pages), &mut self.unprotected)
+    }
+
+    /// Whether pages may be left unprotected from now on.
+    pub(super) fn may_leave(&mut self, may_leave: Result<(), UnmapError>) {
+        self.may_leave = may_leave;
+    }
+
+    /// Why none may, if so.
+    pub(super) fn why_none_is_left(&self) -> Result<(), UnmapError> {
+        self.may_leave.clone()
+    }
+
+    /// How a ring is recycled when its pages are not about to be read.
+    pub(super) fn recycle_early(&self) -> Recycle {
+        if self.may_leave.is_ok() { Recycle::Leaving } else { Recycle::Protecting }
+    }
+
+    /// Pages could not be protected after all: all of memory is protected anew, and none is left unprotected any more.
+    pub(super) fn cannot_protect(&mut self, error: UnmapError) {
+        tracing::warn!(%error, "pages that a dirty ring was recycled without cannot be protected: every page is dirty");
+        self.may_leave = Err(error);
+        self.everything = true;
+    }
+
+    /// The pages that are unprotected.
+    pub(super) fn unprotected(&self) -> &PageSet {
+        &self.unprotected
+    }
+
+    /// They have been protected.
+    pub(super) fn all_are_protected(&mut self, _: &impl TheseReadable) {
+        self.pauses_are_over();
+        self.unprotected.clear();
+    }
+
+    /// What was handed out unprotected in a pause may have been written since.
+    fn pauses_are_over(&mut self) {
+        for session in self.sessions.iter_mut().filter(|session| session.running) {
+            if session.handed_out_in.take().is_some() {
+                session.pages.union(&self.unprotected);
+            }
         }
     }
 
@@ -231,12 +296,15 @@ impl Pending {
     pub(super) fn rearmed(&mut self) {
         self.unsure.clear();
         self.unsure_handed_out = 0;
-        self.everything = false;
+        if std::mem::take(&mut self.everything) {
+            self.unprotected.clear();
+        }
     }
 
     /// No session runs, and all of memory is protected anew or no longer logged.
     pub(super) fn forget(&mut self) {
         self.fresh.clear();
+        self.unprotected.clear();
         self.rearmed();
     }
 
@@ -249,7 +317,7 @@ impl Pending {
     /// Adds all pages of a session to `dirty`.
     pub(super) fn hand_out(
         &mut self,
-        _: impl Protected,
+        _: impl AllReadable,
         key: SessionKey,
         dirty: &mut PageSet,
     ) -> Result<(), TrackError> {
@@ -258,10 +326,57 @@ impl Pending {
         Ok(())
     }
 
+    /// Adds all pages of a session to `dirty` while the guest stands still: then they may be read, protected or not. Others
+    /// that write its memory do not heed its protection, and are logged without it.
+    pub(super) fn hand_out_paused(
+        &mut self,
+        paused: &Paused,
+        key: SessionKey,
+        dirty: &mut PageSet,
+    ) -> Result<(), TrackError> {
+        let session = find(&mut self.sessions, key)?;
+        let before = session.handed_out_in.replace(paused.number);
+        if before.is_some_and(|before| before != paused.number) {
+            session.pages.union(&self.unprotected);
+        }
+        session.hand_out(&self.unsure, dirty);
+        self.unsure_handed_out += self.unsure.len();
+        Ok(())
+    }
+
+    /// Adds the pages of a session that are protected to `dirty`, and the others, which stay with it, to `behind`.
+    pub(super) fn hand_out_protected(
+        &mut self,
+        _: impl ProtectedReadable,
+        key: SessionKey,
+        dirty: &mut PageSet,
+        behind: &mut Redirtied,
+    ) -> Result<(), TrackError> {
+        self.pauses_are_over();
+        behind.add(&self.unprotected);
+        find(&mut self.sessions, key)?.hand_out_all_but(&self.unprotected, &self.unsure, dirty);
+        self.unsure_handed_out += self.unsure.len();
+        Ok(())
+    }
+
+    /// Adds `runs` to `dirty`, which have just been protected. The other sessions still have them.
+    pub(super) fn hand_out_these(
+        &mut self,
+        _: &impl TheseReadable,
+        key: SessionKey,
+        runs: &[PageRun],
+        dirty: &mut PageSet,
+    ) -> Result<(), TrackError> {
+        self.pauses_are_over();
+        runs.iter().for_each(|run| self.unprotected.remove_run(*run));
+        find(&mut self.sessions, key)?.hand_out_runs(runs, dirty);
+        Ok(())
+    }
+
     /// The pages that a session has in one run, as `take` takes them out of its set.
     pub(super) fn hand_out_run<T>(
         &mut self,
-        _: impl Protected,
+        _: impl AllReadable,
         key: SessionKey,
         run: PageRun,
         take: impl FnOnce(&mut PageSet, PageRun) -> T,

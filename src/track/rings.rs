@@ -5,6 +5,10 @@
 //! what *all* rings have outstanding. A vCPU with a full ring takes the same way, for its own ring only: the
 //! pages of the others stay writable, so that their guests feel nothing.
 //!
+//! A ring that nears its limit between two harvests is recycled without protection, where such pages can be protected later
+//! (`unprotected`): a guest that writes more pages than its ring has entries would otherwise be stopped by a fault for every
+//! one of them, over and over.
+//!
 //! A ring that overflowed (possible where KVM emulates guest instructions in bulk) is the rest of this file:
 //! `kernel-notes/dirty-ring.md` tells what such a ring looks like and why each step here is right.
 
@@ -14,11 +18,11 @@ use std::time::Instant;
 
 use super::error::TrackError;
 use super::figures::VmCounters;
-use super::pending::{Pending, Protected};
+use super::pending::{Pending, ProtectedReadable};
 use super::session_pages::SessionKey;
 use super::slots::{SlotCursor, Slots};
 use super::vcpu::Vcpu;
-use crate::kvm::ring::{DirtyRing, Prefix};
+use crate::kvm::ring::{DirtyRing, Prefix, Recycle};
 use crate::kvm::{Kernel, ResetCount};
 use crate::page_set::WordAtHand;
 
@@ -40,10 +44,10 @@ pub(super) struct Context<'a> {
     pub(super) counters: &'a VmCounters,
 }
 
-/// Proof that every entry that was taken has been reset.
+/// Proof that every entry that was taken has been reset, and so every page protected that was not left unprotected.
 pub(super) struct AllReset(());
 
-impl Protected for AllReset {}
+impl ProtectedReadable for AllReset {}
 
 /// One vCPU's ring and what we think of it.
 #[derive(Debug)]
@@ -73,16 +77,24 @@ pub(super) struct Rings {
 }
 
 impl Ring {
-    fn take_entries(&mut self, cx: Context<'_>, pending: &mut Pending) -> u32 {
+    fn take_entries(&mut self, recycle: Recycle, cx: Context<'_>, pending: &mut Pending) -> u32 {
         let mut slots = SlotCursor::new(cx.slots);
-        let mut unknown = 0;
-        let (mut words, mut word) = (pending.sink().insert_prefetched(), WordAtHand::NONE);
-        let taken = self.ring.take(|slot, offset| match slots.page(slot, offset) {
-            Some(page) => word.add(page, &mut words),
+        let (mut unknown, leaving) = (0, recycle == Recycle::Leaving);
+        let (sink, unprotected) = pending.sinks();
+        let (mut words, mut word) = (sink.insert_prefetched(), WordAtHand::NONE);
+        let (mut words_left, mut word_left) = (unprotected.insert_prefetched(), WordAtHand::NONE);
+        let taken = self.ring.take(recycle, |slot, offset| match slots.page(slot, offset) {
+            Some(page) => {
+                word.add(page, &mut words);
+                if leaving {
+                    word_left.add(page, &mut words_left);
+                }
+            }
             // The slot is gone, and its memory with it. KVM ignores such an entry too.
             None => unknown += 1,
         });
         let new = words.finish(word);
+        words_left.finish(word_left);
         if taken > 0 {
             let new = pending.distribute(Some(self.place), new);
             self.vcpu.counters.pages.add(new);
@@ -94,9 +106,9 @@ impl Ring {
     }
 
     /// Takes all that is in the ring. What it gave is not protected yet.
-    fn take(&mut self, cx: Context<'_>, pending: &mut Pending) {
+    fn take(&mut self, recycle: Recycle, cx: Context<'_>, pending: &mut Pending) {
         let started = Instant::now();
-        let taken = self.take_entries(cx, pending);
+        let taken = self.take_entries(recycle, cx, pending);
         self.note_occupancy(taken);
         if self.ring.unconfirmed() == self.ring.size().entries() {
             // KVM stops a vCPU short of that, so it may as well have gone beyond, over its own entries.
@@ -107,7 +119,7 @@ impl Ring {
                 Some(gap) => {
                     pending.everything = true;
                     self.ring.skip(gap);
-                    self.take_entries(cx, pending);
+                    self.take_entries(recycle, cx, pending);
                     self.suspect = self.ring.unconfirmed() == self.ring.size().entries();
                 }
                 // Nothing is dirty anywhere in the ring: KVM has pushed nothing since memory was protected anew.
@@ -231,10 +243,11 @@ impl Rings {
 
     /// Takes and resets what is in every ring.
     pub(super) fn recycle(&mut self, cx: Context<'_>, pending: &mut Pending) -> Result<AllReset, TrackError> {
-        self.recycle_these(0..self.rings.len(), cx, pending)
+        self.recycle_these(0..self.rings.len(), Recycle::Protecting, cx, pending)
     }
 
-    /// The same when every vCPU is outside the guest, and rings that are stuck can be brought in step.
+    /// The same when every vCPU is outside the guest: rings that are stuck can be brought in step, and no page is protected
+    /// if it can be later, should the guest run on.
     pub(super) fn recycle_quiet(
         &mut self,
         cx: Context<'_>,
@@ -243,7 +256,7 @@ impl Rings {
         for at in 0..self.rings.len() {
             self.unstick(at, cx, pending)?;
         }
-        self.recycle(cx, pending)
+        self.recycle_these(0..self.rings.len(), pending.recycle_early(), cx, pending)
     }
 
     /// Pages by vCPU since the last harvest of a session; recycles a ring that would be full before the next
@@ -261,7 +274,7 @@ impl Rings {
             let entries = ring.ring.scan();
             ring.note_occupancy(entries);
             if ring.nears_its_limit(entries) {
-                self.recycle_these(at..at + 1, cx, pending)?;
+                self.recycle_these(at..at + 1, pending.recycle_early(), cx, pending)?;
                 entries_left.push(0);
             } else {
                 ring.observed = entries;
@@ -287,7 +300,7 @@ impl Rings {
         };
         self.unstick(at, cx, pending)?;
         let ring = &mut self.rings[at];
-        ring.take(cx, pending);
+        ring.take(pending.recycle_early(), cx, pending);
         if ring.ring.unconfirmed() == 0 {
             ring.nothing_to_take()?;
             if ring.suspect {
@@ -300,11 +313,12 @@ impl Rings {
     fn recycle_these(
         &mut self,
         which: Range<usize>,
+        recycle: Recycle,
         cx: Context<'_>,
         pending: &mut Pending,
     ) -> Result<AllReset, TrackError> {
         for ring in &mut self.rings[which] {
-            ring.take(cx, pending);
+            ring.take(recycle, cx, pending);
         }
         self.reset(cx, pending)
     }

@@ -5,14 +5,16 @@ use std::sync::atomic::{Ordering, fence};
 
 use super::error::TrackError;
 use super::handle::VcpuHandle;
+use super::others::Others;
 use super::redirtied::Redirtied;
 use super::session_pages::SessionKey;
 use super::shared::{Backend, Shared, State};
 use super::source::{DirtySource, Observed};
+use super::unprotected::protect_some;
 use crate::kvm::caps;
 use crate::layout::{PageRun, SlotId};
 use crate::page_set::PageSet;
-use crate::vm::Settled;
+use crate::vm::{Paused, Settled};
 
 /// An exclusive view of a [`DirtyTracker`](super::DirtyTracker), with a set of dirty pages of its own.
 ///
@@ -59,7 +61,7 @@ impl Session {
             // A page that was dirtied before, and is still writable, makes no entry when it is written after the start. So
             // everything that is dirty goes to the others first, which protects it: its next write is then seen. What is
             // dirtied while this collects is still in a ring when it is done, and comes to this session too.
-            self.shared.collect(state, others, false)?;
+            self.shared.collect_all(state, others, false)?;
         } else {
             self.shared.start_logging(state, others)?;
         }
@@ -95,7 +97,46 @@ impl Session {
     ///
     /// [`TrackError::NotTracking`], [`TrackError::SetTooSmall`], or what the kernel refused; nothing is lost then.
     pub fn harvest(&self, dirty: &mut PageSet) -> Result<(), TrackError> {
-        self.harvest_when(false, dirty)
+        self.harvest_by(dirty, |state, others, dirty| {
+            let all = self.shared.collect_all(state, others, false)?;
+            state.pending.hand_out(all, self.key, dirty)
+        })
+    }
+
+    /// [`harvest`](Self::harvest) of what is protected; the rest goes to `behind`: see [`DirtySource::harvest_protected`].
+    ///
+    /// # Errors
+    ///
+    /// As for `harvest`.
+    pub fn harvest_protected(&self, dirty: &mut PageSet, behind: &mut Redirtied) -> Result<(), TrackError> {
+        self.harvest_by(dirty, |state, others, dirty| {
+            let collected = self.shared.collect(state, others, false)?;
+            state.pending.hand_out_protected(collected, self.key, dirty, behind)
+        })
+    }
+
+    /// Protects some of what stayed behind and hands it out: see [`DirtySource::protect`].
+    ///
+    /// # Errors
+    ///
+    /// [`TrackError::NotTracking`], [`TrackError::SetTooSmall`].
+    pub fn protect(&self, behind: &mut Redirtied, pages: u64, dirty: &mut PageSet) -> Result<(), TrackError> {
+        let State { slots, pending, .. } = &mut *self.shared.lock();
+        pending.running_session(self.key)?;
+        pending.check_fits(dirty)?;
+        protect_some(self.shared.context(slots), pending, self.key, &behind.take_highest(pages), dirty)
+    }
+
+    /// [`harvest`](Self::harvest) when the guest stands still: see [`DirtySource::harvest_paused`].
+    ///
+    /// # Errors
+    ///
+    /// As for `harvest`.
+    pub fn harvest_paused(&self, paused: &Paused, dirty: &mut PageSet) -> Result<(), TrackError> {
+        self.harvest_by(dirty, |state, others, dirty| {
+            self.shared.collect(state, others, true)?;
+            state.pending.hand_out_paused(paused, self.key, dirty)
+        })
     }
 
     /// [`harvest`](Self::harvest) when nothing writes guest memory any more: see [`DirtySource::harvest_final`].
@@ -103,8 +144,8 @@ impl Session {
     /// # Errors
     ///
     /// As for `harvest`.
-    pub fn harvest_final(&self, _: &Settled<'_>, dirty: &mut PageSet) -> Result<(), TrackError> {
-        self.harvest_when(true, dirty)
+    pub fn harvest_final(&self, settled: &Settled<'_>, dirty: &mut PageSet) -> Result<(), TrackError> {
+        self.harvest_paused(settled.paused(), dirty)
     }
 
     /// What `KVM_GET_DIRTY_LOG` would say of one slot: bit 0 of word 0 is its first page. The pages of other slots
@@ -162,7 +203,7 @@ impl Session {
         let state = &mut *state;
         let run = state.slots.get(slot).ok_or(TrackError::SlotUnknown(slot))?.pages;
         state.pending.running_session(self.key)?;
-        let collected = self.shared.collect(state, &mut others, quiet)?;
+        let collected = self.shared.collect_all(state, &mut others, quiet)?;
         let taken = state.pending.hand_out_run(collected, self.key, run, take)?;
         self.shared.counters.harvests.add(1);
         Ok(taken)
@@ -231,15 +272,20 @@ impl Session {
         Ok(Observed::PerVcpu { vcpus, others: session.others })
     }
 
-    fn harvest_when(&self, quiet: bool, dirty: &mut PageSet) -> Result<(), TrackError> {
+    /// One harvest, collected and handed out by `collect`.
+    fn harvest_by(
+        &self,
+        dirty: &mut PageSet,
+        collect: impl FnOnce(&mut State, &mut Others, &mut PageSet) -> Result<(), TrackError>,
+    ) -> Result<(), TrackError> {
         let (mut others, mut state) = self.shared.lock_all();
         let state = &mut *state;
         state.pending.running_session(self.key)?;
         state.pending.check_fits(dirty)?;
         state.pending.harvest_begins();
-        let collected = self.shared.collect(state, &mut others, quiet);
+        let outcome = collect(state, &mut others, dirty);
         state.pending.harvest_ends();
-        state.pending.hand_out(collected?, self.key, dirty)?;
+        outcome?;
         self.shared.counters.harvests.add(1);
         Ok(())
     }
@@ -284,6 +330,18 @@ impl DirtySource for Session {
 
     fn harvest(&mut self, dirty: &mut PageSet) -> Result<(), TrackError> {
         Self::harvest(self, dirty)
+    }
+
+    fn harvest_protected(&mut self, dirty: &mut PageSet, behind: &mut Redirtied) -> Result<(), TrackError> {
+        Self::harvest_protected(self, dirty, behind)
+    }
+
+    fn protect(&mut self, behind: &mut Redirtied, pages: u64, dirty: &mut PageSet) -> Result<(), TrackError> {
+        Self::protect(self, behind, pages, dirty)
+    }
+
+    fn harvest_paused(&mut self, paused: &Paused, dirty: &mut PageSet) -> Result<(), TrackError> {
+        Self::harvest_paused(self, paused, dirty)
     }
 
     fn harvest_final(&mut self, settled: &Settled<'_>, dirty: &mut PageSet) -> Result<(), TrackError> {

@@ -49,6 +49,8 @@ pub(super) struct SessionPages {
     pub(super) given_back: PageSet,
     /// Pages since the last harvest that no vCPU was the first to dirty.
     pub(super) others: u64,
+    /// The pause in which it was handed out pages that are unprotected, if it was since.
+    pub(super) handed_out_in: Option<u64>,
     /// By vCPU, in the order of attachment.
     pub(super) vcpus: Vec<VcpuPages>,
 }
@@ -64,6 +66,7 @@ impl SessionPages {
             untold: empty(),
             given_back: empty(),
             others: 0,
+            handed_out_in: None,
             vcpus: vec![VcpuPages::default(); vcpus],
         }
     }
@@ -76,6 +79,7 @@ impl SessionPages {
     pub(super) fn forget(&mut self) {
         self.pages.clear();
         self.handed_out();
+        self.handed_out_in = None;
     }
 
     /// The set is empty: what comes now counts anew.
@@ -120,16 +124,41 @@ impl SessionPages {
 
     /// Adds all pages to `dirty`, `unsure` ones besides.
     pub(super) fn hand_out(&mut self, unsure: &PageSet, dirty: &mut PageSet) {
-        self.pages.union(unsure);
-        self.pages.union(&self.given_back);
-        self.given_back.clear();
+        self.gather(unsure);
         if dirty.is_empty() && dirty.capacity() == self.pages.capacity() {
             // The usual case, and the cheap one: no page is copied.
             std::mem::swap(&mut self.pages, dirty);
         } else {
             dirty.union(&self.pages);
         }
-        self.forget();
+        self.pages.clear();
+        self.handed_out();
+    }
+
+    /// Adds all pages but the `unprotected` ones to `dirty`. Those stay: it has them all.
+    pub(super) fn hand_out_all_but(&mut self, unprotected: &PageSet, unsure: &PageSet, dirty: &mut PageSet) {
+        self.gather(unsure);
+        self.pages.subtract(unprotected);
+        dirty.union(&self.pages);
+        self.pages.clone_from(unprotected);
+        self.handed_out();
+    }
+
+    /// Adds pages that it has to `dirty`.
+    pub(super) fn hand_out_runs(&mut self, runs: &[PageRun], dirty: &mut PageSet) {
+        for run in runs {
+            dirty.insert_run(*run);
+            for set in [&mut self.pages, &mut self.reported, &mut self.untold] {
+                set.remove_run(*run);
+            }
+        }
+    }
+
+    /// What is dirty for other reasons than an entry.
+    fn gather(&mut self, unsure: &PageSet) {
+        self.pages.union(unsure);
+        self.pages.union(&self.given_back);
+        self.given_back.clear();
     }
 
     /// The pages of one run, `unsure` ones besides, as `take` takes them out of the set.

@@ -7,11 +7,12 @@ use super::bitmap::{AllCleared, BitmapLog};
 use super::error::TrackError;
 use super::figures::VmCounters;
 use super::others::Others;
-use super::pending::{Pending, Protected};
+use super::pending::{AllReadable, Pending, ProtectedReadable};
 use super::rings::{AllReset, Context, Rings};
 use super::slots::{Slots, log_anew};
+use super::unprotected::protect_all;
 use super::vcpu::Vcpu;
-use crate::kvm::{Kernel, RingSize};
+use crate::kvm::{Kernel, RingSize, UnmapError};
 use crate::page_set::AtomicPageSet;
 
 /// What the tracker's clones, its sessions and the vCPU handles share.
@@ -64,7 +65,26 @@ pub(super) enum Collected {
     Bitmap { _proof: AllCleared },
 }
 
-impl Protected for Collected {}
+impl ProtectedReadable for Collected {}
+
+/// Proof that pages were protected that the backend had left, too.
+pub(super) struct AllProtected(());
+
+impl AllReadable for AllProtected {}
+
+impl State {
+    /// Rings may be recycled without protecting their pages if pages of every slot can be protected later.
+    pub(super) fn prepare_to_protect(&mut self, kernel: &dyn Kernel) {
+        let prepared = match self.backend {
+            Backend::Ring { .. } => self.slots.prepare_to_protect(kernel),
+            Backend::Bitmap(_) => Err(UnmapError::NotAsked),
+        };
+        if let (Err(error), Backend::Ring { .. }) = (&prepared, &self.backend) {
+            tracing::info!(%error, "a full dirty ring costs its guest a fault for every page in it");
+        }
+        self.pending.may_leave(prepared);
+    }
+}
 
 impl Shared {
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
@@ -103,6 +123,7 @@ impl Shared {
             others.stop();
             return Err(error.into());
         }
+        state.prepare_to_protect(&*self.kernel);
         Ok(())
     }
 
@@ -130,7 +151,22 @@ impl Shared {
         pending.distribute(None, 0);
     }
 
-    /// Gives all that is dirty to every session, protected.
+    /// Gives all that is dirty to every session, and protects all of it.
+    pub(super) fn collect_all(
+        &self,
+        state: &mut State,
+        others: &mut Others,
+        quiet: bool,
+    ) -> Result<AllProtected, TrackError> {
+        self.collect(state, others, quiet)?;
+        let State { slots, pending, .. } = state;
+        protect_all(self.context(slots), pending);
+        self.rearm_if_lost(slots, pending)?;
+        Ok(AllProtected(()))
+    }
+
+    /// Gives all that is dirty to every session, protected as far as it was not left unprotected on purpose. `quiet`: every
+    /// vCPU is outside the guest.
     pub(super) fn collect(
         &self,
         state: &mut State,
@@ -157,15 +193,22 @@ impl Shared {
         }
         pending.remove_runs(&slots.holes(pending.capacity()));
         pending.distribute(None, 0);
+        if !pending.everything && !quiet {
+            self.protect_unsure(slots, pending)?;
+        }
+        self.rearm_if_lost(slots, pending)?;
+        Ok(collected)
+    }
+
+    /// Protects all of memory anew and declares it dirty, if nobody knows any more what is.
+    fn rearm_if_lost(&self, slots: &Slots, pending: &mut Pending) -> Result<(), TrackError> {
         if pending.everything {
             slots.log_anew(&*self.kernel)?;
             slots.regions().for_each(|region| pending.insert_run(region.pages));
             pending.rearmed();
             self.counters.rearms.add(1);
-        } else if !quiet {
-            self.protect_unsure(slots, pending)?;
         }
-        Ok(collected)
+        Ok(())
     }
 
     /// Protects anew the slots with unsure pages, when that costs no more than what these have cost already.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::error::TrackError;
-use crate::kvm::{Kernel, KvmError};
+use crate::kvm::{Granule, Kernel, KvmError, UnmapError};
 use crate::layout::{GuestMemory, PageIndex, PageRun, Region, SlotId};
 
 /// One slot. It keeps the memory's owner-given promise alive, and with it the right to name it to KVM.
@@ -12,6 +12,8 @@ struct Slot {
     id: SlotId,
     memory: Arc<GuestMemory>,
     region: usize,
+    /// How many of its pages can be protected at once at least, if any can.
+    granule: Option<Granule>,
 }
 
 impl Slot {
@@ -44,7 +46,7 @@ impl Slots {
         self.check_new(memory)?;
         let memory = Arc::new(memory.clone());
         for (region, Region { slot, .. }) in memory.regions().iter().enumerate() {
-            self.slots.push(Slot { id: *slot, memory: Arc::clone(&memory), region });
+            self.slots.push(Slot { id: *slot, memory: Arc::clone(&memory), region, granule: None });
         }
         self.slots.sort_by_key(|slot| slot.id);
         Ok(())
@@ -64,6 +66,19 @@ impl Slots {
 
     pub(super) fn regions(&self) -> impl Iterator<Item = &Region> + Clone {
         self.slots.iter().map(Slot::region)
+    }
+
+    /// Sees to it that pages of every slot can be protected without the rings.
+    pub(super) fn prepare_to_protect(&mut self, kernel: &dyn Kernel) -> Result<(), UnmapError> {
+        for slot in self.slots.iter_mut().filter(|slot| slot.granule.is_none()) {
+            slot.granule = Some(kernel.can_protect(slot.region())?);
+        }
+        Ok(())
+    }
+
+    /// The slots whose pages can be.
+    pub(super) fn protectable(&self) -> impl Iterator<Item = (&Region, Granule)> {
+        self.slots.iter().filter_map(|slot| Some((slot.region(), slot.granule?)))
     }
 
     /// One past the highest page of any slot.

@@ -4,7 +4,7 @@ use super::error::TrackError;
 use super::handle::VcpuHandle;
 use super::redirtied::Redirtied;
 use crate::page_set::PageSet;
-use crate::vm::Settled;
+use crate::vm::{Paused, Settled};
 
 /// What was dirtied since the last harvest, observed without disturbing the guest.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -103,6 +103,43 @@ pub trait DirtySource: Send {
     /// [`TrackError::NotTracking`], [`TrackError::SetTooSmall`], or what the kernel refused; `dirty` is then as
     /// before, and nothing is lost: the next harvest hands it out.
     fn harvest(&mut self, dirty: &mut PageSet) -> Result<(), TrackError>;
+
+    /// [`harvest`](Self::harvest) of what is write-protected or cheap to protect; `behind` gets the pages that stay dirty and
+    /// unprotected, because a guest wrote more of them than its ring has entries. They feel no tracking until
+    /// [`protect`](Self::protect) hands them out, or a later harvest does.
+    ///
+    /// # Errors
+    ///
+    /// As for `harvest`.
+    fn harvest_protected(&mut self, dirty: &mut PageSet, behind: &mut Redirtied) -> Result<(), TrackError> {
+        let _ = behind;
+        self.harvest(dirty)
+    }
+
+    /// Takes up to `pages` pages out of `behind`, the highest first, write-protects them and adds them to `dirty`. A page that
+    /// is not unprotected any more is not added: it comes with the next harvest, if it is dirty.
+    ///
+    /// # Errors
+    ///
+    /// [`TrackError::NotTracking`], [`TrackError::SetTooSmall`]. When the kernel refuses, no page is added, and the next
+    /// harvest hands out all of memory.
+    fn protect(&mut self, behind: &mut Redirtied, pages: u64, dirty: &mut PageSet) -> Result<(), TrackError> {
+        let _ = (pages, dirty);
+        behind.clear();
+        Ok(())
+    }
+
+    /// [`harvest`](Self::harvest) when the guest stands still, which then needs no protection. Once the guest runs on, nobody
+    /// may read any more what was handed out; the pages that are unprotected come again with the next harvest, the others
+    /// have to be [given back](Self::give_back) if they were not read.
+    ///
+    /// # Errors
+    ///
+    /// As for `harvest`.
+    fn harvest_paused(&mut self, paused: &Paused, dirty: &mut PageSet) -> Result<(), TrackError> {
+        let _ = paused;
+        self.harvest(dirty)
+    }
 
     /// [`harvest`](Self::harvest) when nothing writes guest memory any more, neither a vCPU nor a device nor the saving of
     /// state: the last and complete view. Rings come first, then the logs of other writers, and a bitmap beside the rings

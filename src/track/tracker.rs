@@ -18,7 +18,7 @@ use super::shared::{Backend, Shared, State};
 use super::slots::{Slots, log_these_anew};
 use super::vcpu::Vcpu;
 use crate::kvm::ring::{DirtyRing, VmMark};
-use crate::kvm::{Kernel, KvmError, ManualProtect, RingSize, VmFd, caps};
+use crate::kvm::{Kernel, KvmError, ManualProtect, RingSize, UnmapError, VmFd, caps};
 use crate::layout::{GuestAddress, GuestMemory, PageRun, Region, SlotId};
 use crate::page_set::AtomicPageSet;
 #[cfg(any(test, feature = "testing"))]
@@ -206,6 +206,9 @@ impl DirtyTracker {
             state.pending.distribute(None, 0);
             *marks = AtomicPageSet::new(end);
         }
+        if state.pending.is_tracking() {
+            state.prepare_to_protect(&*self.shared.kernel);
+        }
         if initially == Initially::Dirty {
             memory.regions().iter().for_each(|region| state.pending.insert_run(region.pages));
         }
@@ -324,6 +327,16 @@ impl DirtyTracker {
     /// Handles of all vCPUs, in the order of attachment: for whoever throttles.
     pub fn vcpus(&self) -> Vec<VcpuHandle> {
         VcpuHandle::all(&self.shared)
+    }
+
+    /// Whether a full ring is recycled without protecting its pages, as of the last start of tracking.
+    ///
+    /// # Errors
+    ///
+    /// Why each of them is protected, which costs the guest a fault: the backend is the bitmap, or pages cannot be protected
+    /// one by one here.
+    pub fn recycles_without_protecting(&self) -> Result<(), UnmapError> {
+        self.shared.lock().pending.why_none_is_left()
     }
 
     /// What tracking did so far and what it cost.

@@ -6,6 +6,7 @@
 //! given back and forgotten, a page that another session took: each leaves a page behind.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroU64;
 
 use proptest::prelude::*;
 use proptest::sample::Index;
@@ -46,6 +47,8 @@ pub(super) struct View {
     taken: PageSet,
     /// Pages that observations reported and no harvest handed out yet.
     pub(super) redirtied: Redirtied,
+    /// What the last harvest left behind unprotected.
+    behind: Redirtied,
 }
 
 /// A guest and its sessions. The first of them always runs.
@@ -63,7 +66,8 @@ pub(super) struct Model {
 impl View {
     fn new(session: Session) -> Self {
         let (sent, taken) = (BTreeMap::new(), PageSet::new(end()));
-        Self { session, sent, taken, redirtied: Redirtied::new(end()) }
+        let nothing = || Redirtied::new(end());
+        Self { session, sent, taken, redirtied: nothing(), behind: nothing() }
     }
 
     /// A migration begins: all of memory is sent once.
@@ -71,12 +75,25 @@ impl View {
         self.sent.clone_from(version);
         self.taken.clear();
         self.redirtied.clear();
+        self.behind.clear();
     }
 }
 
 impl Model {
     pub(super) fn new(vcpus: usize, position: u32, cpu_log_entries: usize, bitmap: bool) -> Self {
+        Self::leaving(vcpus, position, cpu_log_entries, bitmap, 0)
+    }
+
+    /// The same where the kernel can take `granule` pages at once from a guest; none if it is 0.
+    pub(super) fn leaving(
+        vcpus: usize,
+        position: u32,
+        cpu_log_entries: usize,
+        bitmap: bool,
+        granule: u64,
+    ) -> Self {
         let kernel = FakeKernel::new();
+        kernel.can_take_pages(NonZeroU64::new(granule));
         let tracker = if bitmap {
             DirtyTracker::on_fake_bitmap(&kernel)
         } else {
@@ -136,6 +153,7 @@ impl Model {
                     view.sent.remove(&page);
                     view.taken.remove(PageIndex(page));
                     view.redirtied.pages_mut().remove(PageIndex(page));
+                    view.behind.pages_mut().remove(PageIndex(page));
                 }
             }
         }
@@ -169,6 +187,7 @@ impl Model {
         old.end(Leftover::GiveBack).unwrap();
         view.session.start().unwrap();
         view.redirtied.clear();
+        view.behind.clear();
     }
 
     fn wrote(&mut self, slot: u32, offset: u64) {
@@ -237,6 +256,36 @@ impl Model {
         pages(&dirty)
     }
 
+    fn harvest_protected(&mut self, view: usize) {
+        let mut dirty = PageSet::new(end());
+        let View { session, behind, .. } = &mut self.views[view];
+        behind.clear();
+        session.harvest_protected(&mut dirty, behind).unwrap();
+        assert!(!dirty.intersects(behind.pages_mut()), "protected or not");
+        self.send_of(view, &dirty);
+        let View { behind, redirtied, .. } = &mut self.views[view];
+        behind.strike_off(redirtied.pages_mut());
+        assert!(redirtied.is_empty(), "struck off and in no later round: {redirtied:?}");
+    }
+
+    fn protect(&mut self, view: usize, pages: u64) {
+        let mut dirty = PageSet::new(end());
+        let View { session, behind, .. } = &mut self.views[view];
+        let before = behind.len();
+        session.protect(behind, pages, &mut dirty).unwrap();
+        assert!(dirty.len() <= before - behind.len(), "no other pages");
+        self.send_of(view, &dirty);
+    }
+
+    fn harvest_paused(&mut self, view: usize) -> PageSet {
+        (0..self.vcpus.len()).for_each(|vcpu| self.kernel.exit(vcpu));
+        self.kernel.cancel_writes_during_reset();
+        let mut dirty = PageSet::new(end());
+        let paused = Paused::declare_every_vcpu_is_outside_kvm_run();
+        self.views[view].session.harvest_paused(&paused, &mut dirty).unwrap();
+        dirty
+    }
+
     fn harvest_final_of(&mut self, view: usize) {
         let paused = Paused::declare_every_vcpu_is_outside_kvm_run();
         (0..self.vcpus.len()).for_each(|vcpu| self.kernel.exit(vcpu));
@@ -297,7 +346,11 @@ pub(super) enum Event {
     VmmWrite { slot: u32, offset: u64 },
     Observe(Index),
     Harvest(Index),
+    HarvestProtected(Index),
+    Protect(Index, u64),
+    HarvestPaused { view: Index, called_off: bool },
     HarvestFinal(Index),
+    CannotTakePages,
     TakeSlotBitmap(Index, u32),
     Fail(Index),
     Restart(Index),
@@ -338,7 +391,12 @@ pub(super) fn event() -> impl Strategy<Value = Event> {
         2 => (slot.clone(), offset).prop_map(|(slot, offset)| Event::VmmWrite { slot, offset }),
         2 => any_one.clone().prop_map(Event::Observe),
         4 => any_one.clone().prop_map(Event::Harvest),
+        4 => any_one.clone().prop_map(Event::HarvestProtected),
+        4 => (any_one.clone(), 0..SLOT_PAGES).prop_map(|(view, pages)| Event::Protect(view, pages)),
+        2 => (any_one.clone(), any::<bool>())
+            .prop_map(|(view, called_off)| Event::HarvestPaused { view, called_off }),
         1 => any_one.clone().prop_map(Event::HarvestFinal),
+        1 => Just(Event::CannotTakePages),
         2 => (any_one.clone(), slot.clone()).prop_map(|(view, slot)| Event::TakeSlotBitmap(view, slot)),
         1 => any_one.clone().prop_map(Event::Fail),
         1 => any_one.clone().prop_map(Event::Restart),
@@ -389,6 +447,18 @@ impl Model {
                 session.observe_into(redirtied).unwrap();
             }
             Event::Harvest(view) => drop(self.harvest_of(view.index(views))),
+            Event::HarvestProtected(view) => self.harvest_protected(view.index(views)),
+            Event::Protect(view, pages) => self.protect(view.index(views), *pages),
+            Event::HarvestPaused { view, called_off } => {
+                let view = view.index(views);
+                let dirty = self.harvest_paused(view);
+                if *called_off {
+                    self.views[view].session.give_back(&dirty);
+                } else {
+                    self.send_of(view, &dirty);
+                }
+            }
+            Event::CannotTakePages => self.kernel.can_take_pages(None),
             Event::HarvestFinal(view) => self.harvest_final_of(view.index(views)),
             Event::TakeSlotBitmap(view, slot) => self.take_slot_bitmap_of(view.index(views), *slot),
             Event::Fail(view) => self.fail(view.index(views)),

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use kvm_ioctls::Kvm;
 use ringferry::kvm::RingSize;
-use ringferry::track::{DirtyTracker, Session, VcpuHandle};
+use ringferry::track::{self as tracked, DirtyTracker, Session, VcpuHandle};
 use ringferry::{PAGE_SIZE, PageIndex, PageSet};
 use ringferry_testvm::bare::{BareVcpu, BareVm, DATA, Pages, Privilege, Work};
 use serde::Serialize;
@@ -122,7 +122,8 @@ pub fn measure(kvm: &Kvm, case: &Case) -> anyhow::Result<(Figures, Option<CrossC
         sync.push(us(harvested.elapsed()));
         let after = rig.tracker.snapshot();
         harvest.push((after.harvest_ns - before.harvest_ns) as f64 * per_page);
-        reset.push((after.reset_ns - before.reset_ns) as f64 * per_page);
+        let protecting = |figures: &tracked::Figures| figures.reset_ns + figures.protect_ns;
+        reset.push((protecting(&after) - protecting(&before)) as f64 * per_page);
         anyhow::ensure!(
             dirty.len() == case.dirty_pages,
             "{} pages were harvested, the guest wrote {}",
