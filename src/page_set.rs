@@ -299,6 +299,13 @@ impl PageSet {
         words
     }
 
+    /// The pages of the run that are in the set, as runs in order, and they leave the set.
+    pub fn take_runs(&mut self, run: PageRun) -> Vec<PageRun> {
+        let runs = self.runs_within(run).collect();
+        self.remove_run(run);
+        runs
+    }
+
     /// The set as bits: bit `i` is page `i`. Bits at and beyond the capacity are 0.
     pub fn as_bits(&self) -> &BitSlice<u64, Lsb0> {
         self.levels[0].view_bits()

@@ -161,7 +161,9 @@ fn test_backend<G: Guest>(mut guest: G) {
             // Looking does not take.
             let mut redirtied = Redirtied::new(end);
             match guest.source().observe_into(&mut redirtied).unwrap() {
-                Observed::PerVcpu(counts) => assert!(G::PER_VCPU && counts == [count], "{counts:?}, {count}"),
+                Observed::PerVcpu { vcpus, others } => {
+                    assert!(G::PER_VCPU && (vcpus.as_slice(), others) == (&[count], 0), "{vcpus:?}, {count}")
+                }
                 Observed::Total(total) => assert!(!G::PER_VCPU && total == count, "{total}, {count}"),
                 Observed::Unobservable => assert!(G::UNOBSERVABLE && redirtied.is_empty()),
             }

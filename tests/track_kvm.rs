@@ -130,11 +130,11 @@ fn observing_costs_the_guest_nothing_and_counts_by_vcpu() {
     guest.session.start().unwrap();
     for written in [every(2, 0), every(2, 0), every(1, 0)] {
         guest.write(&written);
-        assert_eq!(guest.session.observe().unwrap(), Observed::PerVcpu(vec![written.len() as u64]));
+        assert_eq!(guest.session.observe().unwrap(), Observed::per_vcpu(vec![written.len() as u64]));
     }
     assert_eq!(guest.tracker.snapshot().resets, 0, "pages stayed writable");
     assert_eq!(guest.harvest(), every(1, 0));
-    assert_eq!(guest.session.observe().unwrap(), Observed::PerVcpu(vec![0]));
+    assert_eq!(guest.session.observe().unwrap(), Observed::per_vcpu(vec![0]));
     let figures = guest.tracker.snapshot().vcpus[0];
     assert_eq!((figures.pages, figures.duplicate_entries), (every(1, 0).len() as u64, 0));
     assert_eq!(figures.ring_entries_max, figures.pages);
@@ -150,7 +150,7 @@ fn a_page_that_the_host_took_away_and_gave_back_counts_once() {
     for _ in 0..3 {
         guest.write(&all);
         let counted = guest.session.observe_into(&mut redirtied).unwrap();
-        assert_eq!(counted, Observed::PerVcpu(vec![all.len() as u64]));
+        assert_eq!(counted, Observed::per_vcpu(vec![all.len() as u64]));
         for region in guest.vm.memory().regions() {
             take_and_give_back(guest.vm.memory(), region.pages);
         }
@@ -286,7 +286,7 @@ fn what_a_vcpu_wrote_before_it_died_is_harvested() {
     plugged.run_to_end(Some(&handle)).unwrap();
     drop((plugged, handle));
     guest.write(&only(1));
-    assert_eq!(guest.session.observe().unwrap(), Observed::PerVcpu(vec![1, every(4, 2).len() as u64]));
+    assert_eq!(guest.session.observe().unwrap(), Observed::per_vcpu(vec![1, every(4, 2).len() as u64]));
     assert_eq!(guest.harvest(), &every(4, 2) | &only(1));
 }
 
@@ -298,7 +298,7 @@ fn a_slot_id_that_is_used_again_tracks_its_new_pages() {
         guest.session.start().unwrap();
         guest.write(&every(1, 0));
         guest.tracker.remove_slot(SlotId(2)).unwrap();
-        assert!(matches!(guest.tracker.remove_slot(SlotId(2)), Err(TrackError::SlotUnknown(SlotId(2)))));
+        assert!(!guest.tracker.remove_slot(SlotId(2)).unwrap(), "it is forgotten");
         let elsewhere = PageIndex(DATA.0 + 100_000);
         let memory = guest.vm.move_slot(SlotId(2), elsewhere).unwrap();
         guest.tracker.add_memory(&memory).unwrap();

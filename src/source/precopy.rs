@@ -315,7 +315,7 @@ impl<V: Vm + ?Sized, D: DirtySource + ?Sized> Precopy<'_, '_, V, D> {
 
 fn dirtied(pages_dirtied: u64, observed: &Observed) -> RoundReport {
     let vcpu_pages_dirtied = match observed {
-        Observed::PerVcpu(pages) => pages.clone(),
+        Observed::PerVcpu { vcpus, .. } => vcpus.clone(),
         Observed::Total(_) | Observed::Unobservable => Vec::new(),
     };
     RoundReport { pages_dirtied, vcpu_pages_dirtied, ..RoundReport::default() }

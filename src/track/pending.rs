@@ -163,6 +163,15 @@ impl Pending {
         }
     }
 
+    /// What was found and is no RAM leaves the sink.
+    pub(super) fn remove_from_sink(&mut self, slots: &Slots) {
+        let end = self.capacity();
+        let sink = self.sink();
+        if !sink.is_empty() {
+            slots.holes(end).iter().for_each(|run| sink.remove_run(*run));
+        }
+    }
+
     /// All of these pages are dirty for every session.
     pub(super) fn insert_run(&mut self, run: PageRun) {
         self.running().for_each(|session| session.pages.insert_run(run));
@@ -253,9 +262,12 @@ impl Pending {
         for session in self.sessions.iter_mut().filter(|session| session.running) {
             let new = straight + if fresh.is_empty() { 0 } else { session.absorb(fresh) };
             new_to_any = new.max(new_to_any);
-            if let Some(vcpu) = vcpu {
-                session.vcpus[vcpu].taken += new;
-                session.vcpus[vcpu].repeated = 0;
+            match vcpu {
+                Some(vcpu) => {
+                    session.vcpus[vcpu].taken += new;
+                    session.vcpus[vcpu].repeated = 0;
+                }
+                None => session.others += new,
             }
         }
         fresh.clear();
@@ -366,15 +378,16 @@ impl Pending {
         Ok(())
     }
 
-    /// The pages that a session has in one run as a bitmap, bit 0 of word 0 the first.
-    pub(super) fn hand_out_words(
+    /// The pages that a session has in one run, as `take` takes them out of its set.
+    pub(super) fn hand_out_run<T>(
         &mut self,
         _: impl AllReadable,
         key: SessionKey,
         run: PageRun,
-    ) -> Result<Vec<u64>, TrackError> {
+        take: impl FnOnce(&mut PageSet, PageRun) -> T,
+    ) -> Result<T, TrackError> {
         self.unsure_handed_out += self.unsure.count_within(run);
-        Ok(find(&mut self.sessions, key)?.hand_out_words(&self.unsure, run))
+        Ok(find(&mut self.sessions, key)?.hand_out_run(&self.unsure, run, take))
     }
 }
 

@@ -378,6 +378,13 @@ impl Rings {
         }
         // Else another thread's reset did some of them.
         let is_ours = unflagged == count;
+        if !is_ours {
+            // It flushes the TLBs only after it has let go of KVM's lock, and ours had nothing to flush: whether the pages are
+            // protected for every vCPU by now, nobody knows.
+            cx.counters.foreign_resets.add(1);
+            tracing::warn!("another thread has reset the dirty rings: every page is taken for dirty");
+            pending.everything = true;
+        }
         for ring in &mut self.rings {
             let Prefix { entries, dirty_again } = ring.unflagged;
             if dirty_again && !is_ours {

@@ -5,12 +5,14 @@ use std::sync::atomic::{Ordering, fence};
 
 use super::error::TrackError;
 use super::handle::VcpuHandle;
+use super::others::Others;
 use super::redirtied::Redirtied;
 use super::session_pages::SessionKey;
 use super::shared::{Backend, Shared, State};
 use super::source::{DirtySource, Observed};
 use super::unprotected::protect_some;
-use crate::layout::SlotId;
+use crate::kvm::caps;
+use crate::layout::{PageRun, SlotId};
 use crate::page_set::PageSet;
 use crate::vm::{Paused, Settled};
 
@@ -50,7 +52,8 @@ impl Session {
     /// [`TrackError::AlreadyTracking`] when started twice, or what the kernel or an external source refused. Every session is
     /// then as before.
     pub fn start(&self) -> Result<(), TrackError> {
-        let state = &mut *self.shared.lock();
+        let (mut others, mut state) = self.shared.lock_all();
+        let (others, state) = (&mut *others, &mut *state);
         if state.pending.session(self.key)?.running {
             return Err(TrackError::AlreadyTracking);
         }
@@ -58,9 +61,9 @@ impl Session {
             // A page that was dirtied before, and is still writable, makes no entry when it is written after the start. So
             // everything that is dirty goes to the others first, which protects it: its next write is then seen. What is
             // dirtied while this collects is still in a ring when it is done, and comes to this session too.
-            self.shared.collect_all(state)?;
+            self.shared.collect_all(state, others, false)?;
         } else {
-            self.shared.start_logging(state)?;
+            self.shared.start_logging(state, others)?;
         }
         state.pending.begin(self.key)?;
         self.shared.tracking.store(true, Ordering::Relaxed);
@@ -95,8 +98,8 @@ impl Session {
     /// [`TrackError::NotTracking`], [`TrackError::SetTooSmall`], or what the kernel refused; nothing is lost then.
     pub fn harvest(&self, dirty: &mut PageSet) -> Result<(), TrackError> {
         self.shared.protect_in_steps();
-        self.harvest_by(dirty, |shared, state, dirty| {
-            let all = shared.collect_all(state)?;
+        self.harvest_by(dirty, |state, others, dirty| {
+            let all = self.shared.collect_all(state, others, false)?;
             state.pending.hand_out(all, self.key, dirty)
         })
     }
@@ -107,8 +110,8 @@ impl Session {
     ///
     /// As for `harvest`.
     pub fn harvest_protected(&self, dirty: &mut PageSet, behind: &mut Redirtied) -> Result<(), TrackError> {
-        self.harvest_by(dirty, |shared, state, dirty| {
-            let collected = shared.collect(state, false)?;
+        self.harvest_by(dirty, |state, others, dirty| {
+            let collected = self.shared.collect(state, others, false)?;
             state.pending.hand_out_protected(collected, self.key, dirty, behind)
         })
     }
@@ -131,8 +134,8 @@ impl Session {
     ///
     /// As for `harvest`.
     pub fn harvest_paused(&self, paused: &Paused, dirty: &mut PageSet) -> Result<(), TrackError> {
-        self.harvest_by(dirty, |shared, state, dirty| {
-            shared.collect(state, true)?;
+        self.harvest_by(dirty, |state, others, dirty| {
+            self.shared.collect(state, others, true)?;
             state.pending.hand_out_paused(paused, self.key, dirty)
         })
     }
@@ -147,20 +150,65 @@ impl Session {
     }
 
     /// What `KVM_GET_DIRTY_LOG` would say of one slot: bit 0 of word 0 is its first page. The pages of other slots
-    /// stay for their own turn.
+    /// stay for their own turn. It costs by the size of the slot: [`take_slot_runs`](Self::take_slot_runs) by what is dirty.
     ///
     /// # Errors
     ///
     /// [`TrackError::SlotUnknown`], and as for [`harvest`](Self::harvest).
     pub fn take_slot_bitmap(&self, slot: SlotId) -> Result<Vec<u64>, TrackError> {
+        self.take_slot(slot, false, PageSet::take_words)
+    }
+
+    /// [`take_slot_bitmap`](Self::take_slot_bitmap) when nothing writes guest memory any more: the last and complete view, on
+    /// arm64 with what the kernel logged beside the rings.
+    ///
+    /// # Errors
+    ///
+    /// As for `take_slot_bitmap`.
+    pub fn take_slot_bitmap_final(&self, _: &Settled<'_>, slot: SlotId) -> Result<Vec<u64>, TrackError> {
+        self.take_slot(slot, true, PageSet::take_words)
+    }
+
+    /// The dirty pages of one slot as runs of guest frame numbers, in order. The pages of other slots stay for their own turn.
+    ///
+    /// # Errors
+    ///
+    /// [`TrackError::SlotUnknown`], and as for [`harvest`](Self::harvest).
+    pub fn take_slot_runs(
+        &self,
+        slot: SlotId,
+    ) -> Result<impl ExactSizeIterator<Item = PageRun> + use<>, TrackError> {
+        self.take_slot(slot, false, PageSet::take_runs).map(Vec::into_iter)
+    }
+
+    /// [`take_slot_runs`](Self::take_slot_runs) when nothing writes guest memory any more.
+    ///
+    /// # Errors
+    ///
+    /// As for `take_slot_runs`.
+    pub fn take_slot_runs_final(
+        &self,
+        _: &Settled<'_>,
+        slot: SlotId,
+    ) -> Result<impl ExactSizeIterator<Item = PageRun> + use<>, TrackError> {
+        self.take_slot(slot, true, PageSet::take_runs).map(Vec::into_iter)
+    }
+
+    fn take_slot<T>(
+        &self,
+        slot: SlotId,
+        quiet: bool,
+        take: impl FnOnce(&mut PageSet, PageRun) -> T,
+    ) -> Result<T, TrackError> {
         self.shared.protect_in_steps();
-        let state = &mut *self.shared.lock();
+        let (mut others, mut state) = self.shared.lock_all();
+        let state = &mut *state;
         let run = state.slots.get(slot).ok_or(TrackError::SlotUnknown(slot))?.pages;
         state.pending.running_session(self.key)?;
-        let collected = self.shared.collect_all(state)?;
-        let words = state.pending.hand_out_words(collected, self.key, run)?;
+        let collected = self.shared.collect_all(state, &mut others, quiet)?;
+        let taken = state.pending.hand_out_run(collected, self.key, run, take)?;
         self.shared.counters.harvests.add(1);
-        Ok(words)
+        Ok(taken)
     }
 
     /// Marks pages dirty again that were harvested and never arrived: see [`DirtySource::give_back`].
@@ -176,12 +224,13 @@ impl Session {
     ///
     /// The first thing that the kernel refused; the session has stopped all the same.
     pub fn stop(&self) -> Result<(), TrackError> {
+        let mut others = self.shared.others.lock();
         let state = &mut *self.shared.lock();
         if !state.pending.session(self.key)?.running {
             return Ok(());
         }
         state.pending.stop(self.key)?;
-        if state.pending.is_tracking() { Ok(()) } else { self.shared.stop_logging(state) }
+        if state.pending.is_tracking() { Ok(()) } else { self.shared.stop_logging(state, &mut others) }
     }
 
     /// Stops, and forgets its pages or leaves them to the session that starts next.
@@ -193,9 +242,10 @@ impl Session {
     pub fn end(self, leftover: Leftover) -> Result<(), TrackError> {
         let mut collected = Ok(());
         if leftover == Leftover::GiveBack {
-            let state = &mut *self.shared.lock();
+            let (mut others, mut state) = self.shared.lock_all();
+            let state = &mut *state;
             if state.pending.session(self.key)?.running {
-                collected = self.shared.collect(state, false).map(drop);
+                collected = self.shared.collect(state, &mut others, false).map(drop);
                 if collected.is_err() {
                     state.slots.regions().for_each(|region| state.pending.insert_run(region.pages));
                 }
@@ -206,27 +256,36 @@ impl Session {
     }
 
     fn observe_and_tell(&self, redirtied: Option<&mut Redirtied>) -> Result<Observed, TrackError> {
-        let State { backend, slots, pending, .. } = &mut *self.shared.lock();
-        pending.running_session(self.key)?;
-        let Backend::Ring { rings, .. } = backend else { return Ok(Observed::Unobservable) };
-        let observed = rings.observe(self.shared.context(slots), pending, self.key, redirtied.is_some())?;
-        if let Some(redirtied) = redirtied {
-            pending.running_session(self.key)?.tell(redirtied);
+        // Another session may be at them, and then has what they log.
+        let mut others = self.shared.others.try_lock();
+        if let Some(others) = &mut others {
+            others.drain_if_rested();
         }
-        Ok(Observed::PerVcpu(observed))
+        let state = &mut *self.shared.lock();
+        state.pending.running_session(self.key)?;
+        self.shared.collect_others(state, others.as_deref_mut());
+        let State { backend, slots, pending, .. } = state;
+        let Backend::Ring { rings, .. } = backend else { return Ok(Observed::Unobservable) };
+        let vcpus = rings.observe(self.shared.context(slots), pending, self.key, redirtied.is_some())?;
+        let session = pending.running_session(self.key)?;
+        if let Some(redirtied) = redirtied {
+            session.tell(redirtied);
+        }
+        Ok(Observed::PerVcpu { vcpus, others: session.others })
     }
 
     /// One harvest, collected and handed out by `collect`.
     fn harvest_by(
         &self,
         dirty: &mut PageSet,
-        collect: impl FnOnce(&Shared, &mut State, &mut PageSet) -> Result<(), TrackError>,
+        collect: impl FnOnce(&mut State, &mut Others, &mut PageSet) -> Result<(), TrackError>,
     ) -> Result<(), TrackError> {
-        let state = &mut *self.shared.lock();
+        let (mut others, mut state) = self.shared.lock_all();
+        let state = &mut *state;
         state.pending.running_session(self.key)?;
         state.pending.check_fits(dirty)?;
         state.pending.harvest_begins();
-        let outcome = collect(&self.shared, state, dirty);
+        let outcome = collect(state, &mut others, dirty);
         state.pending.harvest_ends();
         outcome?;
         self.shared.counters.harvests.add(1);
@@ -245,14 +304,18 @@ impl Drop for Session {
 
 impl DirtySource for Session {
     fn backend(&self) -> &'static str {
-        match self.shared.lock().backend {
-            Backend::Ring { .. } => "ring",
-            Backend::Bitmap(_) => "bitmap",
-        }
+        self.shared.lock().backend.name()
     }
 
     fn vcpus(&self) -> Vec<VcpuHandle> {
         VcpuHandle::all(&self.shared)
+    }
+
+    fn unseen_per_vcpu(&self) -> u64 {
+        match self.shared.lock().backend {
+            Backend::Ring { .. } => caps::pml_entries(),
+            Backend::Bitmap(_) => 0,
+        }
     }
 
     fn start(&mut self) -> Result<(), TrackError> {

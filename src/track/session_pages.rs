@@ -47,6 +47,8 @@ pub(super) struct SessionPages {
     untold: PageSet,
     /// Pages that were handed out before and did not arrive. They outlast a period of tracking.
     pub(super) given_back: PageSet,
+    /// Pages since the last harvest that no vCPU was the first to dirty.
+    pub(super) others: u64,
     /// The pause in which it was handed out pages that are unprotected, if it was since.
     pub(super) handed_out_in: Option<u64>,
     /// By vCPU, in the order of attachment.
@@ -63,6 +65,7 @@ impl SessionPages {
             reported: empty(),
             untold: empty(),
             given_back: empty(),
+            others: 0,
             handed_out_in: None,
             vcpus: vec![VcpuPages::default(); vcpus],
         }
@@ -84,6 +87,7 @@ impl SessionPages {
         self.reported.clear();
         self.untold.clear();
         self.vcpus.fill(VcpuPages::default());
+        self.others = 0;
     }
 
     /// Adds pages that came out of KVM; how many of them it did not have.
@@ -157,8 +161,13 @@ impl SessionPages {
         self.given_back.clear();
     }
 
-    /// The pages of one run as a bitmap, bit 0 of word 0 the first, `unsure` ones besides.
-    pub(super) fn hand_out_words(&mut self, unsure: &PageSet, run: PageRun) -> Vec<u64> {
+    /// The pages of one run, `unsure` ones besides, as `take` takes them out of the set.
+    pub(super) fn hand_out_run<T>(
+        &mut self,
+        unsure: &PageSet,
+        run: PageRun,
+        take: impl FnOnce(&mut PageSet, PageRun) -> T,
+    ) -> T {
         self.pages.union(unsure);
         for part in self.given_back.runs_within(run) {
             self.pages.insert_run(part);
@@ -167,15 +176,16 @@ impl SessionPages {
             set.remove_run(run);
         }
         let before = self.pages.len();
-        let words = self.pages.take_words(run);
+        let taken = take(&mut self.pages, run);
         self.divide(Remainder { left: self.pages.len(), before });
-        words
+        taken
     }
 
-    /// The pages of one slot were handed out. Whose the others are is not known: each vCPU keeps its share of them.
+    /// The pages of one slot were handed out. Whose the rest are is not known: each vCPU keeps its share of them.
     fn divide(&mut self, remainder: Remainder) {
         for vcpu in &mut self.vcpus {
             vcpu.taken = remainder.share_of(vcpu.taken);
         }
+        self.others = remainder.share_of(self.others);
     }
 }

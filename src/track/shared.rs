@@ -1,14 +1,13 @@
 //! What a tracker, its sessions and its vCPU handles share: one lock, and the way that dirty pages take under it.
 
-use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
 use super::bitmap::{AllCleared, BitmapLog};
 use super::error::TrackError;
-use super::external::ExternalSource;
 use super::figures::VmCounters;
+use super::others::Others;
 use super::pending::{AllReadable, Pending, ProtectedReadable};
 use super::rings::{AllReset, Context, Rings};
 use super::slots::{Slots, log_anew};
@@ -32,6 +31,8 @@ pub(super) struct Shared {
     pub(super) marks: RwLock<AtomicPageSet>,
     /// vCPUs that wait for the lock, because their rings are full.
     pub(super) full_rings: AtomicU32,
+    /// Writers that KVM does not see. This lock is taken before `state`, never after.
+    pub(super) others: parking_lot::Mutex<Others>,
     /// The recycle lock. A `std` mutex is one futex word: unlike others it never allocates.
     pub(super) state: Mutex<State>,
 }
@@ -41,31 +42,7 @@ pub(super) struct State {
     pub(super) backend: Backend,
     pub(super) slots: Slots,
     pub(super) vcpus: Vec<Arc<Vcpu>>,
-    pub(super) externals: Vec<External>,
-    pub(super) next_external: u64,
     pub(super) pending: Pending,
-}
-
-/// An external source that was added to a tracker.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct ExternalId(pub(super) u64);
-
-pub(super) struct External {
-    pub(super) id: ExternalId,
-    pub(super) source: Box<dyn ExternalSource>,
-}
-
-impl External {
-    pub(super) fn start(&mut self) -> Result<(), TrackError> {
-        let name = self.source.name();
-        self.source.start().map_err(|source| TrackError::External { name, source })
-    }
-}
-
-impl fmt::Debug for External {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.id.0, self.source.name())
-    }
 }
 
 #[derive(Debug)]
@@ -77,6 +54,16 @@ pub(super) enum Backend {
         beside: Option<BitmapLog>,
     },
     Bitmap(BitmapLog),
+}
+
+impl Backend {
+    /// As reports show it.
+    pub(super) fn name(&self) -> &'static str {
+        match self {
+            Self::Ring { .. } => "ring",
+            Self::Bitmap(_) => "bitmap",
+        }
+    }
 }
 
 /// Proof from whichever backend it is.
@@ -104,27 +91,19 @@ impl State {
         }
         self.pending.may_leave(prepared);
     }
-
-    /// Starts every external source; none is left on when one cannot.
-    pub(super) fn start_externals(&mut self) -> Result<(), TrackError> {
-        for at in 0..self.externals.len() {
-            if let Err(error) = self.externals[at].start() {
-                self.externals[..at].iter_mut().for_each(|external| external.source.stop());
-                return Err(error);
-            }
-        }
-        Ok(())
-    }
-
-    pub(super) fn stop_externals(&mut self) {
-        self.externals.iter_mut().for_each(|external| external.source.stop());
-    }
 }
 
 impl Shared {
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         // A panic elsewhere leaves pages in `pending` or in the rings: taking them again is harmless.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Both locks, with all that external sources have logged found.
+    pub(super) fn lock_all(&self) -> (parking_lot::MutexGuard<'_, Others>, MutexGuard<'_, State>) {
+        let mut others = self.others.lock();
+        others.drain();
+        (others, self.lock())
     }
 
     pub(super) fn ring_full(&self, vcpu: &Arc<Vcpu>) -> Result<(), TrackError> {
@@ -144,15 +123,15 @@ impl Shared {
     }
 
     /// The first session is about to begin.
-    pub(super) fn start_logging(&self, state: &mut State) -> Result<(), TrackError> {
+    pub(super) fn start_logging(&self, state: &mut State, others: &mut Others) -> Result<(), TrackError> {
         if let Backend::Ring { rings, .. } = &mut state.backend {
             // What an earlier period left behind.
             rings.recycle(self.context(&state.slots), &mut state.pending)?;
         }
         state.pending.forget();
-        state.start_externals()?;
+        others.start()?;
         if let Err(error) = state.slots.log_anew(&*self.kernel) {
-            state.stop_externals();
+            others.stop();
             return Err(error.into());
         }
         state.prepare_to_protect(&*self.kernel);
@@ -160,9 +139,9 @@ impl Shared {
     }
 
     /// The last session has stopped.
-    pub(super) fn stop_logging(&self, state: &mut State) -> Result<(), TrackError> {
+    pub(super) fn stop_logging(&self, state: &mut State, others: &mut Others) -> Result<(), TrackError> {
         self.tracking.store(false, Ordering::Relaxed);
-        state.stop_externals();
+        others.stop();
         let logging_off = state.slots.stop_logging(&*self.kernel);
         if let Backend::Ring { rings, .. } = &mut state.backend {
             rings.recycle(self.context(&state.slots), &mut state.pending)?;
@@ -187,9 +166,26 @@ impl Shared {
         }
     }
 
+    /// Gives what others than vCPUs have written to every session. It is not protected against them: they log their next write
+    /// in any case.
+    pub(super) fn collect_others(&self, state: &mut State, others: Option<&mut Others>) {
+        let State { slots, pending, .. } = state;
+        self.marks.read().unwrap_or_else(PoisonError::into_inner).drain_into(pending.sink());
+        if let Some(others) = others {
+            others.move_into(pending.sink());
+        }
+        pending.remove_from_sink(slots);
+        pending.distribute(None, 0);
+    }
+
     /// Gives all that is dirty to every session, and protects all of it.
-    pub(super) fn collect_all(&self, state: &mut State) -> Result<AllProtected, TrackError> {
-        self.collect(state, false)?;
+    pub(super) fn collect_all(
+        &self,
+        state: &mut State,
+        others: &mut Others,
+        quiet: bool,
+    ) -> Result<AllProtected, TrackError> {
+        self.collect(state, others, quiet)?;
         let State { slots, pending, .. } = state;
         protect_all(self.context(slots), pending);
         self.rearm_if_lost(slots, pending)?;
@@ -198,8 +194,13 @@ impl Shared {
 
     /// Gives all that is dirty to every session, protected as far as it was not left unprotected on purpose. `quiet`: every
     /// vCPU is outside the guest.
-    pub(super) fn collect(&self, state: &mut State, quiet: bool) -> Result<Collected, TrackError> {
-        let State { backend, slots, externals, pending, .. } = state;
+    pub(super) fn collect(
+        &self,
+        state: &mut State,
+        others: &mut Others,
+        quiet: bool,
+    ) -> Result<Collected, TrackError> {
+        let State { backend, slots, pending, .. } = state;
         let cx = self.context(slots);
         let collected = match backend {
             Backend::Ring { rings, .. } if quiet => {
@@ -210,7 +211,7 @@ impl Shared {
         };
         // After the guest's: what a device wrote because of what the guest wrote is then in the same harvest.
         self.marks.read().unwrap_or_else(PoisonError::into_inner).drain_into(pending.sink());
-        externals.iter_mut().for_each(|external| external.source.drain_into(pending.sink()));
+        others.move_into(pending.sink());
         // Last of all: it has what the kernel wrote with no vCPU at hand, on behalf of whatever stopped just now.
         if let Backend::Ring { beside: Some(log), .. } = backend
             && quiet

@@ -64,7 +64,7 @@ impl Slots {
         self.slots.retain(|slot| slot.id != id);
     }
 
-    pub(super) fn regions(&self) -> impl Iterator<Item = &Region> {
+    pub(super) fn regions(&self) -> impl Iterator<Item = &Region> + Clone {
         self.slots.iter().map(Slot::region)
     }
 
@@ -105,16 +105,7 @@ impl Slots {
     /// Protects every page of every slot and logs writes from then on; none is logged when one was refused. A write in
     /// between is not seen: the pages count as dirty anyway, or have not been read yet.
     pub(super) fn log_anew(&self, kernel: &dyn Kernel) -> Result<(), KvmError> {
-        for (done, region) in self.regions().enumerate() {
-            if let Err(error) = log_anew(kernel, region) {
-                for region in self.regions().take(done) {
-                    // Best effort: the refusal that matters is already being reported.
-                    let _ = kernel.set_dirty_logging(region, false);
-                }
-                return Err(error);
-            }
-        }
-        Ok(())
+        log_these_anew(kernel, self.regions())
     }
 
     /// Ends dirty logging of all slots. All are tried, and the first refusal is returned.
@@ -122,6 +113,24 @@ impl Slots {
         let stop = |region| kernel.set_dirty_logging(region, false);
         self.regions().map(stop).fold(Ok(()), Result::and)
     }
+}
+
+/// The same for some slots.
+pub(super) fn log_these_anew<'a>(
+    kernel: &dyn Kernel,
+    regions: impl IntoIterator<Item = &'a Region> + Clone,
+) -> Result<(), KvmError> {
+    for (done, region) in regions.clone().into_iter().enumerate() {
+        if let Err(error) = log_anew(kernel, region) {
+            // The last one too: it may have been logged before.
+            for region in regions.into_iter().take(done + 1) {
+                // Best effort: the refusal that matters is already being reported.
+                let _ = kernel.set_dirty_logging(region, false);
+            }
+            return Err(error);
+        }
+    }
+    Ok(())
 }
 
 /// Protects every page of one slot and logs writes from then on.

@@ -9,7 +9,7 @@ use crate::vm::{Paused, Settled};
 /// What was dirtied since the last harvest, observed without disturbing the guest.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Observed {
-    /// Pages by the vCPU that dirtied them, in the order in which the vCPUs were attached.
+    /// Pages by who dirtied them.
     ///
     /// A page counts once for the vCPU that dirtied it first. With [`observe`](DirtySource::observe), which only counts,
     /// it may count again before the next harvest: if KVM emulates guest instructions, if a ring was recycled early, or
@@ -17,11 +17,23 @@ pub enum Observed {
     /// [`observe_into`](DirtySource::observe_into) it does not, unless two vCPUs named it and a ring of theirs was
     /// recycled early. After [`take_slot_bitmap`](super::Session::take_slot_bitmap), pages of other slots that were
     /// taken from the rings meanwhile are divided among the vCPUs as before.
-    PerVcpu(Vec<u64>),
+    PerVcpu {
+        /// By vCPU, in the order in which the vCPUs were attached.
+        vcpus: Vec<u64>,
+        /// Those that none of them dirtied first: device threads, other processes, DMA, as far as their logs were read by now.
+        others: u64,
+    },
     /// Pages, whoever dirtied them.
     Total(u64),
     /// This backend cannot observe without protecting the pages again.
     Unobservable,
+}
+
+impl Observed {
+    /// Pages that vCPUs dirtied and nobody else.
+    pub fn per_vcpu(vcpus: Vec<u64>) -> Self {
+        Self::PerVcpu { vcpus, others: 0 }
+    }
 }
 
 /// One place that dirty pages come from, for one user at a time: so its methods take `&mut self`, although a
@@ -34,6 +46,12 @@ pub trait DirtySource: Send {
     /// none. Each knows its [`index`](VcpuHandle::index) in the VMM.
     fn vcpus(&self) -> Vec<VcpuHandle> {
         Vec::new()
+    }
+
+    /// How many pages of each vCPU an observation, or a harvest while the guest runs, may not see yet: on a host with PML the
+    /// processor keeps up to 512 until the vCPU next leaves the guest.
+    fn unseen_per_vcpu(&self) -> u64 {
+        0
     }
 
     /// Begins tracking: what is dirtied from here on will be harvested.

@@ -41,28 +41,28 @@ fn external_logs_begin_end_and_are_harvested_with_the_tracker() {
     pages.lock().unwrap().as_mut().expect("started, as tracking is on").extend([5, SLOT_PAGES, u64::MAX]);
     model.write(0, 0, 7);
     let mut dirty = PageSet::new(end());
-    model.session.harvest(&mut dirty).unwrap();
+    model.session().harvest(&mut dirty).unwrap();
     assert_eq!(
         dirty.runs().map(|run| run.first.0).collect::<Vec<_>>(),
         [5, 7],
         "and no page that is not RAM"
     );
 
-    model.session.stop().unwrap();
+    model.session().stop().unwrap();
     assert!(pages.lock().unwrap().is_none());
     let refusing = Log { refuses: true, ..Log::default() };
     let refusing = model.tracker.add_external(Box::new(refusing)).unwrap();
-    let error = model.session.start().unwrap_err();
+    let error = model.session().start().unwrap_err();
     assert!(matches!(error, TrackError::External { name: "test", .. }), "{error:?}");
     assert!(pages.lock().unwrap().is_none(), "the first log was stopped again");
     assert!(model.tracker.remove_external(refusing).is_some());
     assert!(model.tracker.remove_external(refusing).is_none());
 
-    model.session.start().unwrap();
+    model.session().start().unwrap();
     pages.lock().unwrap().as_mut().unwrap().push(9);
     assert!(model.tracker.remove_external(id).is_some());
     dirty.clear();
-    model.session.harvest(&mut dirty).unwrap();
+    model.session().harvest(&mut dirty).unwrap();
     assert!(dirty.contains(PageIndex(9)), "what it had logged when it went");
 }
 
@@ -97,19 +97,19 @@ fn what_was_given_back_outlasts_everything_but_a_harvest() {
     let (kept, other) = (slot_pages(1).first, slot_pages(2).first);
     let mut given_back = PageSet::new(end());
     given_back.extend([kept, other, PageIndex(slot_pages(0).end().0)]);
-    model.session.give_back(&given_back);
-    model.session.stop().unwrap();
+    model.session().give_back(&given_back);
+    model.session().stop().unwrap();
     let beyond = PageRun { first: PageIndex(50_000), pages: 10 };
     model.tracker.add_memory(&model.kernel.create_slot(SlotId(9), beyond)).unwrap();
-    model.session.start().unwrap();
-    assert_eq!(model.session.take_slot_bitmap(SlotId(2)).unwrap()[0], 1);
-    model.session.stop().unwrap();
-    model.session.start().unwrap();
+    model.session().start().unwrap();
+    assert_eq!(model.session().take_slot_bitmap(SlotId(2)).unwrap()[0], 1);
+    model.session().stop().unwrap();
+    model.session().start().unwrap();
     let mut dirty = PageSet::new(beyond.end());
-    model.session.harvest(&mut dirty).unwrap();
+    model.session().harvest(&mut dirty).unwrap();
     let pages: Vec<PageIndex> = dirty.runs().map(|run| run.first).collect();
     assert_eq!((dirty.len(), pages), (1, vec![kept]), "once, and no page that is not RAM");
     dirty.clear();
-    model.session.harvest(&mut dirty).unwrap();
+    model.session().harvest(&mut dirty).unwrap();
     assert!(dirty.is_empty());
 }

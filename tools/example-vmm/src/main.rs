@@ -63,8 +63,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     // 5. The migration thread: start, observe as often as it likes, harvest once a round.
     let session = tracker.start()?;
     thread::sleep(Duration::from_millis(200));
-    if let Observed::PerVcpu(pages) = session.observe()? {
-        println!("observed pages per vCPU: {pages:?}");
+    if let Observed::PerVcpu { vcpus, others } = session.observe()? {
+        println!("observed pages per vCPU: {vcpus:?}, of others: {others}");
     }
     ram.write_obj(1_u64, GuestAddress(0x8000))?; // a device model's write
     let mut dirty = PageSet::new(PageIndex((RAM_BYTES / PAGE_SIZE) as u64));
