@@ -12,6 +12,8 @@ use kvm_bindings::{
 };
 
 use super::{KvmError, sys};
+use crate::layout::PAGE_SIZE;
+use crate::os::memory::page_bytes;
 
 /// Bytes of one ring entry, `struct kvm_dirty_gfn`.
 const ENTRY_BYTES: u32 = 16;
@@ -120,6 +122,14 @@ pub(crate) fn pml_entries() -> u64 {
     }
 }
 
+/// KVM tracks in pages of the host. A kernel that does not say has what all of ours have.
+fn check_page_size(bytes: Option<usize>) -> Result<(), KvmError> {
+    match bytes {
+        Some(bytes) if bytes != PAGE_SIZE => Err(KvmError::PageSize { bytes }),
+        _ => Ok(()),
+    }
+}
+
 /// Gives every future vCPU of the VM a dirty ring. Returns whether there is a bitmap beside the rings, for the pages
 /// that no vCPU dirtied.
 ///
@@ -127,6 +137,7 @@ pub(crate) fn pml_entries() -> u64 {
 /// bitmap must be enabled before the first memory slot exists; and it is collected last, once no vCPU runs, as it is
 /// not meant to be read while entries are still made.
 pub(crate) fn enable_ring(vm: BorrowedFd<'_>, size: RingSize) -> Result<bool, KvmError> {
+    check_page_size(page_bytes())?;
     let capabilities = Capabilities::probe(vm)?;
     let (capability, entries_max) = capabilities.ring().ok_or(KvmError::RingUnsupported)?;
     let too_large = KvmError::RingTooLarge { entries: size.entries(), entries_max };
@@ -176,6 +187,7 @@ pub(crate) fn set_manual_protect(vm: BorrowedFd<'_>, protect: ManualProtect) -> 
 
 /// Parts `KVM_GET_DIRTY_LOG` from the protecting, which `KVM_CLEAR_DIRTY_LOG` then does.
 pub(crate) fn enable_manual_protect(vm: BorrowedFd<'_>) -> Result<(), KvmError> {
+    check_page_size(page_bytes())?;
     if !Capabilities::probe(vm)?.manual_protect {
         return Err(KvmError::ManualProtectUnsupported);
     }
@@ -195,6 +207,16 @@ mod tests {
             let size = RingSize::from_entries(1 << shift).unwrap();
             assert_eq!(size.bytes(), 16 << shift);
         }
+    }
+
+    #[test]
+    fn a_kernel_with_larger_pages_is_refused_by_name() {
+        for bytes in [16 << 10, 64 << 10] {
+            let refused = check_page_size(Some(bytes)).unwrap_err();
+            assert!(refused.to_string().contains(&bytes.to_string()), "{refused}");
+        }
+        check_page_size(Some(4096)).unwrap();
+        check_page_size(page_bytes()).unwrap();
     }
 
     #[test]

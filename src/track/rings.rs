@@ -36,6 +36,10 @@ const RESERVED_ENTRIES: u32 = 64 + 512;
 /// How often in a row a vCPU may say that its ring is full when there is nothing to take, before it is given up.
 const EMPTY_CALLS_MAX: u32 = 1_000;
 
+/// So many of them are taken for a run of the vCPU in between, if it passes no gate that would count: a VMM calls once for
+/// each exit.
+const UNCOUNTED_CALLS: u32 = 16;
+
 /// What the recycler needs of the rest of the tracker.
 #[derive(Clone, Copy)]
 pub(super) struct Context<'a> {
@@ -166,7 +170,7 @@ impl Ring {
             return Err(TrackError::RingLost(self.vcpu.index));
         }
         let passes = Some(self.vcpu.gate.count_next_pass());
-        if self.passes != passes {
+        if self.passes != passes || self.empty_calls.is_multiple_of(UNCOUNTED_CALLS) {
             self.empty_fulls += 1;
         }
         self.passes = passes;

@@ -278,3 +278,20 @@ fn a_slot_is_taken_a_last_time_with_what_no_vcpu_wrote() {
     let settled = paused.declare_nothing_else_writes();
     assert_eq!(session.take_slot_bitmap_final(&settled, SlotId(1)).unwrap()[..2], [0, 3 << 6]);
 }
+
+#[test]
+fn a_vcpu_that_passes_no_gate_gets_its_overrun_ring_back_all_the_same() {
+    let mut model = Model::new(1, 0, 0, false);
+    let over: Vec<u64> = (0..u64::from(RING) + 40).collect();
+    model.emulate(0, 1, &over);
+    // All entries are taken and overwritten in part: KVM says full, and there is nothing to take.
+    let calls = (1..1_000).find(|_| {
+        model.vcpus[0].ring_full().unwrap();
+        model.kernel.write(0, SlotId(1), 7)
+    });
+    assert!(calls.is_some());
+    assert_eq!(model.tracker.snapshot().vcpus[0].overflows, 1);
+    model.harvest();
+    model.write(0, 1, 8);
+    model.check_nothing_is_lost();
+}
