@@ -31,7 +31,7 @@ fn at(index: usize) -> PageIndex {
 fn harvest(tracker: &mut PagemapTracker) -> Vec<usize> {
     let mut dirty = PageSet::new(PageIndex(PAGES as u64));
     tracker.harvest(&mut dirty).unwrap();
-    dirty.as_bits().iter_ones().collect()
+    dirty.runs().flat_map(|run| run.first.0..run.end().0).map(|page| usize::try_from(page).unwrap()).collect()
 }
 
 /// A small xorshift generator: the writers need no better one.
