@@ -32,7 +32,9 @@ pub mod transport;
 #[cfg(feature = "migrate")]
 pub mod wire;
 
-pub use layout::{GuestAddress, GuestMemory, PAGE_SIZE, PageIndex, PageRun, RAM_END_MAX, Region, SlotId};
+pub use layout::{
+    GuestAddress, GuestMemory, PAGE_SIZE, PageIndex, PageRun, RAM_END_MAX, Region, RegionKind, SlotId,
+};
 pub use page_set::{AtomicPageSet, PageSet};
 pub use track::{DirtySource, Redirtied, TrackError};
 pub use vm::{Paused, Quiesced, Settled, Vm};

@@ -186,8 +186,7 @@ fn a_file_on_a_disk_cannot_be_protected_and_the_error_says_what_can() {
     let map = MmapRaw::map_raw(&file).unwrap();
     let pages = PageRun { first: PageIndex(0), pages: 1 };
     // SAFETY: the mapping outlives the value.
-    let memory =
-        unsafe { GuestMemory::new(vec![Region { slot: SlotId(3), pages, host: map.as_mut_ptr() }]) }.unwrap();
+    let memory = unsafe { GuestMemory::new(vec![Region::new(SlotId(3), pages, map.as_mut_ptr())]) }.unwrap();
     match PagemapTracker::new(memory).unwrap().start() {
         // A temporary directory in memory can.
         Ok(()) => {}

@@ -22,6 +22,7 @@ use super::pending::{Pending, ProtectedReadable};
 use super::session_pages::SessionKey;
 use super::slots::{SlotCursor, Slots};
 use super::vcpu::Vcpu;
+use crate::kvm::caps::RESERVED_ENTRIES;
 use crate::kvm::ring::{DirtyRing, Prefix, Recycle};
 use crate::kvm::{Kernel, ResetCount};
 use crate::page_set::WordAtHand;
@@ -29,9 +30,6 @@ use crate::page_set::WordAtHand;
 /// Resets in a row that reset nothing, before a ring is taken for stuck. A stop signal, a freezing cgroup or task
 /// work interrupt one call each.
 const IDLE_RESETS_MAX: u32 = 16;
-
-/// Entries that KVM keeps free at the end of a ring: 64, and 512 more on a host with PML.
-const RESERVED_ENTRIES: u32 = 64 + 512;
 
 /// How often in a row a vCPU may say that its ring is full when there is nothing to take, before it is given up.
 const EMPTY_CALLS_MAX: u32 = 1_000;

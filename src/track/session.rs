@@ -245,7 +245,7 @@ impl Session {
             if state.pending.session(self.key)?.running {
                 collected = self.shared.collect(state, &mut others, false).map(drop);
                 if collected.is_err() {
-                    state.slots.regions().for_each(|region| state.pending.insert_run(region.pages));
+                    state.slots.logged().for_each(|region| state.pending.insert_run(region.pages));
                 }
             }
             state.pending.leave_behind(self.key)?;

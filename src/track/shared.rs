@@ -204,7 +204,7 @@ impl Shared {
     fn rearm_if_lost(&self, slots: &Slots, pending: &mut Pending) -> Result<(), TrackError> {
         if pending.everything {
             slots.log_anew(&*self.kernel)?;
-            slots.regions().for_each(|region| pending.insert_run(region.pages));
+            slots.logged().for_each(|region| pending.insert_run(region.pages));
             pending.rearmed();
             self.counters.rearms.add(1);
         }

@@ -192,7 +192,10 @@ impl DirtyTracker {
         let state = &mut *self.shared.lock();
         state.slots.add(memory)?;
         if state.pending.is_tracking()
-            && let Err(error) = log_these_anew(&*self.shared.kernel, memory.regions())
+            && let Err(error) = log_these_anew(
+                &*self.shared.kernel,
+                memory.regions().iter().filter(|region| region.is_logged()),
+            )
         {
             memory.regions().iter().for_each(|region| state.slots.remove(region.slot));
             return Err(error.into());
@@ -225,7 +228,7 @@ impl DirtyTracker {
         let mut others = self.shared.others.lock();
         let state = &mut *self.shared.lock();
         let Some(region) = state.slots.get(slot).copied() else { return Ok(false) };
-        if state.pending.is_tracking() {
+        if state.pending.is_tracking() && region.is_logged() {
             match self.shared.kernel.set_dirty_logging(&region, false) {
                 // The VMM was too early. It can do nothing better now than to have the slot forgotten.
                 Err(KvmError::SlotGone(_)) => {}

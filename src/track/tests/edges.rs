@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "a slot's memory is named by address")]
 
 use super::*;
-use crate::layout::{GuestAddress, LayoutError};
+use crate::layout::{GuestAddress, GuestMemory, LayoutError, RegionKind};
 use crate::testing::{AnonymousRam, Backing};
 
 #[test]
@@ -294,4 +294,29 @@ fn a_vcpu_that_passes_no_gate_gets_its_overrun_ring_back_all_the_same() {
     model.harvest();
     model.write(0, 1, 8);
     model.check_nothing_is_lost();
+}
+
+#[test]
+fn what_kvm_cannot_log_is_left_alone_and_what_it_must_is_refused() {
+    let mut model = Model::new(1, 0, 0, false);
+    let pages = PageRun { first: PageIndex(50_000), pages: 10 };
+    let ram = AnonymousRam::with_slots(&[(SlotId(8), pages)], Backing::SmallPages).unwrap();
+    let of_kind = |kind| {
+        let region = ram.memory().regions()[0].of_kind(kind);
+        // SAFETY: as of `ram`, which outlives the tracker's use of it.
+        unsafe { GuestMemory::new(vec![region]) }.unwrap()
+    };
+    let private = model.tracker.add_memory(&of_kind(RegionKind::GuestMemfd));
+    assert!(matches!(private, Err(TrackError::Private(SlotId(8)))), "{private:?}");
+    model.kernel.create_slots(ram.memory());
+    model.kernel.refuse_to_log(SlotId(8));
+    model.tracker.add_memory_as(&of_kind(RegionKind::ReadOnly), Initially::Dirty).unwrap();
+    assert_eq!(model.session().take_slot_runs(SlotId(8)).unwrap().len(), 1, "all of it, once");
+    model.session().stop().unwrap();
+    model.session().start().unwrap();
+    assert!(!model.kernel.is_logging(SlotId(8)));
+    model.write(0, 1, 7);
+    assert_eq!(model.session().take_slot_runs(SlotId(8)).unwrap().len(), 0);
+    assert_eq!(model.session().take_slot_runs(SlotId(1)).unwrap().len(), 1);
+    assert!(model.tracker.remove_slot(SlotId(8)).unwrap());
 }
