@@ -115,12 +115,11 @@ impl Slots {
     pub(super) fn log_anew(&self, kernel: &dyn Kernel) -> Result<(), KvmError> {
         log_these_anew(kernel, self.logged())
     }
+}
 
-    /// Ends dirty logging of all slots. All are tried, and the first refusal is returned.
-    pub(super) fn stop_logging(&self, kernel: &dyn Kernel) -> Result<(), KvmError> {
-        let stop = |region| kernel.set_dirty_logging(region, false);
-        self.logged().map(stop).fold(Ok(()), Result::and)
-    }
+/// Ends dirty logging of some slots. All are tried, and the first refusal is returned.
+pub(super) fn stop_logging(kernel: &dyn Kernel, regions: &[Region]) -> Result<(), KvmError> {
+    regions.iter().map(|region| kernel.set_dirty_logging(region, false)).fold(Ok(()), Result::and)
 }
 
 /// The same for some slots.
