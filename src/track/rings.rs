@@ -81,22 +81,32 @@ pub(super) struct Rings {
 impl Ring {
     fn take_entries(&mut self, recycle: Recycle, cx: Context<'_>, pending: &mut Pending) -> u32 {
         let mut slots = SlotCursor::new(cx.slots);
-        let (mut unknown, leaving) = (0, recycle == Recycle::Leaving);
+        let mut unknown = 0;
         let (sink, unprotected) = pending.sinks();
         let (mut words, mut word) = (sink.insert_prefetched(), WordAtHand::NONE);
-        let (mut words_left, mut word_left) = (unprotected.insert_prefetched(), WordAtHand::NONE);
-        let taken = self.ring.take(recycle, |slot, offset| match slots.page(slot, offset) {
-            Some(page) => {
-                word.add(page, &mut words);
-                if leaving {
-                    word_left.add(page, &mut words_left);
-                }
+        // Two loops, so that the usual one does not pay for the other.
+        let taken = match recycle {
+            Recycle::Protecting => {
+                self.ring.take(Recycle::Protecting, |slot, offset| match slots.page(slot, offset) {
+                    Some(page) => word.add(page, &mut words),
+                    // The slot is gone, and its memory with it. KVM ignores such an entry too.
+                    None => unknown += 1,
+                })
             }
-            // The slot is gone, and its memory with it. KVM ignores such an entry too.
-            None => unknown += 1,
-        });
+            Recycle::Leaving => {
+                let (mut words_left, mut word_left) = (unprotected.insert_prefetched(), WordAtHand::NONE);
+                let taken = self.ring.take(Recycle::Leaving, |slot, offset| match slots.page(slot, offset) {
+                    Some(page) => {
+                        word.add(page, &mut words);
+                        word_left.add(page, &mut words_left);
+                    }
+                    None => unknown += 1,
+                });
+                words_left.finish(word_left);
+                taken
+            }
+        };
         let new = words.finish(word);
-        words_left.finish(word_left);
         if taken > 0 {
             let new = pending.distribute(Some(self.place), new);
             self.vcpu.counters.pages.add(new);

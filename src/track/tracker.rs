@@ -342,6 +342,11 @@ impl DirtyTracker {
         self.shared.lock().pending.why_none_is_left()
     }
 
+    /// The handle of the vCPU that was attached with this index of the VMM's.
+    pub fn vcpu(&self, index: usize) -> Option<VcpuHandle> {
+        VcpuHandle::all(&self.shared).into_iter().find(|vcpu| vcpu.index() == index)
+    }
+
     /// What tracking did so far and what it cost.
     pub fn snapshot(&self) -> Figures {
         let state = self.shared.lock();
