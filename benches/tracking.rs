@@ -81,5 +81,98 @@ fn tracking(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, tracking);
+/// What a look costs, and what a vCPU waits for, on the largest machines: 12 TiB, 1,024 vCPUs.
+fn at_scale(c: &mut Criterion) {
+    const VCPUS: u64 = 1_024;
+    const PAGES: u64 = 12 << 28;
+    let kernel = FakeKernel::new();
+    let tracker = DirtyTracker::on_fake_rings(&kernel, RingSize::default());
+    let memory = kernel.create_slot(SLOT, PageRun { first: PageIndex(0), pages: PAGES });
+    tracker.add_memory(&memory).unwrap();
+    let vcpus: Vec<_> = (0..usize::try_from(VCPUS).unwrap())
+        .map(|index| tracker.attach_fake_vcpu(index, &kernel, 0, 0).unwrap())
+        .collect();
+    let sessions = [(); 3].map(|()| tracker.start().unwrap());
+    let mut redirtied = Redirtied::new(memory.end());
+    let mut dirty = PageSet::new(memory.end());
+    let mut next = 0_u64;
+    // Each vCPU in a working set of 256 MiB of its own, 12 GiB from the next one's.
+    let page = |vcpu: u64, i: u64| vcpu * (PAGES / VCPUS) + i * 17 % 65_536;
+    let mut write = |pages_per_vcpu: u64| {
+        for vcpu in 0..VCPUS {
+            for i in next..next + pages_per_vcpu {
+                assert!(kernel.write(usize::try_from(vcpu).unwrap(), SLOT, page(vcpu, i)));
+            }
+        }
+        next += pages_per_vcpu;
+    };
+    let harvest_all = |dirty: &mut PageSet| {
+        for session in &sessions {
+            dirty.clear();
+            session.harvest(dirty).unwrap();
+        }
+    };
+    // So that all sets have memory where pages will be.
+    for _ in 0..10 {
+        write(8);
+        sessions.iter().for_each(|session| drop(session.observe_into(&mut redirtied).unwrap()));
+        redirtied.clear();
+        harvest_all(&mut dirty);
+    }
+    let mut group = c.benchmark_group("12TiB-1024vcpus-3sessions");
+    group.sample_size(10);
+    group.bench_function("look, nothing new", |b| b.iter(|| sessions[0].observe().unwrap()));
+    group.bench_function("look that tells of 8 pages per vCPU", |b| {
+        b.iter_custom(|times| {
+            (0..times)
+                .map(|_| {
+                    harvest_all(&mut dirty);
+                    write(8);
+                    redirtied.clear();
+                    let started = Instant::now();
+                    sessions[0].observe_into(&mut redirtied).unwrap();
+                    started.elapsed()
+                })
+                .sum()
+        });
+    });
+    group.bench_function("harvest of 8 pages per vCPU", |b| {
+        b.iter_custom(|times| {
+            (0..times)
+                .map(|_| {
+                    harvest_all(&mut dirty);
+                    write(8);
+                    dirty.clear();
+                    let started = Instant::now();
+                    sessions[0].harvest(&mut dirty).unwrap();
+                    started.elapsed()
+                })
+                .sum()
+        });
+    });
+    group.bench_function("a full ring of one vCPU", |b| {
+        b.iter_custom(|times| {
+            (0..times)
+                .map(|i| {
+                    harvest_all(&mut dirty);
+                    (0..8_000).for_each(|n| assert!(kernel.write(0, SLOT, page(0, i * 8_000 + n))));
+                    let started = Instant::now();
+                    vcpus[0].ring_full().unwrap();
+                    started.elapsed()
+                })
+                .sum()
+        });
+    });
+    group.finish();
+}
+
+/// What a vCPU pays before each `KVM_RUN` when nobody throttles.
+fn before_run(c: &mut Criterion) {
+    let kernel = FakeKernel::new();
+    let tracker = DirtyTracker::on_fake_rings(&kernel, RingSize::MIN);
+    let vcpu = tracker.attach_fake_vcpu(0, &kernel, 0, 0).unwrap();
+    c.bench_function("before_run", |b| b.iter(|| vcpu.before_run()));
+}
+
+criterion_group!(benches, tracking, before_run, at_scale);
 criterion_main!(benches);

@@ -17,10 +17,6 @@ mod words;
 
 use std::fmt;
 
-use bitvec::order::Lsb0;
-use bitvec::slice::BitSlice;
-use bitvec::view::BitView;
-
 pub use self::atomic::AtomicPageSet;
 pub(crate) use self::from_the_top::FromTheTop;
 pub(crate) use self::prefetch::WordAtHand;
@@ -304,11 +300,6 @@ impl PageSet {
         let runs = self.runs_within(run).collect();
         self.remove_run(run);
         runs
-    }
-
-    /// The set as bits: bit `i` is page `i`. Bits at and beyond the capacity are 0.
-    pub fn as_bits(&self) -> &BitSlice<u64, Lsb0> {
-        self.levels[0].view_bits()
     }
 
     fn ignore(&mut self, pages: u64) {

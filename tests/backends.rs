@@ -43,7 +43,7 @@ impl<const RING: bool> KvmGuest<RING> {
     fn new() -> Option<Self> {
         let vm = BareVm::new(&kvm()?, &REGION_PAGES).unwrap();
         let tracker = if RING {
-            DirtyTracker::enable(vm.fd(), RingSize::default())
+            DirtyTracker::enable(vm.fd(), RingSize::MAX)
         } else {
             DirtyTracker::enable_bitmap(vm.fd())
         }

@@ -31,7 +31,7 @@ fn at(index: usize) -> PageIndex {
 fn harvest(tracker: &mut PagemapTracker) -> Vec<usize> {
     let mut dirty = PageSet::new(PageIndex(PAGES as u64));
     tracker.harvest(&mut dirty).unwrap();
-    dirty.as_bits().iter_ones().collect()
+    dirty.runs().flat_map(|run| run.first.0..run.end().0).map(|page| usize::try_from(page).unwrap()).collect()
 }
 
 /// A small xorshift generator: the writers need no better one.
@@ -186,8 +186,7 @@ fn a_file_on_a_disk_cannot_be_protected_and_the_error_says_what_can() {
     let map = MmapRaw::map_raw(&file).unwrap();
     let pages = PageRun { first: PageIndex(0), pages: 1 };
     // SAFETY: the mapping outlives the value.
-    let memory =
-        unsafe { GuestMemory::new(vec![Region { slot: SlotId(3), pages, host: map.as_mut_ptr() }]) }.unwrap();
+    let memory = unsafe { GuestMemory::new(vec![Region::new(SlotId(3), pages, map.as_mut_ptr())]) }.unwrap();
     match PagemapTracker::new(memory).unwrap().start() {
         // A temporary directory in memory can.
         Ok(()) => {}

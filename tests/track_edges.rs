@@ -85,7 +85,7 @@ fn a_vmm_that_wants_all_pages_dirty_at_first_cannot_make_the_tracker_blind() {
             let vm = BareVm::new(&kvm, &[PAGES]).unwrap();
             before_enable(&vm);
             let tracker = match rings {
-                true => DirtyTracker::enable(vm.fd(), RingSize::default()),
+                true => DirtyTracker::enable(vm.fd(), RingSize::MAX),
                 false => DirtyTracker::enable_bitmap(vm.fd()),
             };
             let tracker = tracker.unwrap();
@@ -114,9 +114,13 @@ fn a_vmm_that_wants_all_pages_dirty_at_first_cannot_make_the_tracker_blind() {
     }
 }
 
+fn with_slot(region: &Region, slot: u32) -> Region {
+    Region::new(SlotId(slot), region.pages, region.host)
+}
+
 /// Whether any slot of KVM's has these pages: another slot is refused if one has.
 fn is_taken(vm: &BareVm, region: &Region) -> bool {
-    let other = Region { slot: SlotId(77), ..*region };
+    let other = with_slot(region, 77);
     // SAFETY: the memory of a slot, which belongs to the VM and outlives its descriptor.
     let created = unsafe { vm.fd().set_user_memory_region(slot_of(&other, 0)) };
     if created.is_ok() {
@@ -131,7 +135,7 @@ fn a_slot_that_the_vmm_deleted_is_named_and_does_not_come_back() {
     for (pages, rings) in [(PAGES, true), (PAGES, false), (1, true)] {
         let vm = BareVm::new(&kvm, &[PAGES, pages]).unwrap();
         let tracker = match rings {
-            true => DirtyTracker::enable(vm.fd(), RingSize::default()),
+            true => DirtyTracker::enable(vm.fd(), RingSize::MAX),
             false => DirtyTracker::enable_bitmap(vm.fd()),
         };
         let tracker = tracker.unwrap();
@@ -143,9 +147,9 @@ fn a_slot_that_the_vmm_deleted_is_named_and_does_not_come_back() {
         assert!(is_gone(session.start()));
         assert!(!is_taken(&vm, &deleted), "start brought it back");
         // With another slot in its place.
-        set_slot(&vm, &Region { slot: SlotId(5), ..deleted }, 0);
+        set_slot(&vm, &with_slot(&deleted, 5), 0);
         assert!(is_gone(session.start()));
-        delete_slot(&vm, &Region { slot: SlotId(5), ..deleted });
+        delete_slot(&vm, &with_slot(&deleted, 5));
 
         set_slot(&vm, &deleted, 0);
         session.start().unwrap();
@@ -166,10 +170,10 @@ fn a_slot_that_the_vmm_deleted_is_named_and_does_not_come_back() {
 fn a_slot_whose_logging_cannot_be_switched_is_named_with_the_reason() {
     let Some(kvm) = kvm() else { return };
     let vm = BareVm::new(&kvm, &[PAGES, PAGES]).unwrap();
-    let tracker = DirtyTracker::enable(vm.fd(), RingSize::default()).unwrap();
+    let tracker = DirtyTracker::enable(vm.fd(), RingSize::MAX).unwrap();
     tracker.add_memory(vm.memory()).unwrap();
     let slot = vm.memory().regions()[1];
-    let half = Region { pages: PageRun { pages: PAGES / 2, ..slot.pages }, ..slot };
+    let half = Region::new(slot.slot, PageRun { pages: PAGES / 2, ..slot.pages }, slot.host);
     for (region, flags) in [(slot, KVM_MEM_READONLY), (half, 0)] {
         delete_slot(&vm, &slot);
         set_slot(&vm, &region, flags);
@@ -186,7 +190,7 @@ fn a_slot_whose_logging_cannot_be_switched_is_named_with_the_reason() {
 fn what_is_no_vcpu_of_this_vm_is_not_attached() {
     let Some(kvm) = kvm() else { return };
     let vm = BareVm::new(&kvm, &[PAGES]).unwrap();
-    let tracker = DirtyTracker::enable(vm.fd(), RingSize::default()).unwrap();
+    let tracker = DirtyTracker::enable(vm.fd(), RingSize::MAX).unwrap();
     let refused = |other: &dyn AsRawFd| match tracker.attach_vcpu(0, &other.as_raw_fd()) {
         Err(TrackError::Kvm(error)) => error,
         other => panic!("attached: {other:?}"),
@@ -209,7 +213,7 @@ fn what_is_no_vcpu_of_this_vm_is_not_attached() {
     let vcpus = [0, 1].map(|number| vm.create_vcpu(number, Privilege::User).unwrap());
     tracker.attach_vcpu(0, vcpus[0].fd()).unwrap();
     let other = BareVm::new(&kvm, &[PAGES]).unwrap();
-    let tracker_of_other = DirtyTracker::enable(other.fd(), RingSize::default()).unwrap();
+    let tracker_of_other = DirtyTracker::enable(other.fd(), RingSize::MAX).unwrap();
     let of_other = other.create_vcpu(0, Privilege::User).unwrap();
     let refused = |tracker: &DirtyTracker, vcpu: &BareVcpu| {
         matches!(tracker.attach_vcpu(1, vcpu.fd()), Err(TrackError::Kvm(KvmError::VcpuOfOtherVm)))

@@ -87,7 +87,7 @@ fn only(page: u64) -> BTreeSet<PageIndex> {
 fn what_a_guest_writes_is_what_is_harvested_by_every_backend() {
     let Some(kvm) = kvm() else { return };
     for backend in BACKENDS {
-        let mut guest = Guest::new(&kvm, backend, RingSize::default());
+        let mut guest = Guest::new(&kvm, backend, RingSize::MAX);
         guest.write(&every(1, 0));
         guest.session.start().unwrap();
         assert_eq!(guest.harvest(), BTreeSet::new(), "{backend:?}: written before the start");
@@ -110,7 +110,7 @@ fn what_a_guest_writes_is_what_is_harvested_by_every_backend() {
 fn writes_of_the_vmm_are_harvested_with_those_of_the_guest() {
     let Some(kvm) = kvm() else { return };
     for backend in BACKENDS {
-        let mut guest = Guest::new(&kvm, backend, RingSize::default());
+        let mut guest = Guest::new(&kvm, backend, RingSize::MAX);
         let run = PageRun { first: PageIndex(DATA.0 + 10), pages: 3 };
         guest.tracker.mark_dirty(run);
         guest.session.start().unwrap();
@@ -126,7 +126,7 @@ fn writes_of_the_vmm_are_harvested_with_those_of_the_guest() {
 #[test]
 fn observing_costs_the_guest_nothing_and_counts_by_vcpu() {
     let Some(kvm) = kvm() else { return };
-    let mut guest = Guest::new(&kvm, Backend::Ring, RingSize::default());
+    let mut guest = Guest::new(&kvm, Backend::Ring, RingSize::MAX);
     guest.session.start().unwrap();
     for written in [every(2, 0), every(2, 0), every(1, 0)] {
         guest.write(&written);
@@ -143,7 +143,7 @@ fn observing_costs_the_guest_nothing_and_counts_by_vcpu() {
 #[test]
 fn a_page_that_the_host_took_away_and_gave_back_counts_once() {
     let Some(kvm) = kvm() else { return };
-    let mut guest = Guest::new(&kvm, Backend::Ring, RingSize::default());
+    let mut guest = Guest::new(&kvm, Backend::Ring, RingSize::MAX);
     guest.session.start().unwrap();
     let mut redirtied = Redirtied::new(guest.vm.memory().end());
     let all = every(1, 0);
@@ -193,7 +193,7 @@ fn a_vcpu_that_says_full_for_no_reason_does_no_harm() {
 fn a_session_that_is_started_twice_is_refused_and_goes_on() {
     let Some(kvm) = kvm() else { return };
     for backend in BACKENDS {
-        let mut guest = Guest::new(&kvm, backend, RingSize::default());
+        let mut guest = Guest::new(&kvm, backend, RingSize::MAX);
         assert!(matches!(guest.session.observe(), Err(TrackError::NotTracking)));
         guest.session.start().unwrap();
         guest.write(&only(1));
@@ -210,7 +210,7 @@ fn a_session_that_is_started_twice_is_refused_and_goes_on() {
 fn a_session_that_begins_beside_another_sees_every_later_write_and_takes_no_page_of_it() {
     let Some(kvm) = kvm() else { return };
     for backend in BACKENDS {
-        let mut guest = Guest::new(&kvm, backend, RingSize::default());
+        let mut guest = Guest::new(&kvm, backend, RingSize::MAX);
         guest.session.start().unwrap();
         guest.write(&every(1, 0));
         let second = guest.tracker.start().unwrap();
@@ -238,7 +238,7 @@ fn what_a_session_leaves_is_forgotten_or_comes_with_the_next_one_as_it_says() {
         for (leftover, expected) in
             [(Leftover::Forget, BTreeSet::new()), (Leftover::GiveBack, &every(7, 0) | &only(1))]
         {
-            let mut guest = Guest::new(&kvm, backend, RingSize::default());
+            let mut guest = Guest::new(&kvm, backend, RingSize::MAX);
             let first = guest.tracker.start().unwrap();
             guest.write(&every(7, 0));
             let mut undelivered = PageSet::new(guest.vm.memory().end());
@@ -256,7 +256,7 @@ fn what_a_session_leaves_is_forgotten_or_comes_with_the_next_one_as_it_says() {
 fn a_second_migration_gets_everything_that_a_failed_one_took() {
     let Some(kvm) = kvm() else { return };
     for backend in BACKENDS {
-        let mut guest = Guest::new(&kvm, backend, RingSize::default());
+        let mut guest = Guest::new(&kvm, backend, RingSize::MAX);
         guest.session.start().unwrap();
         let mut taken = PageSet::new(guest.vm.memory().end());
         for first in [5, 6] {
@@ -277,7 +277,7 @@ fn a_second_migration_gets_everything_that_a_failed_one_took() {
 #[test]
 fn what_a_vcpu_wrote_before_it_died_is_harvested() {
     let Some(kvm) = kvm() else { return };
-    let mut guest = Guest::new(&kvm, Backend::Ring, RingSize::default());
+    let mut guest = Guest::new(&kvm, Backend::Ring, RingSize::MAX);
     guest.session.start().unwrap();
     let mut plugged = guest.vm.create_vcpu(1, Privilege::User).unwrap();
     let handle = guest.tracker.attach_vcpu(1, plugged.fd()).unwrap();
@@ -294,7 +294,7 @@ fn what_a_vcpu_wrote_before_it_died_is_harvested() {
 fn a_slot_id_that_is_used_again_tracks_its_new_pages() {
     let Some(kvm) = kvm() else { return };
     for backend in BACKENDS {
-        let mut guest = Guest::new(&kvm, backend, RingSize::default());
+        let mut guest = Guest::new(&kvm, backend, RingSize::MAX);
         guest.session.start().unwrap();
         guest.write(&every(1, 0));
         guest.tracker.remove_slot(SlotId(2)).unwrap();
@@ -326,7 +326,7 @@ fn a_slot_id_that_is_used_again_tracks_its_new_pages() {
 fn a_slot_bitmap_says_what_kvm_get_dirty_log_would() {
     let Some(kvm) = kvm() else { return };
     for backend in BACKENDS {
-        let mut guest = Guest::new(&kvm, backend, RingSize::default());
+        let mut guest = Guest::new(&kvm, backend, RingSize::MAX);
         guest.session.start().unwrap();
         guest.write(&[0, 63, 64, 4095, 4096, 5095].into_iter().flat_map(only).collect());
         let first = guest.session.take_slot_bitmap(SlotId(1)).unwrap();
@@ -344,7 +344,7 @@ fn a_slot_bitmap_says_what_kvm_get_dirty_log_would() {
 #[test]
 fn a_closed_gate_keeps_a_vcpu_out_of_the_guest() {
     let Some(kvm) = kvm() else { return };
-    let mut guest = Guest::new(&kvm, Backend::Ring, RingSize::default());
+    let mut guest = Guest::new(&kvm, Backend::Ring, RingSize::MAX);
     guest.handle.gate().close_for(std::time::Duration::from_millis(2));
     guest.write(&only(0));
     assert!(guest.tracker.snapshot().vcpus[0].throttled_ns > 0);
@@ -355,7 +355,7 @@ fn what_kvm_refuses_is_explained() {
     let Some(kvm) = kvm() else { return };
     let vm = kvm.create_vm().unwrap();
     let vcpu = vm.create_vcpu(0).unwrap();
-    let late = DirtyTracker::enable(&vm, RingSize::default()).unwrap_err();
+    let late = DirtyTracker::enable(&vm, RingSize::MAX).unwrap_err();
     assert!(matches!(late, TrackError::Kvm(KvmError::RingRefused { .. })), "{late:?}");
     assert!(late.to_string().contains("before the first vCPU"), "{late}");
     drop(vcpu);

@@ -209,7 +209,7 @@ fn resets_that_a_stop_signal_interrupts_lose_nothing() {
     let _alone = ALONE.lock();
     let pages = 16_384;
     let vm = BareVm::new(&kvm, &[pages]).unwrap();
-    let tracker = DirtyTracker::enable(vm.fd(), RingSize::default()).unwrap();
+    let tracker = DirtyTracker::enable(vm.fd(), RingSize::MAX).unwrap();
     tracker.add_memory(vm.memory()).unwrap();
     let mut vcpu = vm.create_vcpu(0, Privilege::User).unwrap();
     let handle = tracker.attach_vcpu(0, vcpu.fd()).unwrap();

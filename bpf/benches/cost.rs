@@ -41,7 +41,7 @@ struct Writers {
 impl Writers {
     fn new(vcpus: u64) -> Option<Self> {
         let vm = BareVm::new(&kvm()?, &[PAGES_PER_VCPU * vcpus]).unwrap();
-        let tracker = DirtyTracker::enable(vm.fd(), RingSize::default()).unwrap();
+        let tracker = DirtyTracker::enable(vm.fd(), RingSize::MAX).unwrap();
         tracker.add_memory(vm.memory()).unwrap();
         let cpu_ns = Arc::new(AtomicU64::new(0));
         let (tell_done, done) = mpsc::channel();

@@ -45,7 +45,7 @@ fn a_vmm_for_the_tests_of_the_command() {
     }
     install_kick_handler();
     let vm = BareVm::new(&kvm().unwrap(), &[8192]).unwrap();
-    let tracker = DirtyTracker::enable(vm.fd(), RingSize::default()).unwrap();
+    let tracker = DirtyTracker::enable(vm.fd(), RingSize::MAX).unwrap();
     tracker.add_memory(vm.memory()).unwrap();
     let writers: Vec<Writer> = (0..2_usize)
         .map(|index| {

@@ -53,7 +53,7 @@ impl Neighbour {
 fn dirty_until(stop: &AtomicBool) -> i32 {
     let kvm = kvm().unwrap();
     let vm = BareVm::new(&kvm, &[1024]).unwrap();
-    let tracker = DirtyTracker::enable(vm.fd(), RingSize::default()).unwrap();
+    let tracker = DirtyTracker::enable(vm.fd(), RingSize::MAX).unwrap();
     tracker.add_memory(vm.memory()).unwrap();
     let vcpu = vm.create_vcpu(0, Privilege::User).unwrap();
     let handle = tracker.attach_vcpu(0, vcpu.fd()).unwrap();

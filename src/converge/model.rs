@@ -5,6 +5,8 @@
 //! shrink down to what fits the downtime, or stop shrinking at a fixed point above it: **then, and only then, the
 //! migration will not converge**, and that is known as soon as the curves are.
 
+use bitvec::vec::BitVec;
+
 use super::bandwidth::Bandwidth;
 use super::curve::Curve;
 use super::fair_share::{Held, Levels, water_fill};
@@ -39,7 +41,7 @@ pub(crate) struct Model {
     pub overruns: Vec<Option<f64>>,
     /// Per vCPU: held back in the current round. What it would have dirtied can no longer be seen then, and that it
     /// dirties little is no reason to let it go.
-    pub held: Vec<bool>,
+    pub held: BitVec,
 }
 
 /// The demand of a vCPU that is held back: more than any level.

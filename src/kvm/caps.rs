@@ -12,14 +12,32 @@ use kvm_bindings::{
 };
 
 use super::{KvmError, sys};
+use crate::layout::PAGE_SIZE;
+use crate::os::memory::page_bytes;
 
 /// Bytes of one ring entry, `struct kvm_dirty_gfn`.
 const ENTRY_BYTES: u32 = 16;
 
+/// Entries that KVM keeps free at the end of a ring: 64, and 512 more on a host with PML.
+pub(crate) const RESERVED_ENTRIES: u32 = 64 + 512;
+
 /// How many entries a vCPU's dirty ring has.
 ///
 /// KVM makes a vCPU exit with "ring full" at its soft limit: 64 entries below the size, and another 512 below on
-/// a host with Intel's PML, so such hosts need at least 1,024.
+/// a host with Intel's PML, so such hosts need at least 1,024. The memory is the kernel's, unswappable, and there as long as the vCPU is.
+/// What a ring covers is what its vCPU may write between two harvests without an exit:
+///
+/// | entries | memory per vCPU | covers | with PML | 1,000 microVMs of 2 vCPUs |
+/// |---|---|---|---|---|
+/// | 1,024 | 16 KiB | 3.8 MiB | 1.8 MiB | 31 MiB |
+/// | 4,096 | 64 KiB | 15.8 MiB | 13.8 MiB | 125 MiB |
+/// | **8,192** (default) | 128 KiB | 31.8 MiB | 29.8 MiB | 250 MiB |
+/// | 16,384 | 256 KiB | 63.8 MiB | 61.8 MiB | 500 MiB |
+/// | 65,536 | 1 MiB | 255.8 MiB | 253.8 MiB | 2 GiB |
+///
+/// Beyond that a full ring is recycled: where its pages can be left unprotected
+/// ([`recycles_without_protecting`](crate::track::DirtyTracker::recycles_without_protecting)), for an exit; else for an exit and a fault for
+/// every page at its next write.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RingSize(u32);
 
@@ -43,6 +61,14 @@ impl RingSize {
         }
     }
 
+    /// The smallest ring that covers `bytes` per vCPU between two harvests, with or without PML; the largest, if none does.
+    pub fn for_working_set(bytes: u64) -> Self {
+        let pages = bytes.div_ceil(PAGE_SIZE as u64);
+        let entries = pages.saturating_add(u64::from(RESERVED_ENTRIES)).clamp(1_024, u64::from(Self::MAX.0));
+        // Between two powers of two, so that the next one is no larger than the second.
+        Self(u32::try_from(entries).unwrap_or(Self::MAX.0).next_power_of_two())
+    }
+
     /// Its number of entries.
     pub const fn entries(self) -> u32 {
         self.0
@@ -55,9 +81,10 @@ impl RingSize {
 }
 
 impl Default for RingSize {
-    /// The largest: what is in the ring costs the guest nothing, what has to be recycled early costs a fault.
+    /// 8,192 entries: a fleet of microVMs can bear them, and nearly 30 MiB are covered. A VMM that knows its guests chooses
+    /// [`for_working_set`](Self::for_working_set).
     fn default() -> Self {
-        Self::MAX
+        Self(8_192)
     }
 }
 
@@ -120,6 +147,14 @@ pub(crate) fn pml_entries() -> u64 {
     }
 }
 
+/// KVM tracks in pages of the host. A kernel that does not say has what all of ours have.
+fn check_page_size(bytes: Option<usize>) -> Result<(), KvmError> {
+    match bytes {
+        Some(bytes) if bytes != PAGE_SIZE => Err(KvmError::PageSize { bytes }),
+        _ => Ok(()),
+    }
+}
+
 /// Gives every future vCPU of the VM a dirty ring. Returns whether there is a bitmap beside the rings, for the pages
 /// that no vCPU dirtied.
 ///
@@ -127,6 +162,7 @@ pub(crate) fn pml_entries() -> u64 {
 /// bitmap must be enabled before the first memory slot exists; and it is collected last, once no vCPU runs, as it is
 /// not meant to be read while entries are still made.
 pub(crate) fn enable_ring(vm: BorrowedFd<'_>, size: RingSize) -> Result<bool, KvmError> {
+    check_page_size(page_bytes())?;
     let capabilities = Capabilities::probe(vm)?;
     let (capability, entries_max) = capabilities.ring().ok_or(KvmError::RingUnsupported)?;
     let too_large = KvmError::RingTooLarge { entries: size.entries(), entries_max };
@@ -176,6 +212,7 @@ pub(crate) fn set_manual_protect(vm: BorrowedFd<'_>, protect: ManualProtect) -> 
 
 /// Parts `KVM_GET_DIRTY_LOG` from the protecting, which `KVM_CLEAR_DIRTY_LOG` then does.
 pub(crate) fn enable_manual_protect(vm: BorrowedFd<'_>) -> Result<(), KvmError> {
+    check_page_size(page_bytes())?;
     if !Capabilities::probe(vm)?.manual_protect {
         return Err(KvmError::ManualProtectUnsupported);
     }
@@ -195,6 +232,25 @@ mod tests {
             let size = RingSize::from_entries(1 << shift).unwrap();
             assert_eq!(size.bytes(), 16 << shift);
         }
+    }
+
+    #[test]
+    fn a_ring_for_a_working_set_covers_it_with_what_kvm_reserves() {
+        let mib = |mib: u64| RingSize::for_working_set(mib << 20).entries();
+        assert_eq!([0, 1, 2, 13, 14, 29, 30].map(mib), [1024, 1024, 2048, 4096, 8192, 8192, 16_384]);
+        assert_eq!([253, 254, 1 << 40].map(mib), [65_536; 3]);
+        assert_eq!(RingSize::for_working_set(u64::MAX), RingSize::MAX);
+        assert_eq!(RingSize::for_working_set(29 << 20), RingSize::default());
+    }
+
+    #[test]
+    fn a_kernel_with_larger_pages_is_refused_by_name() {
+        for bytes in [16 << 10, 64 << 10] {
+            let refused = check_page_size(Some(bytes)).unwrap_err();
+            assert!(refused.to_string().contains(&bytes.to_string()), "{refused}");
+        }
+        check_page_size(Some(4096)).unwrap();
+        check_page_size(page_bytes()).unwrap();
     }
 
     #[test]

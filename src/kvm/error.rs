@@ -23,6 +23,11 @@ pub enum KvmError {
         /// What there is.
         entries_max: u32,
     },
+    /// This kernel has pages of another size than 4 KiB (arm64 with 16 or 64), in which KVM then tracks.
+    PageSize {
+        /// Their size.
+        bytes: usize,
+    },
     /// KVM answered `EINVAL` to a valid size: a vCPU exists already, or the rings are on already, or the host
     /// reserves more entries (PML) than this ring has.
     RingRefused {
@@ -71,6 +76,11 @@ impl fmt::Display for KvmError {
             Self::RingTooLarge { entries, entries_max } => {
                 write!(f, "a dirty ring of {entries} entries was asked for, KVM allows {entries_max} at most")
             }
+            Self::PageSize { bytes } => write!(
+                f,
+                "this kernel's pages have {bytes} bytes, and dirty tracking here knows pages of 4096 only: a kernel with \
+                 4 KiB pages is needed on this host"
+            ),
             Self::RingRefused { entries } => write!(
                 f,
                 "KVM refused dirty rings of {entries} entries: they must be enabled once, before the first vCPU \

@@ -4,6 +4,12 @@
 use std::io;
 use std::ops::Range;
 
+/// Bytes in a page of this kernel; `None` if it does not say.
+pub(crate) fn page_bytes() -> Option<usize> {
+    // SAFETY: a question with a number for an answer.
+    usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).ok()
+}
+
 /// Which pages from `host.start` on are in memory: bit 0 of a byte for each, for as many as `resident` has bytes and the
 /// range has pages.
 ///

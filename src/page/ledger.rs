@@ -243,7 +243,7 @@ mod tests {
         fn new() -> Self {
             let mut map = MmapMut::map_anon(PAGES * PAGE_SIZE).unwrap();
             let pages = PageRun { first: PageIndex(100), pages: PAGES as u64 };
-            let region = Region { slot: SlotId(0), pages, host: map.as_mut_ptr() };
+            let region = Region::new(SlotId(0), pages, map.as_mut_ptr());
             // SAFETY: the mapping lives as long as `memory`, in the same struct; it is written only between hashes.
             let memory = unsafe { GuestMemory::new(vec![region]) }.unwrap();
             Self { memory, map }

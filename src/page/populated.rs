@@ -226,7 +226,7 @@ mod tests {
     fn memory(host: *mut u8, pages: usize) -> GuestMemory {
         let run = PageRun { first: PageIndex(FIRST), pages: pages as u64 };
         // SAFETY: each test keeps its mapping for as long as the value, and holds no reference into it.
-        unsafe { GuestMemory::new(vec![Region { slot: SlotId(0), pages: run, host }]) }.unwrap()
+        unsafe { GuestMemory::new(vec![Region::new(SlotId(0), run, host)]) }.unwrap()
     }
 
     fn touch(host: *mut u8, page: usize) {

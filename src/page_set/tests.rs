@@ -4,6 +4,8 @@ use std::collections::BTreeSet;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use bitvec::order::Lsb0;
+use bitvec::view::BitView;
 use proptest::prelude::*;
 
 use super::*;
@@ -49,7 +51,7 @@ fn assert_is(set: &PageSet, model: &BTreeSet<u64>) {
     assert_eq!(set.is_empty(), model.is_empty());
     assert_eq!(set.runs().collect::<Vec<_>>(), model_runs(model));
     assert_eq!(
-        set.as_bits().iter_ones().map(|n| n as u64).collect::<Vec<_>>(),
+        set.levels[0].view_bits::<Lsb0>().iter_ones().map(|n| n as u64).collect::<Vec<_>>(),
         Vec::from_iter(model.clone())
     );
 }

@@ -53,7 +53,7 @@ impl AnonymousRam {
         let mut mappings = Vec::with_capacity(slots.len());
         for (slot, pages) in slots {
             let mapping = map(pages.pages, backing)?;
-            regions.push(Region { slot: *slot, pages: *pages, host: mapping.as_mut_ptr() });
+            regions.push(Region::new(*slot, *pages, mapping.as_mut_ptr()));
             mappings.push(mapping);
         }
         // SAFETY:

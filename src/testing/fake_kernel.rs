@@ -16,7 +16,8 @@ use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, KVM_EXIT_UNKNOWN};
 use super::{AnonymousRam, Backing};
 use crate::kvm::ring::{DIRTY, DirtyRing, EMPTY, Entry, RESET};
 use crate::kvm::{Granule, Kernel, KvmError, ResetCount, RingSize, UnmapError, Until};
-use crate::layout::{GuestMemory, PageRun, Region, SlotId};
+use crate::layout::{GuestMemory, PageIndex, PageRun, Region, SlotId};
+use crate::page_set::PageSet;
 
 /// The next reset stops after so many entries, as if a signal had come: the batch at hand is forgotten.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -80,7 +81,10 @@ struct FakeRing {
 
 struct FakeSlot {
     logging: bool,
-    writable: Vec<bool>,
+    pages: u64,
+    /// Those that the guest can write without an exit, once they were protected for the first time.
+    writable: PageSet,
+    was_ever_protected: bool,
     bitmap: Vec<u64>,
 }
 
@@ -140,7 +144,7 @@ impl Inner {
             // No walk of the page tables, whatever they say by now.
             return;
         }
-        let was_writable = std::mem::replace(&mut page.writable[index(offset)], true);
+        let was_writable = !page.writable.insert(PageIndex(offset)) || !page.was_ever_protected;
         if !page.logging || (was_writable && !emulated) {
             return;
         }
@@ -162,9 +166,9 @@ impl Inner {
     fn protect(&mut self, slot: u32, offset: u64, mask: u64) {
         let Some(slot) = self.slots.get_mut(&slot) else { return };
         let last = offset + u64::from(63 - mask.leading_zeros());
-        if index(last) < slot.writable.len() {
+        if last < slot.pages {
             for bit in (0..64).filter(|bit| mask >> bit & 1 != 0) {
-                slot.writable[index(offset + bit)] = false;
+                slot.writable.remove(PageIndex(offset + bit));
             }
         }
     }
@@ -227,7 +231,7 @@ impl Inner {
     fn write_all(&mut self, writes: &[WriteDuringReset]) {
         for &WriteDuringReset { vcpu, slot, offset, emulated, .. } in writes {
             let full = self.rings.get(vcpu).is_some_and(|ring| ring.used() >= ring.soft_limit);
-            let Some(pages) = self.slots.get(&slot.0).map(|slot| slot.writable.len() as u64) else {
+            let Some(pages) = self.slots.get(&slot.0).map(|slot| slot.pages) else {
                 continue;
             };
             if full {
@@ -281,7 +285,13 @@ impl FakeKernel {
         for region in memory.regions() {
             let count = index(region.pages.pages);
             let words = vec![0; count.div_ceil(64)];
-            let fake = FakeSlot { logging: false, writable: vec![true; count], bitmap: words };
+            let fake = FakeSlot {
+                logging: false,
+                pages: region.pages.pages,
+                writable: PageSet::new(PageIndex(region.pages.pages)),
+                was_ever_protected: false,
+                bitmap: words,
+            };
             self.lock().slots.insert(region.slot.0, fake);
         }
     }
@@ -446,7 +456,8 @@ impl Kernel for FakeKernel {
             return Err(refusal("KVM_SET_USER_MEMORY_REGION"));
         }
         if enabled && !slot.logging {
-            slot.writable.fill(false);
+            slot.writable.clear();
+            slot.was_ever_protected = true;
             slot.bitmap.fill(0);
         }
         slot.logging = enabled;
@@ -466,7 +477,7 @@ impl Kernel for FakeKernel {
         let slot = inner.slots.get_mut(&slot.0).ok_or(KvmError::SlotGone(slot))?;
         for offset in (0..pages).filter(|offset| words[index(offset / 64)] >> (offset % 64) & 1 != 0) {
             slot.bitmap[index(offset / 64)] &= !(1 << (offset % 64));
-            slot.writable[index(offset)] = false;
+            slot.writable.remove(PageIndex(offset));
         }
         inner.flush_tlbs();
         Ok(())
@@ -485,7 +496,7 @@ impl Kernel for FakeKernel {
         assert!(first.is_multiple_of(granule) && pages.pages.is_multiple_of(granule), "whole granules");
         let inner = &mut *self.lock();
         if let Some(slot) = inner.slots.get_mut(&region.slot.0) {
-            slot.writable[index(first)..index(first + pages.pages)].fill(false);
+            slot.writable.remove_run(PageRun { first: PageIndex(first), pages: pages.pages });
         }
         Ok(())
     }

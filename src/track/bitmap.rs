@@ -30,7 +30,7 @@ impl BitmapLog {
         cx: Context<'_>,
         pending: &mut PageSet,
     ) -> Result<AllCleared, TrackError> {
-        for region in cx.slots.regions() {
+        for region in cx.slots.logged() {
             let words = self.get(cx, region, pending)?;
             if words.iter().all(|word| *word == 0) {
                 continue;
@@ -51,7 +51,7 @@ impl BitmapLog {
         cx: Context<'_>,
         pending: &mut PageSet,
     ) -> Result<(), TrackError> {
-        cx.slots.regions().try_for_each(|region| self.get(cx, region, pending).map(drop))
+        cx.slots.logged().try_for_each(|region| self.get(cx, region, pending).map(drop))
     }
 
     /// Gets the bitmap of a slot and adds its pages to `pending`.

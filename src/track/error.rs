@@ -24,6 +24,8 @@ pub enum TrackError {
     SlotKnown(SlotId),
     /// Memory was added whose pages or host memory another slot has.
     Layout(LayoutError),
+    /// Memory on guest_memfd, whose writes nobody can log.
+    Private(SlotId),
     /// A slot was named that the tracker does not have.
     SlotUnknown(SlotId),
     /// A vCPU was attached under an index that is taken.
@@ -63,6 +65,10 @@ impl fmt::Display for TrackError {
             Self::Layout(error) => {
                 write!(f, "{error}: remove what was there from the tracker before its place is used again")
             }
+            Self::Private(slot) => write!(
+                f,
+                "{slot:?} is on guest_memfd, and KVM logs no writes to it: a guest with private memory cannot be tracked"
+            ),
             Self::SlotUnknown(slot) => write!(f, "{slot:?} is not tracked: add its memory first"),
             Self::VcpuKnown(index) => write!(f, "a vCPU with index {index} is attached already"),
             Self::SetTooSmall { capacity, needed } => write!(

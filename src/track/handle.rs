@@ -37,6 +37,10 @@ impl VcpuHandle {
 
     /// To be called before each `KVM_RUN`. One relaxed load when nobody throttles; else one futex wait of at most 10 ms.
     ///
+    /// It is for throttling: a VMM that forgets it has vCPUs that a migration cannot hold back, and loses no page. It does not belong
+    /// before a `KVM_RUN` with `immediate_exit` set, which only completes pending I/O: a closed gate would send that back as
+    /// [`BeforeRun::Interrupted`], and the I/O would stay pending.
+    ///
     /// A kick that calls a vCPU out for good (to pause or end it) ends the wait at once if it says so to the vCPU's
     /// thread first, then sends the signal, then opens the [`gate`](Self::gate).
     #[inline]

@@ -289,7 +289,7 @@ impl Pending {
         if self.unsure.is_empty() {
             return Vec::new();
         }
-        let mut regions: Vec<Region> = slots.regions().copied().collect();
+        let mut regions: Vec<Region> = slots.logged().copied().collect();
         regions.retain(|region| self.unsure.count_within(region.pages) > 0);
         let pages: u64 = regions.iter().map(|region| region.pages.pages).sum();
         if self.unsure_handed_out < pages {

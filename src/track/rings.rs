@@ -22,6 +22,7 @@ use super::pending::{Pending, ProtectedReadable};
 use super::session_pages::SessionKey;
 use super::slots::{SlotCursor, Slots};
 use super::vcpu::Vcpu;
+use crate::kvm::caps::RESERVED_ENTRIES;
 use crate::kvm::ring::{DirtyRing, Prefix, Recycle};
 use crate::kvm::{Kernel, ResetCount};
 use crate::page_set::WordAtHand;
@@ -30,11 +31,12 @@ use crate::page_set::WordAtHand;
 /// work interrupt one call each.
 const IDLE_RESETS_MAX: u32 = 16;
 
-/// Entries that KVM keeps free at the end of a ring: 64, and 512 more on a host with PML.
-const RESERVED_ENTRIES: u32 = 64 + 512;
-
 /// How often in a row a vCPU may say that its ring is full when there is nothing to take, before it is given up.
 const EMPTY_CALLS_MAX: u32 = 1_000;
+
+/// So many of them are taken for a run of the vCPU in between, if it passes no gate that would count: a VMM calls once for
+/// each exit.
+const UNCOUNTED_CALLS: u32 = 16;
 
 /// What the recycler needs of the rest of the tracker.
 #[derive(Clone, Copy)]
@@ -79,22 +81,32 @@ pub(super) struct Rings {
 impl Ring {
     fn take_entries(&mut self, recycle: Recycle, cx: Context<'_>, pending: &mut Pending) -> u32 {
         let mut slots = SlotCursor::new(cx.slots);
-        let (mut unknown, leaving) = (0, recycle == Recycle::Leaving);
+        let mut unknown = 0;
         let (sink, unprotected) = pending.sinks();
         let (mut words, mut word) = (sink.insert_prefetched(), WordAtHand::NONE);
-        let (mut words_left, mut word_left) = (unprotected.insert_prefetched(), WordAtHand::NONE);
-        let taken = self.ring.take(recycle, |slot, offset| match slots.page(slot, offset) {
-            Some(page) => {
-                word.add(page, &mut words);
-                if leaving {
-                    word_left.add(page, &mut words_left);
-                }
+        // Two loops, so that the usual one does not pay for the other.
+        let taken = match recycle {
+            Recycle::Protecting => {
+                self.ring.take(Recycle::Protecting, |slot, offset| match slots.page(slot, offset) {
+                    Some(page) => word.add(page, &mut words),
+                    // The slot is gone, and its memory with it. KVM ignores such an entry too.
+                    None => unknown += 1,
+                })
             }
-            // The slot is gone, and its memory with it. KVM ignores such an entry too.
-            None => unknown += 1,
-        });
+            Recycle::Leaving => {
+                let (mut words_left, mut word_left) = (unprotected.insert_prefetched(), WordAtHand::NONE);
+                let taken = self.ring.take(Recycle::Leaving, |slot, offset| match slots.page(slot, offset) {
+                    Some(page) => {
+                        word.add(page, &mut words);
+                        word_left.add(page, &mut words_left);
+                    }
+                    None => unknown += 1,
+                });
+                words_left.finish(word_left);
+                taken
+            }
+        };
         let new = words.finish(word);
-        words_left.finish(word_left);
         if taken > 0 {
             let new = pending.distribute(Some(self.place), new);
             self.vcpu.counters.pages.add(new);
@@ -166,7 +178,7 @@ impl Ring {
             return Err(TrackError::RingLost(self.vcpu.index));
         }
         let passes = Some(self.vcpu.gate.count_next_pass());
-        if self.passes != passes {
+        if self.passes != passes || self.empty_calls.is_multiple_of(UNCOUNTED_CALLS) {
             self.empty_fulls += 1;
         }
         self.passes = passes;

@@ -53,7 +53,6 @@ impl Session {
     /// then as before.
     pub fn start(&self) -> Result<(), TrackError> {
         let (mut others, mut state) = self.shared.lock_all();
-        let (others, state) = (&mut *others, &mut *state);
         if state.pending.session(self.key)?.running {
             return Err(TrackError::AlreadyTracking);
         }
@@ -61,11 +60,12 @@ impl Session {
             // A page that was dirtied before, and is still writable, makes no entry when it is written after the start. So
             // everything that is dirty goes to the others first, which protects it: its next write is then seen. What is
             // dirtied while this collects is still in a ring when it is done, and comes to this session too.
-            self.shared.collect_all(state, others, false)?;
+            self.shared.collect_all(&mut state, &mut others, false)?;
+            state.pending.begin(self.key)?;
         } else {
-            self.shared.start_logging(state, others)?;
+            drop(state);
+            self.shared.start_logging(&mut others, self.key)?;
         }
-        state.pending.begin(self.key)?;
         self.shared.tracking.store(true, Ordering::Relaxed);
         // Before anybody reads a page: see `mark_dirty`.
         fence(Ordering::SeqCst);
@@ -225,12 +225,14 @@ impl Session {
     /// The first thing that the kernel refused; the session has stopped all the same.
     pub fn stop(&self) -> Result<(), TrackError> {
         let mut others = self.shared.others.lock();
-        let state = &mut *self.shared.lock();
+        let mut state = self.shared.lock();
         if !state.pending.session(self.key)?.running {
             return Ok(());
         }
         state.pending.stop(self.key)?;
-        if state.pending.is_tracking() { Ok(()) } else { self.shared.stop_logging(state, &mut others) }
+        let is_last = !state.pending.is_tracking();
+        drop(state);
+        if is_last { self.shared.stop_logging(&mut others) } else { Ok(()) }
     }
 
     /// Stops, and forgets its pages or leaves them to the session that starts next.
@@ -247,7 +249,7 @@ impl Session {
             if state.pending.session(self.key)?.running {
                 collected = self.shared.collect(state, &mut others, false).map(drop);
                 if collected.is_err() {
-                    state.slots.regions().for_each(|region| state.pending.insert_run(region.pages));
+                    state.slots.logged().for_each(|region| state.pending.insert_run(region.pages));
                 }
             }
             state.pending.leave_behind(self.key)?;

@@ -10,7 +10,8 @@ use super::figures::VmCounters;
 use super::others::Others;
 use super::pending::{AllReadable, Pending, ProtectedReadable};
 use super::rings::{AllReset, Context, Rings};
-use super::slots::{Slots, log_anew};
+use super::session_pages::SessionKey;
+use super::slots::{Slots, log_anew, log_these_anew, stop_logging};
 use super::unprotected::{protect_all, protect_step};
 use super::vcpu::Vcpu;
 use crate::kvm::{Kernel, RingSize, UnmapError};
@@ -122,27 +123,44 @@ impl Shared {
         Context { kernel: &*self.kernel, slots, counters: &self.counters }
     }
 
-    /// The first session is about to begin.
-    pub(super) fn start_logging(&self, state: &mut State, others: &mut Others) -> Result<(), TrackError> {
-        if let Backend::Ring { rings, .. } = &mut state.backend {
-            // What an earlier period left behind.
-            rings.recycle(self.context(&state.slots), &mut state.pending)?;
-        }
-        state.pending.forget();
+    /// The first session begins. Slots are switched on one by one and without the tracker's lock, so that a vCPU whose ring fills
+    /// meanwhile waits for KVM at most: what comes out of it is the session's. With the lock of the others held, no slot
+    /// comes or goes.
+    pub(super) fn start_logging(&self, others: &mut Others, key: SessionKey) -> Result<(), TrackError> {
         others.start()?;
-        if let Err(error) = state.slots.log_anew(&*self.kernel) {
+        let regions = {
+            let state = &mut *self.lock();
+            if let Backend::Ring { rings, .. } = &mut state.backend
+                // What an earlier period left behind.
+                && let Err(error) = rings.recycle(self.context(&state.slots), &mut state.pending)
+            {
+                others.stop();
+                return Err(error);
+            }
+            state.pending.forget();
+            state.pending.may_leave(Err(UnmapError::NotAsked));
+            state.pending.begin(key)?;
+            state.slots.logged().copied().collect::<Vec<_>>()
+        };
+        let logging_on = log_these_anew(&*self.kernel, &regions);
+        let state = &mut *self.lock();
+        if let Err(error) = logging_on {
             others.stop();
+            state.pending.stop(key)?;
+            state.pending.forget();
             return Err(error.into());
         }
         state.prepare_to_protect(&*self.kernel);
         Ok(())
     }
 
-    /// The last session has stopped.
-    pub(super) fn stop_logging(&self, state: &mut State, others: &mut Others) -> Result<(), TrackError> {
+    /// The last session has stopped. Slots are switched off as they were switched on.
+    pub(super) fn stop_logging(&self, others: &mut Others) -> Result<(), TrackError> {
         self.tracking.store(false, Ordering::Relaxed);
         others.stop();
-        let logging_off = state.slots.stop_logging(&*self.kernel);
+        let regions: Vec<_> = self.lock().slots.logged().copied().collect();
+        let logging_off = stop_logging(&*self.kernel, &regions);
+        let state = &mut *self.lock();
         if let Backend::Ring { rings, .. } = &mut state.backend {
             rings.recycle(self.context(&state.slots), &mut state.pending)?;
         }
@@ -231,7 +249,7 @@ impl Shared {
     fn rearm_if_lost(&self, slots: &Slots, pending: &mut Pending) -> Result<(), TrackError> {
         if pending.everything {
             slots.log_anew(&*self.kernel)?;
-            slots.regions().for_each(|region| pending.insert_run(region.pages));
+            slots.logged().for_each(|region| pending.insert_run(region.pages));
             pending.rearmed();
             self.counters.rearms.add(1);
         }

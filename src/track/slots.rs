@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::error::TrackError;
 use crate::kvm::{Granule, Kernel, KvmError, UnmapError};
-use crate::layout::{GuestMemory, PageIndex, PageRun, Region, SlotId};
+use crate::layout::{GuestMemory, PageIndex, PageRun, Region, RegionKind, SlotId};
 
 /// One slot. It keeps the memory's owner-given promise alive, and with it the right to name it to KVM.
 #[derive(Clone, Debug)]
@@ -44,6 +44,9 @@ impl Slots {
     /// Adds every region of `memory` as a slot; none, if one cannot be.
     pub(super) fn add(&mut self, memory: &GuestMemory) -> Result<(), TrackError> {
         self.check_new(memory)?;
+        if let Some(private) = memory.regions().iter().find(|region| region.kind == RegionKind::GuestMemfd) {
+            return Err(TrackError::Private(private.slot));
+        }
         let memory = Arc::new(memory.clone());
         for (region, Region { slot, .. }) in memory.regions().iter().enumerate() {
             self.slots.push(Slot { id: *slot, memory: Arc::clone(&memory), region, granule: None });
@@ -68,9 +71,14 @@ impl Slots {
         self.slots.iter().map(Slot::region)
     }
 
+    /// Those whose writes KVM logs.
+    pub(super) fn logged(&self) -> impl Iterator<Item = &Region> + Clone {
+        self.regions().filter(|region| region.is_logged())
+    }
+
     /// Sees to it that pages of every slot can be protected without the rings.
     pub(super) fn prepare_to_protect(&mut self, kernel: &dyn Kernel) -> Result<(), UnmapError> {
-        for slot in self.slots.iter_mut().filter(|slot| slot.granule.is_none()) {
+        for slot in self.slots.iter_mut().filter(|slot| slot.granule.is_none() && slot.region().is_logged()) {
             slot.granule = Some(kernel.can_protect(slot.region())?);
         }
         Ok(())
@@ -105,14 +113,13 @@ impl Slots {
     /// Protects every page of every slot and logs writes from then on; none is logged when one was refused. A write in
     /// between is not seen: the pages count as dirty anyway, or have not been read yet.
     pub(super) fn log_anew(&self, kernel: &dyn Kernel) -> Result<(), KvmError> {
-        log_these_anew(kernel, self.regions())
+        log_these_anew(kernel, self.logged())
     }
+}
 
-    /// Ends dirty logging of all slots. All are tried, and the first refusal is returned.
-    pub(super) fn stop_logging(&self, kernel: &dyn Kernel) -> Result<(), KvmError> {
-        let stop = |region| kernel.set_dirty_logging(region, false);
-        self.regions().map(stop).fold(Ok(()), Result::and)
-    }
+/// Ends dirty logging of some slots. All are tried, and the first refusal is returned.
+pub(super) fn stop_logging(kernel: &dyn Kernel, regions: &[Region]) -> Result<(), KvmError> {
+    regions.iter().map(|region| kernel.set_dirty_logging(region, false)).fold(Ok(()), Result::and)
 }
 
 /// The same for some slots.

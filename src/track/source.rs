@@ -36,7 +36,67 @@ impl Observed {
     }
 }
 
-/// One place that dirty pages come from, for one user at a time: so its methods take `&mut self`, although a
+/// One place that dirty pages come from. Anybody may implement it, for a hypervisor of another kind; a migration then asks
+/// it instead of a [`Session`](super::Session).
+///
+/// ```
+/// use ringferry::track::{DirtySource, Observed, TrackError};
+/// use ringferry::{PageIndex, PageSet, vm::Settled};
+///
+/// /// A hypervisor that is asked which pages were written, and write-protects them in the same step.
+/// trait Hypervisor: Send {
+///     fn set_logging(&mut self, on: bool);
+///     fn take_dirty(&mut self) -> Vec<u64>;
+/// }
+///
+/// struct Source<H> {
+///     hypervisor: H,
+///     given_back: Vec<PageIndex>,
+/// }
+///
+/// impl<H: Hypervisor> DirtySource for Source<H> {
+///     fn backend(&self) -> &'static str {
+///         "mine"
+///     }
+///     fn start(&mut self) -> Result<(), TrackError> {
+///         self.hypervisor.set_logging(true);
+///         Ok(())
+///     }
+///     fn observe(&mut self) -> Result<Observed, TrackError> {
+///         Ok(Observed::Unobservable)
+///     }
+///     fn harvest(&mut self, dirty: &mut PageSet) -> Result<(), TrackError> {
+///         dirty.extend(self.hypervisor.take_dirty().into_iter().map(PageIndex));
+///         dirty.extend(self.given_back.drain(..));
+///         Ok(())
+///     }
+///     fn harvest_final(&mut self, _: &Settled<'_>, dirty: &mut PageSet) -> Result<(), TrackError> {
+///         self.harvest(dirty)
+///     }
+///     fn give_back(&mut self, pages: &PageSet) {
+///         self.given_back.extend(pages.runs().flat_map(|run| run.first.0..run.end().0).map(PageIndex));
+///     }
+///     fn stop(&mut self) -> Result<(), TrackError> {
+///         self.hypervisor.set_logging(false);
+///         Ok(())
+///     }
+/// }
+/// # struct Fake(Vec<u64>);
+/// # impl Hypervisor for Fake {
+/// #     fn set_logging(&mut self, _: bool) {}
+/// #     fn take_dirty(&mut self) -> Vec<u64> { std::mem::take(&mut self.0) }
+/// # }
+/// # let mut source = Source { hypervisor: Fake(vec![3, 4]), given_back: Vec::new() };
+/// # let mut dirty = PageSet::new(PageIndex(10));
+/// # source.start().unwrap();
+/// # source.harvest(&mut dirty).unwrap();
+/// # source.give_back(&dirty);
+/// # dirty.clear();
+/// # source.harvest(&mut dirty).unwrap();
+/// # assert_eq!(dirty.len(), 2);
+/// ```
+///
+/// It is for one user at a time: so its methods take `&mut self`, although a
 /// [`Session`](super::Session) can do without.
 pub trait DirtySource: Send {
     /// The name that reports show: `ring`, `bitmap`, `pagemap`.

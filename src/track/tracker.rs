@@ -193,7 +193,10 @@ impl DirtyTracker {
         let state = &mut *self.shared.lock();
         state.slots.add(memory)?;
         if state.pending.is_tracking()
-            && let Err(error) = log_these_anew(&*self.shared.kernel, memory.regions())
+            && let Err(error) = log_these_anew(
+                &*self.shared.kernel,
+                memory.regions().iter().filter(|region| region.is_logged()),
+            )
         {
             memory.regions().iter().for_each(|region| state.slots.remove(region.slot));
             return Err(error.into());
@@ -226,7 +229,7 @@ impl DirtyTracker {
         let mut others = self.shared.others.lock();
         let state = &mut *self.shared.lock();
         let Some(region) = state.slots.get(slot).copied() else { return Ok(false) };
-        if state.pending.is_tracking() {
+        if state.pending.is_tracking() && region.is_logged() {
             match self.shared.kernel.set_dirty_logging(&region, false) {
                 // The VMM was too early. It can do nothing better now than to have the slot forgotten.
                 Err(KvmError::SlotGone(_)) => {}
@@ -338,6 +341,11 @@ impl DirtyTracker {
     /// one by one here.
     pub fn recycles_without_protecting(&self) -> Result<(), UnmapError> {
         self.shared.lock().pending.why_none_is_left()
+    }
+
+    /// The handle of the vCPU that was attached with this index of the VMM's.
+    pub fn vcpu(&self, index: usize) -> Option<VcpuHandle> {
+        VcpuHandle::all(&self.shared).into_iter().find(|vcpu| vcpu.index() == index)
     }
 
     /// What tracking did so far and what it cost.

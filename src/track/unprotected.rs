@@ -178,7 +178,7 @@ mod tests {
 
     #[test]
     fn calls_are_whole_granules_within_the_region_and_bounded() {
-        let region = Region { slot: crate::SlotId(0), pages: run(1000, 5120), host: std::ptr::null_mut() };
+        let region = Region::new(crate::SlotId(0), run(1000, 5120), std::ptr::null_mut());
         let of = |granule, pages| -> Vec<PageRun> {
             calls(&region, Granule::new(granule).unwrap(), pages).collect()
         };

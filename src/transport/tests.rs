@@ -41,10 +41,9 @@ impl Ram {
             MmapRaw::from(memmap2::MmapMut::map_anon(length).unwrap())
         };
         let mappings: Vec<_> = regions.iter().map(map).collect();
-        let region = |(index, (first, pages)): (usize, &(u64, u64))| Region {
-            slot: SlotId(u32::try_from(index).unwrap()),
-            pages: PageRun { first: PageIndex(*first), pages: *pages },
-            host: mappings[index].as_mut_ptr(),
+        let region = |(index, (first, pages)): (usize, &(u64, u64))| {
+            let pages = PageRun { first: PageIndex(*first), pages: *pages };
+            Region::new(SlotId(u32::try_from(index).unwrap()), pages, mappings[index].as_mut_ptr())
         };
         let regions = regions.iter().enumerate().map(region).collect();
         // SAFETY: the mappings live in the same value, and no reference to their bytes is ever made.

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use bitvec::vec::BitVec;
+
 use super::Controller;
 use crate::PAGE_SIZE;
 use crate::converge::fair_share::even_out;
@@ -133,7 +135,7 @@ impl Controller {
         } else {
             // All writers as one, which is what can be slowed down then.
             let curves = vec![self.model.others.clone()];
-            let held = vec![self.target.is_some()];
+            let held = BitVec::repeat(self.target.is_some(), 1);
             timed = Model { curves, held, ..Model::default() };
             &timed
         };

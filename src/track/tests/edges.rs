@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "a slot's memory is named by address")]
 
 use super::*;
-use crate::layout::{GuestAddress, LayoutError};
+use crate::layout::{GuestAddress, GuestMemory, LayoutError, RegionKind};
 use crate::testing::{AnonymousRam, Backing};
 
 #[test]
@@ -141,6 +141,8 @@ fn a_handle_knows_the_index_that_the_vmm_gave_its_vcpu() {
     assert!(kernel.write(1, SlotId(1), 5));
     assert_eq!(session.observe().unwrap(), Observed::per_vcpu(vec![0, 1, 0]));
     assert_eq!(tracker.vcpus().iter().map(VcpuHandle::index).collect::<Vec<_>>(), given);
+    assert_eq!(tracker.vcpu(40).map(|vcpu| vcpu.index()), Some(40));
+    assert!(tracker.vcpu(1).is_none());
     assert_eq!(tracker.snapshot().vcpus.iter().map(|vcpu| vcpu.index).collect::<Vec<_>>(), given);
 }
 
@@ -277,4 +279,46 @@ fn a_slot_is_taken_a_last_time_with_what_no_vcpu_wrote() {
     let paused = Paused::declare_every_vcpu_is_outside_kvm_run();
     let settled = paused.declare_nothing_else_writes();
     assert_eq!(session.take_slot_bitmap_final(&settled, SlotId(1)).unwrap()[..2], [0, 3 << 6]);
+}
+
+#[test]
+fn a_vcpu_that_passes_no_gate_gets_its_overrun_ring_back_all_the_same() {
+    let mut model = Model::new(1, 0, 0, false);
+    let over: Vec<u64> = (0..u64::from(RING) + 40).collect();
+    model.emulate(0, 1, &over);
+    // All entries are taken and overwritten in part: KVM says full, and there is nothing to take.
+    let calls = (1..1_000).find(|_| {
+        model.vcpus[0].ring_full().unwrap();
+        model.kernel.write(0, SlotId(1), 7)
+    });
+    assert!(calls.is_some());
+    assert_eq!(model.tracker.snapshot().vcpus[0].overflows, 1);
+    model.harvest();
+    model.write(0, 1, 8);
+    model.check_nothing_is_lost();
+}
+
+#[test]
+fn what_kvm_cannot_log_is_left_alone_and_what_it_must_is_refused() {
+    let mut model = Model::new(1, 0, 0, false);
+    let pages = PageRun { first: PageIndex(50_000), pages: 10 };
+    let ram = AnonymousRam::with_slots(&[(SlotId(8), pages)], Backing::SmallPages).unwrap();
+    let of_kind = |kind| {
+        let region = ram.memory().regions()[0].of_kind(kind);
+        // SAFETY: as of `ram`, which outlives the tracker's use of it.
+        unsafe { GuestMemory::new(vec![region]) }.unwrap()
+    };
+    let private = model.tracker.add_memory(&of_kind(RegionKind::GuestMemfd));
+    assert!(matches!(private, Err(TrackError::Private(SlotId(8)))), "{private:?}");
+    model.kernel.create_slots(ram.memory());
+    model.kernel.refuse_to_log(SlotId(8));
+    model.tracker.add_memory_as(&of_kind(RegionKind::ReadOnly), Initially::Dirty).unwrap();
+    assert_eq!(model.session().take_slot_runs(SlotId(8)).unwrap().len(), 1, "all of it, once");
+    model.session().stop().unwrap();
+    model.session().start().unwrap();
+    assert!(!model.kernel.is_logging(SlotId(8)));
+    model.write(0, 1, 7);
+    assert_eq!(model.session().take_slot_runs(SlotId(8)).unwrap().len(), 0);
+    assert_eq!(model.session().take_slot_runs(SlotId(1)).unwrap().len(), 1);
+    assert!(model.tracker.remove_slot(SlotId(8)).unwrap());
 }

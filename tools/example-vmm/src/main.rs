@@ -2,7 +2,7 @@
 //!
 //! The five places that Ringferry touches are numbered; everything else is what any VMM does. The guest is a few
 //! bytes of user-mode code per vCPU that write one word to every page of a range, for ever.
-#![expect(unsafe_code, reason = "KVM takes guest RAM by host address, and so does the tracker")]
+#![expect(unsafe_code, reason = "KVM takes guest RAM by host address")]
 
 use std::error::Error;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use ringferry::kvm::RingSize;
 use ringferry::track::external::RegionLog;
 use ringferry::track::{BeforeRun, DirtyTracker, KVM_EXIT_DIRTY_RING_FULL, Observed, VcpuHandle};
-use ringferry::{PAGE_SIZE, PageIndex, PageRun, PageSet, Region, SlotId};
+use ringferry::{GuestMemory, PAGE_SIZE, PageIndex, PageSet, SlotId};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MmapRegion};
 
 type GuestRam = vm_memory::GuestMemoryMmap<RegionLog>;
@@ -42,7 +42,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     set_slots(&vm, &ram)?;
 
     // 2. Each memory slot, and what the VMM itself writes through vm-memory.
-    tracker.add_memory(&layout(&ram)?)?;
+    tracker.add_memory(&GuestMemory::from_vm_memory_0_18(Arc::clone(&ram), slot_of)?)?;
     for region in ram.iter() {
         let first = PageIndex(region.start_addr().0 / PAGE_SIZE as u64);
         tracker.add_external(Box::new(MmapRegion::bitmap(region).source(first)))?;
@@ -60,8 +60,10 @@ fn main() -> Result<(), Box<dyn Error>> {
         threads.push(thread::spawn(move || run_vcpu(vcpu, &tracked, &stop)));
     }
 
-    // 5. The migration thread: start, observe as often as it likes, harvest once a round.
+    // 5. Whoever wants dirty pages has a session: a migration observes as often as it likes and harvests once a round. The VMM's
+    // old dirty log is a session too, whoever else harvests meanwhile.
     let session = tracker.start()?;
+    let dirty_log = tracker.start()?;
     thread::sleep(Duration::from_millis(200));
     if let Observed::PerVcpu { vcpus, others } = session.observe()? {
         println!("observed pages per vCPU: {vcpus:?}, of others: {others}");
@@ -79,7 +81,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     for thread in threads {
         thread.join().map_err(|_| "a vCPU's thread panicked")?.map_err(|error| error.to_string())?;
     }
-    session.stop()?;
+    let runs = dirty_log.take_slot_runs(slot_of(0))?.map(|run| run.pages);
+    println!("the dirty log, meanwhile: {} pages", runs.sum::<u64>());
     for vcpu in tracker.snapshot().vcpus {
         println!("vCPU {}: {} pages, {} ring-full exits", vcpu.index, vcpu.pages, vcpu.ring_full_exits);
     }
@@ -108,28 +111,16 @@ fn run_vcpu(
     Ok(())
 }
 
-/// RAM as the tracker knows it: numbers and addresses, none of vm-memory's types.
-fn layout(ram: &Arc<GuestRam>) -> Result<ringferry::GuestMemory, Box<dyn Error>> {
-    let regions = ram.iter().zip(0..).map(|(region, slot)| {
-        let pages = region.len() / PAGE_SIZE as u64;
-        Region {
-            slot: SlotId(slot),
-            pages: PageRun { first: PageIndex(region.start_addr().0 / PAGE_SIZE as u64), pages },
-            host: region.as_ptr(),
-        }
-    });
-    // SAFETY:
-    // * vm-memory maps each region readable and writable, and the value keeps it mapped by `kept_by`;
-    // * vm-memory hands out volatile access only, never references.
-    let memory = unsafe { ringferry::GuestMemory::new(regions.collect()) }?;
-    Ok(memory.kept_by(Arc::clone(ram) as _))
+/// The slot of region `index`.
+fn slot_of(index: usize) -> SlotId {
+    SlotId(u32::try_from(index).unwrap_or(u32::MAX))
 }
 
 /// A slot per region. The tracker switches `KVM_MEM_LOG_DIRTY_PAGES` on and off by itself.
 fn set_slots(vm: &VmFd, ram: &GuestRam) -> Result<(), Box<dyn Error>> {
-    for (region, slot) in ram.iter().zip(0..) {
+    for (index, region) in ram.iter().enumerate() {
         let memory = kvm_userspace_memory_region {
-            slot,
+            slot: slot_of(index).0,
             flags: 0,
             guest_phys_addr: region.start_addr().0,
             memory_size: region.len(),

@@ -248,7 +248,7 @@ impl BareVm {
         for (slot, &pages) in (1..).zip(data_pages) {
             let memory = Anonymous::new(index(pages) * PAGE_SIZE)?;
             let run = PageRun { first, pages };
-            regions.push(Region { slot: SlotId(slot), pages: run, host: memory.as_mut_ptr() });
+            regions.push(Region::new(SlotId(slot), run, memory.as_mut_ptr()));
             data.push(memory);
             first = run.end();
         }
@@ -290,7 +290,7 @@ impl BareVm {
         self.set_slot(there)?;
         let pages = PageRun { first, pages: (memory.len() / PAGE_SIZE) as u64 };
         // SAFETY: as in `new`.
-        unsafe { GuestMemory::new(vec![Region { slot, pages, host: memory.as_mut_ptr() }]) }
+        unsafe { GuestMemory::new(vec![Region::new(slot, pages, memory.as_mut_ptr())]) }
             .map_err(io::Error::other)
     }
 

@@ -68,7 +68,7 @@ impl Ram {
         let mut regions = Vec::with_capacity(layout.len());
         for (slot, pages) in (0u32..).zip(layout) {
             let mapping = map(pages.pages * PAGE_SIZE as u64, config)?;
-            regions.push(Region { slot: SlotId(slot), pages, host: mapping.as_mut_ptr() });
+            regions.push(Region::new(SlotId(slot), pages, mapping.as_mut_ptr()));
             mappings.push(mapping);
         }
         // SAFETY:

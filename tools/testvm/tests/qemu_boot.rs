@@ -39,7 +39,7 @@ fn memory(qemu: &Qemu) -> GuestMemory {
     let file = OpenOptions::new().read(true).write(true).open(qemu.directory.join("ram"));
     let mapping = Arc::new(MmapRaw::map_raw(&file.expect("QEMU's RAM")).expect("it can be mapped"));
     let pages = PageRun { first: PageIndex(0), pages: MEMORY_BYTES / PAGE_SIZE as u64 };
-    let region = Region { slot: SlotId(0), pages, host: mapping.as_mut_ptr() };
+    let region = Region::new(SlotId(0), pages, mapping.as_mut_ptr());
     // SAFETY: the mapping has that length, is readable, writable and page-aligned, is kept by the value, and
     // nobody makes references into it.
     unsafe { GuestMemory::new(vec![region]) }.expect("one region").kept_by(mapping)

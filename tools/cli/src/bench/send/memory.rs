@@ -30,11 +30,7 @@ impl BenchMemory {
         let mapping =
             MmapMut::map_anon(length).with_context(|| format!("mapping {length} bytes of memory"))?;
         let mapping = Arc::new(MmapRaw::from(mapping));
-        let region = Region {
-            slot: SlotId(0),
-            pages: PageRun { first: PageIndex(0), pages },
-            host: mapping.as_mut_ptr(),
-        };
+        let region = Region::new(SlotId(0), PageRun { first: PageIndex(0), pages }, mapping.as_mut_ptr());
         // SAFETY: the mapping is kept by the value and its clones, and is readable and writable; slices of it are
         // made for plain sends and receives only, while no transport runs.
         let guest = unsafe { GuestMemory::new(vec![region]) }?.kept_by(Arc::clone(&mapping) as _);
