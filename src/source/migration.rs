@@ -61,6 +61,7 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Migration<'a, V, D> {
     pub fn harvest(&mut self) -> Result<PageSet, SourceError> {
         let mut harvested = PageSet::new(self.memory.end());
         self.tracker.harvest(&mut harvested)?;
+        self.options.send.discards.take_into(&mut harvested, self.memory);
         self.taken.union(&harvested);
         Ok(harvested)
     }
@@ -115,6 +116,7 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Migration<'a, V, D> {
     }
 
     pub fn stop_tracking(&mut self) {
+        self.options.send.discards.forget();
         if let Err(error) = self.tracker.stop() {
             tracing::warn!(%error, "tracking could not be stopped");
         }

@@ -142,6 +142,11 @@ impl SendRing {
         buffers.clone_into(&self.ring)
     }
 
+    /// Lets go of registered buffers; what is being sent out of them goes on.
+    pub(in crate::transport) fn unregister(&self) -> io::Result<()> {
+        self.ring.io.submitter().unregister_buffers()
+    }
+
     /// Whether a frame is being sent.
     pub(in crate::transport) fn is_sending(&self) -> bool {
         self.outgoing.pending > 0
