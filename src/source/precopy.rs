@@ -140,7 +140,7 @@ impl<V: Vm + ?Sized, D: DirtySource + ?Sized> Precopy<'_, '_, V, D> {
             }
             self.plan_besides()?;
             let totals = self.link.sender.handle().totals();
-            let action = self.steering.round_ended(&observed, dirty.len(), totals);
+            let action = self.steering.round_ended(self.migration.tracker, &observed, dirty.len(), totals);
             if self.migration.report.rounds.len() == 1 {
                 self.migration.report.prediction_after_round_1 = self.steering.prediction();
             }
