@@ -33,7 +33,9 @@ const FREED: [u8; 8] = *b"rf freed";
 ///
 /// As for [`borrow`].
 unsafe fn checked<T: Handle>(handle: *const T, name: &'static str) -> Result<NonNull<Tagged<T>>, Failure> {
-    let handle = NonNull::new(handle.cast_mut()).ok_or(Failure::Null(name))?.cast::<Tagged<T>>();
+    let Some(handle) = NonNull::new(handle.cast_mut().cast::<Tagged<T>>()) else {
+        return Err(Failure::Null(name));
+    };
     if !handle.is_aligned() {
         return Err(Failure::WrongHandle(name));
     }

@@ -1,6 +1,7 @@
 //! A vCPU has two ends: the one of its thread, and the gate, which belongs to whoever throttles.
 #![expect(unsafe_code, reason = "functions are called from C, with pointers")]
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::Duration;
 
 use ringferry::track::{BeforeRun, VcpuHandle};
@@ -79,13 +80,15 @@ pub unsafe extern "C" fn rf_vcpu_attach(
 /// `vcpu` is a vCPU or NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn rf_vcpu_before_run(vcpu: *const Vcpu) -> Status {
-    call(|| {
-        // SAFETY: the caller's promise.
-        Ok(match unsafe { borrow(vcpu, "vcpu") }?.run.before_run() {
-            BeforeRun::Run => Status::Ok,
-            BeforeRun::Interrupted => Status::Interrupted,
-        })
-    })
+    // SAFETY: the caller's promise.
+    let before_run = || unsafe { borrow(vcpu, "vcpu") }.map(|vcpu| vcpu.run.before_run());
+    // Not by way of `call` as long as there is nothing to say: this is the one function whose nanoseconds count.
+    match catch_unwind(AssertUnwindSafe(before_run)) {
+        Ok(Ok(BeforeRun::Run)) => Status::Ok,
+        Ok(Ok(BeforeRun::Interrupted)) => Status::Interrupted,
+        Ok(Err(failure)) => call(|| Err(failure)),
+        Err(panic) => call(|| resume_unwind(panic)),
+    }
 }
 
 /// Call it when KVM_RUN has returned with RF_EXIT_DIRTY_RING_FULL: it recycles the ring, here and now. Then run the vCPU
