@@ -173,8 +173,8 @@ pub trait Vm: Send {
     }
 
     /// Adds pages whose content the guest has given up (balloon, free page reporting): they are not sent unless they are
-    /// dirtied later. Asked once, after tracking has begun. From then on a page whose content changes must be dirty, also
-    /// one that changes because the VMM discards it.
+    /// dirtied later. Asked once, after tracking has begun. From then on a page whose content changes must be dirty; of one
+    /// that changes because the VMM discards it, the VMM tells `transport::Discards`.
     fn discarded_pages(&mut self, discarded: &mut PageSet) {
         let _ = discarded;
     }

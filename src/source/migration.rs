@@ -61,6 +61,7 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Migration<'a, V, D> {
     pub fn harvest(&mut self) -> Result<PageSet, SourceError> {
         let mut harvested = PageSet::new(self.memory.end());
         self.tracker.harvest(&mut harvested)?;
+        self.options.send.discards.take_into(&mut harvested, self.memory);
         self.taken.union(&harvested);
         Ok(harvested)
     }
@@ -70,6 +71,9 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Migration<'a, V, D> {
         let mut harvested = PageSet::new(self.memory.end());
         behind.clear();
         self.tracker.harvest_protected(&mut harvested, behind)?;
+        self.options.send.discards.take_into(&mut harvested, self.memory);
+        // No page twice in a round: two copies may arrive in any order.
+        behind.strike_off(&mut harvested);
         self.taken.union(&harvested);
         if let Some(verification) = &mut self.verification {
             verification.harvested_but(&harvested, Some(behind));
@@ -81,6 +85,7 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Migration<'a, V, D> {
     pub fn harvest_paused(&mut self, paused: &Paused) -> Result<PageSet, SourceError> {
         let mut harvested = PageSet::new(self.memory.end());
         self.tracker.harvest_paused(paused, &mut harvested)?;
+        self.options.send.discards.take_into(&mut harvested, self.memory);
         self.taken.union(&harvested);
         Ok(harvested)
     }
@@ -135,6 +140,7 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Migration<'a, V, D> {
     }
 
     pub fn stop_tracking(&mut self) {
+        self.options.send.discards.forget();
         if let Err(error) = self.tracker.stop() {
             tracing::warn!(%error, "tracking could not be stopped");
         }

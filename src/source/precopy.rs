@@ -57,6 +57,7 @@ const ROUND_TRIPS: u32 = 5;
 fn start_tracking<V: Vm + ?Sized, D: DirtySource + ?Sized>(
     migration: &mut Migration<'_, V, D>,
 ) -> Result<PageSet, SourceError> {
+    migration.options.send.discards.follow(migration.memory.end());
     migration.tracker.start()?;
     let mut pages = populated(migration.memory).pages;
     let mut discarded = PageSet::new(migration.memory.end());
@@ -144,7 +145,7 @@ impl<V: Vm + ?Sized, D: DirtySource + ?Sized> Precopy<'_, '_, V, D> {
             self.migration.round_sent(&sent, pages_to_send, dirtied(pages_dirty, &observed));
             self.plan_besides()?;
             let totals = self.link.sender.handle().totals();
-            let action = self.steering.round_ended(&observed, pages_dirty, totals);
+            let action = self.steering.round_ended(self.migration.tracker, &observed, pages_dirty, totals);
             if self.migration.report.rounds.len() == 1 {
                 self.migration.report.prediction_after_round_1 = self.steering.prediction();
             }
@@ -188,6 +189,10 @@ impl<V: Vm + ?Sized, D: DirtySource + ?Sized> Precopy<'_, '_, V, D> {
         self.heed_wishes()?;
         self.plan_besides()?;
         let sending = self.link.sender.handle();
+        let discards = &self.migration.options.send.discards;
+        if discards.is_pending() {
+            sending.strike_off(|undealt| discards.strike_off(undealt));
+        }
         match self.steering.sample(self.migration.tracker, self.migration.vm, &sending)? {
             Action::GiveUp(_) => Err(SourceError::GaveUp),
             action => Ok(action),

@@ -41,6 +41,15 @@ struct SteeredVcpu {
 }
 
 impl SteeredVcpu {
+    fn new(handle: VcpuHandle) -> Self {
+        Self {
+            throttled_before: handle.gate().throttled(),
+            gate: GateState::Open,
+            opens_at: Duration::ZERO,
+            handle,
+        }
+    }
+
     fn close(&mut self, until: Duration, now: Duration) {
         let wait = until.saturating_sub(now).min(track::Gate::CLOSED_MAX);
         self.handle.gate().close_for(wait);
@@ -70,12 +79,6 @@ impl Steering {
             unseen_per_vcpu: Pages(migration.tracker.unseen_per_vcpu()),
             ..Settings::new(Pages(memory.pages()))
         };
-        let steered = |handle: VcpuHandle| SteeredVcpu {
-            throttled_before: handle.gate().throttled(),
-            gate: GateState::Open,
-            opens_at: Duration::ZERO,
-            handle,
-        };
         Self {
             controller: Controller::new(settings),
             progress: progress.clone(),
@@ -84,7 +87,7 @@ impl Steering {
             samples: Vec::with_capacity(vcpus.len()),
             redirtied: Redirtied::new(memory.end()),
             samples_took: [Duration::ZERO; 2],
-            vcpus: vcpus.into_iter().map(steered).collect(),
+            vcpus: vcpus.into_iter().map(SteeredVcpu::new).collect(),
             last_shown: (Duration::ZERO, Vec::new()),
             totals_before_round: Totals::default(),
         }
@@ -128,6 +131,9 @@ impl Steering {
         } else {
             tracker.observe()?
         };
+        if matches!(&observed, Observed::PerVcpu { vcpus, .. } if vcpus.len() != self.vcpus.len()) {
+            self.take_up_vcpus(tracker.vcpus());
+        }
         let action = self.act(&observed, sender.totals(), None);
         self.apply_gates(vm);
         self.samples_took = [self.samples_took[1], began.elapsed()];
@@ -135,7 +141,15 @@ impl Steering {
     }
 
     /// The round's pages are in place, and `harvested` pages are dirty.
-    pub fn round_ended(&mut self, observed: &Observed, harvested: u64, totals: Totals) -> Action {
+    pub fn round_ended(
+        &mut self,
+        tracker: &(impl DirtySource + ?Sized),
+        observed: &Observed,
+        harvested: u64,
+        totals: Totals,
+    ) -> Action {
+        // A source that tells nothing per vCPU does not show that there is another one.
+        self.take_up_vcpus(tracker.vcpus());
         self.act(observed, totals, Some(harvested))
     }
 
@@ -209,6 +223,27 @@ impl Steering {
             vcpu.gate = GateState::Open;
             vcpu.handle.gate().open();
         }
+    }
+
+    /// The vCPUs that there are now, in the order in which they are observed: some may have been plugged in.
+    fn take_up_vcpus(&mut self, handles: Vec<VcpuHandle>) {
+        let known = |at: usize, handle: &VcpuHandle| {
+            self.vcpus.get(at).is_some_and(|vcpu| vcpu.handle.index() == handle.index())
+        };
+        if handles.len() == self.vcpus.len()
+            && handles.iter().enumerate().all(|(at, handle)| known(at, handle))
+        {
+            return;
+        }
+        let mut before = std::mem::take(&mut self.vcpus);
+        for handle in handles {
+            let place = before.iter().position(|vcpu| vcpu.handle.index() == handle.index());
+            self.vcpus
+                .push(place.map_or_else(|| SteeredVcpu::new(handle), |place| before.swap_remove(place)));
+        }
+        // Of those that are gone, nobody waits for an opening.
+        before.iter().for_each(|vcpu| vcpu.handle.gate().open());
+        tracing::info!(vcpus = self.vcpus.len(), "vCPUs came or went while the guest is steered");
     }
 
     fn act(&mut self, observed: &Observed, totals: Totals, harvested: Option<u64>) -> Action {

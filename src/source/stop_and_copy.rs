@@ -106,6 +106,7 @@ fn save_state<V: Vm + ?Sized, D: DirtySource + ?Sized>(
     let settled = quiesced.state_is_saved();
     let mut rest = PageSet::new(migration.memory.end());
     migration.tracker.harvest_final(&settled, &mut rest)?;
+    migration.options.send.discards.take_into(&mut rest, migration.memory);
     migration.taken.union(&rest);
     migration.report.save_state_ms = millis(begun.elapsed());
     StateWriter::new(link, &migration.progress, wait).machine(&machine)?;

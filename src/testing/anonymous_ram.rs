@@ -107,6 +107,28 @@ impl AnonymousRam {
         self.words(page)[0].store(word, Ordering::Relaxed);
     }
 
+    /// Gives pages back to the host, as behind a balloon: they read as zeroes until somebody writes them.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    ///
+    /// # Panics
+    ///
+    /// When a page is not RAM.
+    pub fn discard(&self, run: PageRun) -> io::Result<()> {
+        for part in self.memory.host_runs(run).expect("pages of the RAM") {
+            let (host, length) = (part.host.cast(), part.len_bytes());
+            // SAFETY: one of the mappings, which `memory` keeps; what discards its content is as any other write of it.
+            let discard = |advice| unsafe { libc::madvise(host, length, advice) } == 0;
+            // The first is for files, and is refused for private memory; the second leaves files as they are.
+            if !discard(libc::MADV_REMOVE) && !discard(libc::MADV_DONTNEED) {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    }
+
     /// Writes every page whole, each word with one that no other place and no other generation has.
     pub fn fill(&self, generation: u16) {
         for page in self.pages().runs().flat_map(|run| run.first.0..run.end().0) {

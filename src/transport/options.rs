@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::discards::Discards;
 use super::pacing::MaxBandwidth;
 use super::policy::ZeroCopy;
 use super::socket::STALL_TIMEOUT;
@@ -11,10 +12,12 @@ use super::socket::STALL_TIMEOUT;
 pub struct SendOptions {
     /// Copy or zero-copy.
     pub zero_copy: ZeroCopy,
-    /// Whether guest RAM may be registered with the kernel where that pays. Not for a VMM that discards guest memory
-    /// (balloon, `MADV_DONTNEED`, hole punching) while it migrates: a registered page that was discarded would be
-    /// sent as it was.
+    /// Whether guest RAM may be registered with the kernel, and pinned with that, where that pays. Only for a VMM that
+    /// discards no guest memory while it migrates (balloon, `MADV_DONTNEED`, hole punching), or says so in `discards`:
+    /// else a page that was discarded and written anew is sent as it was before.
     pub register_memory: bool,
+    /// What the VMM discards: keep a clone to say so. The first discard ends registration.
+    pub discards: Discards,
     /// The limit over all channels; keep a clone to change it while a round is being sent.
     pub max_bandwidth: MaxBandwidth,
     /// How long it may take until every channel is connected and its greeting answered.
@@ -34,7 +37,8 @@ impl Default for SendOptions {
     fn default() -> Self {
         Self {
             zero_copy: ZeroCopy::Auto,
-            register_memory: true,
+            register_memory: false,
+            discards: Discards::default(),
             max_bandwidth: MaxBandwidth::default(),
             connect_timeout: Duration::from_secs(5),
             stall_timeout: STALL_TIMEOUT,

@@ -35,8 +35,9 @@ pub enum ZeroCopy {
     Never,
     /// Always zero-copy, pages pinned for each send: for comparisons.
     Always,
-    /// Always zero-copy, out of guest RAM that is registered (and with that populated) at the start: for
-    /// comparisons, and for guests that are backed by pinned memory anyway.
+    /// Always zero-copy, out of guest RAM that is registered (and with that populated) at the start, whatever
+    /// [`register_memory`](super::SendOptions::register_memory) says: for comparisons, and for guests that are backed by
+    /// pinned memory anyway.
     AlwaysRegistered,
 }
 

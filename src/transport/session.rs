@@ -21,6 +21,7 @@ pub(super) struct Session {
     pub counters: Arc<SendCounters>,
     pub begun: Instant,
     pub registered: SharedRegistration,
+    discards_before: u64,
     cancelled: AtomicBool,
     /// The guest stands still.
     last_phase: AtomicBool,
@@ -37,6 +38,7 @@ impl Session {
         Self {
             memory,
             token,
+            discards_before: options.discards.count(),
             options,
             scheduler: Scheduler::default(),
             counters: Arc::new(SendCounters::new(channels)),
@@ -72,6 +74,11 @@ impl Session {
     pub(super) fn is_cancelled(&self) -> bool {
         // Relaxed: the flag carries no data, and is read again within milliseconds.
         self.cancelled.load(Ordering::Relaxed)
+    }
+
+    /// Whether guest memory was discarded since the session began: what is registered may be old.
+    pub(super) fn has_discards(&self) -> bool {
+        self.options.discards.count() != self.discards_before
     }
 
     /// Whether the channels shall end.

@@ -5,6 +5,7 @@
 
 mod agreeing;
 mod cuts;
+mod discards;
 mod hostile;
 mod order;
 mod proxy;

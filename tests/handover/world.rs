@@ -16,12 +16,15 @@ use ringferry::progress::{Parameters, Progress};
 use ringferry::source::{Outcome, Source, SourceError, SourceOptions, SourceReport};
 use ringferry::testing::AnonymousRam;
 use ringferry::track::{Observed, TrackError};
+use ringferry::transport::Discards;
 use ringferry::vm::{Moment, VmError};
 use ringferry::{DirtySource, PageSet, Paused, Quiesced, Settled, Vm};
 
 use crate::proxy::{Proxied, proxy};
 
 pub const PAGES: u64 = 64;
+/// What is in the first page of what a VM has discarded.
+pub const NEW_CONTENT: u64 = 0xd15c;
 pub const SHORT: Duration = Duration::from_secs(2);
 pub static NEVER: AtomicBool = AtomicBool::new(false);
 
@@ -57,6 +60,8 @@ pub struct TestVm {
     pub restoring: Duration,
     /// The page that saving state writes at the source, and restoring it at the destination.
     pub writes: Option<PageIndex>,
+    /// What it discards and writes anew, when it does what.
+    pub discards: Option<(&'static str, PageRun, Discards)>,
     /// Bytes of device state in pieces: a tenth of it in each round, the rest at the end.
     pub device_bytes: u64,
     pub device: Pattern,
@@ -116,6 +121,7 @@ impl TestVm {
             fails: None,
             restoring: Duration::ZERO,
             writes: None,
+            discards: None,
             device_bytes: 0,
             device: Pattern::default(),
         }
@@ -123,6 +129,13 @@ impl TestVm {
 
     fn attempt(&self, what: &'static str) -> Result<(), VmError> {
         self.log.add(what);
+        if let Some((when, run, discards)) = &self.discards
+            && *when == what
+        {
+            self.ram.discard(*run).unwrap();
+            self.ram.write(run.first, NEW_CONTENT);
+            discards.discarded(*run);
+        }
         if self.fails == Some(what) { Err(format!("{what} fails in this test").into()) } else { Ok(()) }
     }
 }

@@ -174,6 +174,7 @@ impl<'a> Connection<'a> {
             }
             if nap.is_none() && self.in_flight.is_empty() {
                 // Idle: between two rounds, or all that is left is others' work.
+                self.method.heed_discards(&self.ring, self.session);
                 self.wait(Duration::ZERO)?;
                 self.session.scheduler.wait_for_work(IDLE);
             } else {
@@ -431,8 +432,7 @@ impl<'a> Connection<'a> {
         self.encoder.load_into(|runs, pieces, staged| {
             self.ring.load(pieces, staged, |header| write_frame(header, &frame, runs));
         });
-        let Session { memory, registered, .. } = self.session;
-        let choice = self.method.choose(&self.encoder, &self.ring, memory, registered);
+        let choice = self.method.choose(&self.encoder, &self.ring, self.session);
         self.current = Some(Current {
             choice,
             payload_bytes: frame.payload_bytes.into(),

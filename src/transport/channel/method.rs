@@ -8,7 +8,8 @@ use crate::layout::{GuestMemory, HostRun, PageRun};
 use crate::page::{self, Encoder, Piece};
 use crate::transport::counters::Sending;
 use crate::transport::policy::{self, Policy, ZeroCopy};
-use crate::transport::uring::{RegisteredBuffers, Registration, SendMethod, SendRing, SharedRegistration};
+use crate::transport::session::Session;
+use crate::transport::uring::{RegisteredBuffers, Registration, SendMethod, SendRing};
 
 /// Holes up to this size are registered, and with that populated, rather than cut a buffer in two.
 const EXTENT_GAP_PAGES: u64 = 64;
@@ -37,7 +38,7 @@ impl Method {
             wish,
             policy: Policy::new(wish),
             registration: None,
-            registration_tried: !may_register,
+            registration_tried: !(may_register || wish == ZeroCopy::AlwaysRegistered),
             registered_bytes: 0,
             fallback: None,
         }
@@ -45,13 +46,8 @@ impl Method {
 
     /// How a frame shall leave that was encoded so. Staged bytes are copied: the kernel may look at zero-copied memory
     /// until the peer has acknowledged it, and their buffer is used again before that.
-    pub(super) fn choose(
-        &mut self,
-        encoded: &Encoder,
-        ring: &SendRing,
-        memory: &GuestMemory,
-        shared: &SharedRegistration,
-    ) -> Choice {
+    pub(super) fn choose(&mut self, encoded: &Encoder, ring: &SendRing, session: &Session) -> Choice {
+        self.heed_discards(ring, session);
         let payload = encoded.pieces();
         let class = policy::class_of(encoded.content_pages(), payload.len());
         let is_ram = |piece: &Piece| matches!(piece, Piece::Ram(_));
@@ -60,7 +56,7 @@ impl Method {
         }
         if self.policy.pays_to_register() && !self.registration_tried {
             self.registration_tried = true;
-            self.register(ring, memory, shared);
+            self.register(ring, session);
         }
         let buffer = self.registration.as_ref().and_then(|table| table.buffer_of(payload));
         Choice { method: buffer.map_or(SendMethod::ZeroCopy, SendMethod::ZeroCopyFixed), class }
@@ -103,9 +99,30 @@ impl Method {
         }
     }
 
+    /// Gives registered memory up, for good, once the VMM has discarded guest memory: the kernel holds the old pages.
+    pub(super) fn heed_discards(&mut self, ring: &SendRing, session: &Session) {
+        if !session.has_discards() {
+            return;
+        }
+        self.registration_tried = true;
+        if self.registration.take().is_none() {
+            return;
+        }
+        let reason =
+            "registered guest RAM was given up: the VMM discards guest memory while it migrates".to_owned();
+        // The table is gone, whatever the kernel says: nothing is sent out of it any more.
+        if let Err(error) = ring.unregister() {
+            tracing::warn!(%error, "registered guest RAM stays pinned until its channel ends");
+        }
+        *session.registered.lock() = Some(Err(reason.clone()));
+        self.registered_bytes = 0;
+        self.fall_back(reason);
+    }
+
     /// Registers guest RAM, or takes over what another channel registered.
-    fn register(&mut self, ring: &SendRing, memory: &GuestMemory, shared: &SharedRegistration) {
-        let mut shared = shared.lock();
+    fn register(&mut self, ring: &SendRing, session: &Session) {
+        let memory = &session.memory;
+        let mut shared = session.registered.lock();
         let buffers = shared.get_or_insert_with(|| {
             let registered = RegisteredBuffers::new(memory, &extents(self.wish, memory));
             registered.map_err(|error| format!("registering guest RAM: {error}: {}", advice(&error)))

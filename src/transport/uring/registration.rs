@@ -2,8 +2,8 @@
 //!
 //! Registering faults every page in, so only what is populated is worth it: the caller says which extents.
 //! A registered buffer pins the page that was there when it was registered. If the VMM discards guest memory
-//! afterwards (balloon, `MADV_DONTNEED`, hole punching), the kernel would go on sending the old page; a VMM that
-//! does so during a migration must turn registration off.
+//! afterwards (balloon, `MADV_DONTNEED`, hole punching), the kernel would go on sending the old page. So nothing is
+//! registered unless the VMM allows it, and the first [discard](crate::transport::Discards) ends it.
 
 use std::fmt;
 use std::io;

@@ -4,7 +4,7 @@
 //! off inside our own waits, nowhere else).
 
 use std::io;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use io_uring::types::{SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, squeue};
@@ -15,7 +15,7 @@ use crate::transport::error::TransportError;
 pub(in crate::transport) const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Ends of rings: no operation is awaited longer than this after its connection was aborted, for none can last.
-pub(super) const DRAIN: Duration = Duration::from_secs(2);
+const DRAIN: Duration = Duration::from_secs(2);
 
 /// Completions that wait for us at most, without the kernel's having to put them aside: a frame has three, and the
 /// notifications of all that are unacknowledged may come at once.
@@ -98,6 +98,25 @@ impl Ring {
                 _ => Err(error),
             },
         }
+    }
+
+    /// Works off what comes back until no operation is in flight, to be called when the connection was aborted. False if the
+    /// kernel keeps one all the same: what it was given then belongs to the kernel for good.
+    ///
+    /// Notifications are not awaited: they concern pages that the kernel itself holds.
+    pub(super) fn drain(&mut self) -> bool {
+        let deadline = Instant::now() + DRAIN;
+        while self.completion().is_some() {}
+        while self.in_flight > 0 && Instant::now() < deadline {
+            if self.enter(POLL_INTERVAL).is_err() {
+                break;
+            }
+            while self.completion().is_some() {}
+        }
+        if self.in_flight > 0 {
+            tracing::error!(operations = self.in_flight, "io_uring keeps operations of an aborted socket");
+        }
+        self.in_flight == 0
     }
 
     /// The next completion that is already there.

@@ -11,12 +11,12 @@ use std::mem::offset_of;
 use std::net::TcpStream;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use io_uring::{cqueue, opcode, squeue, types};
 
 use super::registration::{RegisteredBuffers, Registration};
-use super::ring::{DRAIN, POLL_INTERVAL, Ring, result_of};
+use super::ring::{Ring, result_of};
 use super::wake::Wake;
 use crate::layout::GuestMemory;
 use crate::page::Piece;
@@ -95,7 +95,7 @@ pub(in crate::transport) struct SendRing {
     ring: Ring,
     stream: Arc<TcpStream>,
     /// Keeps guest RAM mapped while the kernel reads it.
-    _memory: GuestMemory,
+    memory: Option<GuestMemory>,
     /// Boxed: the kernel holds its address.
     outgoing: Box<Outgoing>,
     received: Box<[u8; ACKNOWLEDGEMENT_BYTES]>,
@@ -123,7 +123,7 @@ impl SendRing {
         Ok(Self {
             ring: Ring::new(8)?,
             stream,
-            _memory: memory.clone(),
+            memory: Some(memory.clone()),
             outgoing: Box::new(Outgoing {
                 header: Vec::with_capacity(FrameHeader::HEAD_BYTES_MAX),
                 pieces: Vec::with_capacity(FRAME_DATA_PAGES_MAX as usize),
@@ -140,6 +140,11 @@ impl SendRing {
     /// Makes registered buffers this ring's own, too.
     pub(in crate::transport) fn register(&self, buffers: &RegisteredBuffers) -> io::Result<Registration> {
         buffers.clone_into(&self.ring)
+    }
+
+    /// Lets go of registered buffers; what is being sent out of them goes on.
+    pub(in crate::transport) fn unregister(&self) -> io::Result<()> {
+        self.ring.io.submitter().unregister_buffers()
     }
 
     /// Whether a frame is being sent.
@@ -218,7 +223,7 @@ impl SendRing {
                 // SAFETY:
                 // * `outgoing` is boxed and not touched while `pending` counts these operations: `load` and
                 //   `send` refuse, and drop drains the ring first.
-                // * The pieces are guest RAM, mapped as long as `_memory` lives, or in `outgoing.staged`.
+                // * The pieces are guest RAM, mapped as long as `memory` lives, or in `outgoing.staged`.
                 // * The socket is open as long as `stream` is held.
                 unsafe { self.ring.push(&[header, payload]) }
             }
@@ -381,23 +386,11 @@ impl Drop for SendRing {
             socket::abort(&self.stream);
         }
         self.wake.wake();
-        let deadline = Instant::now() + DRAIN;
-        // Sends and receives on an aborted connection end at once. Notifications need not be awaited: they
-        // concern guest pages, which the kernel itself holds, and no memory of ours.
-        while self.ring.in_flight > 0 && Instant::now() < deadline {
-            if self.ring.enter(POLL_INTERVAL).is_err() {
-                break;
-            }
-            while self.ring.completion().is_some() {}
-        }
-        if self.ring.in_flight > 0 {
+        if !self.ring.drain() {
             // Never seen; but the kernel's claim on this memory goes before ours.
-            tracing::error!(
-                operations = self.ring.in_flight,
-                "io_uring keeps operations of an aborted socket"
-            );
             std::mem::forget(std::mem::take(&mut self.outgoing));
             std::mem::forget(std::mem::replace(&mut self.received, Box::new([0; ACKNOWLEDGEMENT_BYTES])));
+            std::mem::forget(self.memory.take());
         }
     }
 }
@@ -478,6 +471,29 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn what_the_kernel_may_still_read_or_write_is_never_freed() {
+        let connect = || {
+            let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+            let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            (near, listener.accept().unwrap().0)
+        };
+        let ((stream, _peer), (other, _other_peer)) = (connect(), connect());
+        let ram = Arc::new(crate::testing::AnonymousRam::new(16).unwrap());
+        let mapped = Arc::downgrade(&ram);
+        let memory = ram.memory().clone().kept_by(ram);
+        let mut ring = SendRing::new(Arc::new(stream), &memory).unwrap();
+        drop(memory);
+        // A kernel that does not end the operations of an aborted connection: a receive on one that nobody aborts.
+        let aborted = std::mem::replace(&mut ring.stream, Arc::new(other));
+        ring.receive().unwrap();
+        ring.submit().unwrap();
+        let lasting = std::mem::replace(&mut ring.stream, aborted);
+        drop(ring);
+        assert!(mapped.upgrade().is_some(), "guest RAM was unmapped under the kernel's hand");
+        drop(lasting);
     }
 
     #[test]

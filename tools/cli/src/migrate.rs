@@ -10,7 +10,7 @@ use ringferry::source::{
     Outcome, Source, SourceError, SourceOptions, SourceReport, StandstillLimit, Unconfirmed,
 };
 use ringferry::track::{DirtySource, VcpuFigures};
-use ringferry::transport::{ChannelSpec, ChannelSpecError};
+use ringferry::transport::{ChannelSpec, ChannelSpecError, SendOptions};
 use ringferry::vm::Vm;
 use serde::{Deserialize, Serialize};
 
@@ -38,6 +38,11 @@ pub struct MigrateArgs {
     /// [default: false; for the demo, true]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub verify: Option<bool>,
+
+    /// Let guest RAM be registered with the kernel, and pinned, where zero-copy sends really are zero-copied: for a VMM that
+    /// discards no guest memory meanwhile (balloon, hole punching)
+    #[arg(long)]
+    pub register_memory: bool,
 
     /// How many times the expected downtime the guest may stand still before it runs on here [default: 4]
     #[arg(long, value_name = "FACTOR", value_parser = factor)]
@@ -67,6 +72,7 @@ impl Default for MigrateArgs {
             channels: 2,
             channel: Vec::new(),
             verify: None,
+            register_memory: false,
             standstill_factor: None,
             standstill_floor: None,
             peer_timeout: None,
@@ -165,6 +171,7 @@ impl MigrateArgs {
                 .map(|text| text.parse())
                 .collect::<Result<_, ChannelSpecError>>()?,
             verify: self.verify.unwrap_or(ours.verify),
+            send: SendOptions { register_memory: self.register_memory, ..ours.send },
             vcpus: u32::try_from(host.vm.vcpus())?,
             vm_id: host.name.clone(),
             description: host.description.to_bytes()?,

@@ -1,8 +1,10 @@
 //! Small guests and their destinations, as tests start them.
 
 use std::net::{Ipv4Addr, TcpListener};
+use std::path::Path;
 
 use ringferry_testvm::skip;
+use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::support::{Outcome, Running};
@@ -72,6 +74,17 @@ impl Guest {
         self.assert_runs();
         self.run.interrupt();
         assert_eq!(self.run.end().code, Some(0));
+    }
+
+    /// Two signals, of which the second ends it at once, with the number of either and without leaving its socket behind.
+    pub fn end_by_two_signals(self) {
+        // It is stopped meanwhile, so that both are there when it looks.
+        for signal in [Signal::STOP, Signal::TERM, Signal::INT, Signal::CONT] {
+            self.run.signal(signal);
+        }
+        let run = self.run.end();
+        assert!(matches!(run.code, Some(130 | 143)), "{run:?}");
+        assert!(!Path::new(&self.monitor).exists(), "the socket file is left behind");
     }
 }
 

@@ -122,14 +122,7 @@ fn a_second_signal_leaves_no_socket_file_behind() {
     if !kvm() {
         return;
     }
-    let guest = Guest::start();
-    // Both are there when it looks.
-    for signal in [Signal::STOP, Signal::TERM, Signal::INT, Signal::CONT] {
-        guest.run.signal(signal);
-    }
-    let run = guest.run.end();
-    assert!(matches!(run.code, Some(130 | 143)), "{run:?}");
-    assert!(!Path::new(&guest.monitor).exists(), "the socket file is left behind");
+    Guest::start().end_by_two_signals();
 }
 
 #[test]
