@@ -4,6 +4,7 @@
 //! arithmetic is in its neighbours. Before it comes `track`, whose counts it is given; after it `source`, which does what
 //! it says.
 
+mod pause;
 mod planning;
 
 use std::time::Duration;
@@ -96,6 +97,8 @@ pub struct Controller {
     /// Since when braking wants longer stalls, or shorter ones again.
     other_stalls_wanted: Option<Duration>,
     called_off: u32,
+    /// Rounds that were begun although what was left fitted.
+    rounds_for_a_shorter_pause: u32,
     /// Rounds that count against the limit.
     rounds_spent: f64,
     events: EventLog,
@@ -127,6 +130,7 @@ impl Controller {
             longest_stall: LONGEST_STALL,
             other_stalls_wanted: None,
             called_off: 0,
+            rounds_for_a_shorter_pause: 0,
             rounds_spent: 0.0,
         }
     }
@@ -282,7 +286,10 @@ impl Controller {
         self.sampling.ends(now, &self.shares, &self.throttles, &self.gates);
         self.events.downtime_limit(now, self.settings.limits.downtime_at(now));
         let left = (self.round.pages - self.round.done).max(0.0) + self.dirty_now();
-        self.switch_if_it_fits(now, left + self.dirtied_until_stopped())
+        if !self.fits_now(now, left + self.dirtied_until_stopped()) || self.is_worth_going_on(now, left) {
+            return Action::Continue;
+        }
+        self.switch_over(now)
     }
 
     /// All pages of the round are done, and acknowledged. After [`Action::Continue`], harvest and start the next.
@@ -303,10 +310,12 @@ impl Controller {
             self.rule.on_sync(at, dirtied_bytes, seen.bytes_acked as f64, parameters);
         }
         self.plan(now);
-        match self.switch_if_it_fits(now, self.dirty_now() + self.dirtied_until_stopped()) {
-            Action::Continue => self.must_end(now).unwrap_or(Action::Continue),
-            action => action,
+        let left = self.dirty_now();
+        if self.fits_now(now, left + self.dirtied_until_stopped()) && !self.is_worth_another_round(now, left)
+        {
+            return self.switch_over(now);
         }
+        self.must_end(now).unwrap_or(Action::Continue)
     }
 
     /// The guest stands still and `left` pages, exactly, have to be sent. After [`LastCheck::CallOff`] let it run
@@ -408,13 +417,25 @@ impl Controller {
         Some(Action::SwitchOver(Why::Limit(reached)))
     }
 
-    fn switch_if_it_fits(&mut self, now: Duration, left: f64) -> Action {
+    /// What is left of the current round.
+    fn rest_of_the_round(&self, at: f64) -> Round {
+        Round {
+            pages: (self.round.pages - self.round.done).max(0.0),
+            of: self.round.pages,
+            current: true,
+            after_s: self.round.after_s,
+            free_s: self.round.free_s(at),
+        }
+    }
+
+    fn fits_now(&self, now: Duration, left: f64) -> bool {
         // A controller that was wrong before leaves more room.
         let room = CAREFUL.powi(i32::try_from(self.called_off).unwrap_or(i32::MAX));
         let late = self.time_left(now).is_zero();
-        if late || (left > 0.0 && left > self.fits(now).as_f64() * room) {
-            return Action::Continue;
-        }
+        !late && (left <= 0.0 || left <= self.fits(now).as_f64() * room)
+    }
+
+    fn switch_over(&mut self, now: Duration) -> Action {
         self.events.record(now, Change::SwitchOver(Why::Fits));
         Action::SwitchOver(Why::Fits)
     }

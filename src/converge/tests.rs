@@ -481,3 +481,32 @@ fn a_backlog_is_waited_for_and_never_makes_the_limit_give_way() {
     });
     assert_eq!(round_at(100, &mut controller), Action::SwitchOver(Why::Fits));
 }
+
+/// The machine takes 20 ms for a switchover without a page, and the limit is 500 ms.
+#[test]
+fn the_guest_stands_still_no_longer_than_it_has_to_where_waiting_costs_it_nothing() {
+    // MiB, MB/s, the longest pause in ms beyond those 20, the most it may take.
+    for (set, rate, pause_ms, total_s) in [
+        (512, 0.0, 2, 6.4),
+        (512, 5e6, 5, 6.7),
+        (512, 20e6, 10, 7.4),
+        (512, 50e6, 15, 10.3),
+        // A full-speed writer's set is what is left at the end of any round.
+        (30, FULL_SPEED, 335, 6.4),
+    ] {
+        let done = migrate(&guest(set, rate), settings("fair-share"));
+        let case = format!("{set} MiB, {rate}: {:?} of {:?}", done.downtime, done.total);
+        assert!(done.downtime <= Duration::from_millis(20 + pause_ms), "{case}");
+        assert!(done.total.as_secs_f64() <= total_s, "{case}");
+        assert_eq!(done.vcpus[0].throttled, Duration::ZERO, "{case}");
+    }
+}
+
+#[test]
+fn a_shorter_pause_never_costs_the_deadline() {
+    let mut with_deadline = settings("fair-share");
+    with_deadline.limits.deadline = Some(Duration::from_millis(9_800));
+    let done = migrate(&guest(512, 50e6), with_deadline);
+    assert!(done.total <= Duration::from_millis(9_800), "{:?}", done.total);
+    assert!(done.downtime <= Duration::from_millis(500), "{:?}", done.downtime);
+}

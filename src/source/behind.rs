@@ -63,16 +63,23 @@ impl Behind {
         link: &mut Link,
         steering: &Steering,
     ) -> Result<(), SourceError> {
-        let ahead = match steering.is_braking() {
-            true => u64::MAX,
-            false => (steering.bytes_in(AHEAD) / PAGE_SIZE as u64).max(AHEAD_PAGES_MIN),
-        };
-        if self.is_empty() || link.sender.undealt_pages() >= ahead {
-            return Ok(());
+        let ahead = (steering.bytes_in(AHEAD) / PAGE_SIZE as u64).max(AHEAD_PAGES_MIN);
+        while !self.is_empty() && (steering.is_braking() || link.sender.undealt_pages() < ahead) {
+            self.give(migration, link, ahead)?;
         }
+        Ok(())
+    }
+
+    /// Gives the channels `pages` of these pages.
+    fn give<V: Vm + ?Sized, D: DirtySource + ?Sized>(
+        &mut self,
+        migration: &mut Migration<'_, V, D>,
+        link: &mut Link,
+        pages_max: u64,
+    ) -> Result<(), SourceError> {
         let before = self.len();
         let mut pages = PageSet::new(migration.memory.end());
-        migration.tracker.protect(&mut self.pages, ahead, &mut pages)?;
+        migration.tracker.protect(&mut self.pages, pages_max, &mut pages)?;
         migration.taken.union(&pages);
         if let Some(verification) = &mut migration.verification {
             verification.dirty_after_all(&pages);

@@ -240,7 +240,13 @@ impl Pending {
         &self.unprotected
     }
 
-    /// They have been protected.
+    /// These have been protected. Every session still has them.
+    pub(super) fn these_are_protected(&mut self, _: &impl TheseReadable, runs: &[PageRun]) {
+        self.pauses_are_over();
+        runs.iter().for_each(|run| self.unprotected.remove_run(*run));
+    }
+
+    /// All have been protected.
     pub(super) fn all_are_protected(&mut self, _: &impl TheseReadable) {
         self.pauses_are_over();
         self.unprotected.clear();
@@ -370,13 +376,12 @@ impl Pending {
     /// Adds `runs` to `dirty`, which have just been protected. The other sessions still have them.
     pub(super) fn hand_out_these(
         &mut self,
-        _: &impl TheseReadable,
+        proof: &impl TheseReadable,
         key: SessionKey,
         runs: &[PageRun],
         dirty: &mut PageSet,
     ) -> Result<(), TrackError> {
-        self.pauses_are_over();
-        runs.iter().for_each(|run| self.unprotected.remove_run(*run));
+        self.these_are_protected(proof, runs);
         find(&mut self.sessions, key)?.hand_out_runs(runs, dirty);
         Ok(())
     }

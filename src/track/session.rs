@@ -98,6 +98,7 @@ impl Session {
     ///
     /// [`TrackError::NotTracking`], [`TrackError::SetTooSmall`], or what the kernel refused; nothing is lost then.
     pub fn harvest(&self, dirty: &mut PageSet) -> Result<(), TrackError> {
+        self.shared.protect_in_steps();
         self.harvest_by(dirty, |state, others, dirty| {
             let all = self.shared.collect_all(state, others, false)?;
             state.pending.hand_out(all, self.key, dirty)
@@ -200,6 +201,7 @@ impl Session {
         quiet: bool,
         take: impl FnOnce(&mut PageSet, PageRun) -> T,
     ) -> Result<T, TrackError> {
+        self.shared.protect_in_steps();
         let (mut others, mut state) = self.shared.lock_all();
         let state = &mut *state;
         let run = state.slots.get(slot).ok_or(TrackError::SlotUnknown(slot))?.pages;

@@ -1,7 +1,8 @@
 //! What a tracker, its sessions and its vCPU handles share: one lock, and the way that dirty pages take under it.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Duration;
 
 use super::bitmap::{AllCleared, BitmapLog};
 use super::error::TrackError;
@@ -11,10 +12,14 @@ use super::pending::{AllReadable, Pending, ProtectedReadable};
 use super::rings::{AllReset, Context, Rings};
 use super::session_pages::SessionKey;
 use super::slots::{Slots, log_anew, log_these_anew, stop_logging};
-use super::unprotected::protect_all;
+use super::unprotected::{protect_all, protect_step};
 use super::vcpu::Vcpu;
 use crate::kvm::{Kernel, RingSize, UnmapError};
+use crate::layout::PageIndex;
 use crate::page_set::AtomicPageSet;
+
+/// Enough for a thread that waits for the lock to wake up and take it.
+const TURN: Duration = Duration::from_micros(100);
 
 /// What the tracker's clones, its sessions and the vCPU handles share.
 #[derive(Debug)]
@@ -25,6 +30,8 @@ pub(super) struct Shared {
     pub(super) tracking: AtomicBool,
     /// Marks from outside the guest; replaced by a larger one when memory grows.
     pub(super) marks: RwLock<AtomicPageSet>,
+    /// vCPUs that wait for the lock, because their rings are full.
+    pub(super) full_rings: AtomicU32,
     /// Writers that KVM does not see. This lock is taken before `state`, never after.
     pub(super) others: parking_lot::Mutex<Others>,
     /// The recycle lock. A `std` mutex is one futex word: unlike others it never allocates.
@@ -109,7 +116,11 @@ impl Shared {
     }
 
     pub(super) fn ring_full(&self, vcpu: &Arc<Vcpu>) -> Result<(), TrackError> {
-        let State { backend, slots, pending, .. } = &mut *self.lock();
+        // Relaxed: a hint to who holds the lock.
+        self.full_rings.fetch_add(1, Ordering::Relaxed);
+        let state = &mut *self.lock();
+        self.full_rings.fetch_sub(1, Ordering::Relaxed);
+        let State { backend, slots, pending, .. } = state;
         match backend {
             Backend::Ring { rings, .. } => rings.ring_full(vcpu, self.context(slots), pending),
             Backend::Bitmap(_) => Ok(()),
@@ -163,6 +174,22 @@ impl Shared {
         }
         state.pending.forget();
         Ok(logging_off?)
+    }
+
+    /// Protects what is unprotected, step by step: a vCPU whose ring is full waits for one step, not for all. What is left
+    /// unprotected meanwhile, [`collect_all`](Self::collect_all) protects; it is what a ring's worth of time leaves.
+    pub(super) fn protect_in_steps(&self) {
+        let mut from = Some(PageIndex(0));
+        while let Some(first) = from {
+            let mut state = self.lock();
+            let State { slots, pending, .. } = &mut *state;
+            from = protect_step(self.context(slots), pending, first);
+            drop(state);
+            if self.full_rings.load(Ordering::Relaxed) > 0 {
+                // The lock does not queue: without a pause this thread would have it again before any other wakes up.
+                std::thread::sleep(TURN);
+            }
+        }
     }
 
     /// Gives what others than vCPUs have written to every session. It is not protected against them: they log their next write

@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "a VMM may name a slot's memory by address, and vouches for it")]
 
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use super::bitmap::BitmapLog;
@@ -135,6 +135,7 @@ impl DirtyTracker {
             counters: VmCounters::default(),
             tracking: AtomicBool::new(false),
             marks,
+            full_rings: AtomicU32::new(0),
             others: parking_lot::Mutex::new(Others::new()),
             state: Mutex::new(state),
         };

@@ -94,6 +94,40 @@ pub(super) fn protect_all(cx: Context<'_>, pending: &mut Pending) {
     }
 }
 
+/// A harvest protects so many pages at a time, and then lets a vCPU with a full ring have its turn: a millisecond.
+const STEP_PAGES: u64 = 4096;
+
+/// Protects up to [`STEP_PAGES`] unprotected pages from `from` on, which stay with every session. Returns where the next step
+/// begins, if there is one.
+pub(super) fn protect_step(cx: Context<'_>, pending: &mut Pending, from: PageIndex) -> Option<PageIndex> {
+    let rest = PageRun { first: from, pages: pending.capacity().0.saturating_sub(from.0) };
+    let mut left = STEP_PAGES;
+    let found = pending.unprotected().runs_within(rest).map_while(|run| {
+        let pages = run.pages.min(left);
+        left -= pages;
+        (pages > 0).then_some(PageRun { pages, ..run })
+    });
+    let found: Vec<PageRun> = found.collect();
+    let next = found.last()?.end();
+    let started = Instant::now();
+    let outcome = protect(cx, |region| within(&found, region));
+    cx.counters.protect_ns.add_since(started);
+    match outcome {
+        Ok(proof) => pending.these_are_protected(&proof, &found),
+        Err(error) => pending.cannot_protect(error),
+    }
+    Some(next).filter(|_| !pending.everything)
+}
+
+/// Those parts of `runs` that lie in a region.
+fn within(runs: &[PageRun], region: PageRun) -> Vec<PageRun> {
+    let clipped = runs.iter().map(|run| {
+        let first = run.first.max(region.first);
+        PageRun { first, pages: run.end().min(region.end()).0.saturating_sub(first.0) }
+    });
+    clipped.filter(|run| run.pages > 0).collect()
+}
+
 /// Protects those pages of `runs` that are unprotected, and hands them out to a session. The others were protected since: if
 /// they are dirty, it has them.
 pub(super) fn protect_some(
@@ -106,14 +140,7 @@ pub(super) fn protect_some(
     let started = Instant::now();
     let unprotected = |run: &PageRun| pending.unprotected().runs_within(*run).collect::<Vec<_>>();
     let found: Vec<PageRun> = runs.iter().flat_map(unprotected).collect();
-    let within = |region: PageRun| {
-        let clipped = found.iter().map(|run| {
-            let first = run.first.max(region.first);
-            PageRun { first, pages: run.end().min(region.end()).0.saturating_sub(first.0) }
-        });
-        clipped.filter(|run| run.pages > 0).collect()
-    };
-    let outcome = protect(cx, within);
+    let outcome = protect(cx, |region| within(&found, region));
     cx.counters.protect_ns.add_since(started);
     match outcome {
         Ok(proof) => pending.hand_out_these(&proof, key, &found, dirty),

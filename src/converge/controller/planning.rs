@@ -39,13 +39,7 @@ impl Controller {
         let at = now.as_secs_f64();
         let interval = REPLAN_S.max(REPLAN_S_PER_VCPU * self.model.curves.len() as f64);
         self.next_plan = at + interval;
-        let round = Round {
-            pages: (self.round.pages - self.round.done).max(0.0),
-            of: self.round.pages,
-            current: true,
-            after_s: self.round.after_s,
-            free_s: self.round.free_s(at),
-        };
+        let round = self.rest_of_the_round(at);
         // The simple brakes need not wait until the link is known.
         match self.settings.policy {
             Policy::None => self.hold_back(now, None),
@@ -224,7 +218,7 @@ impl Controller {
         self.model.held.extend(self.shares.iter().map(|share| share.quota.is_some()));
     }
 
-    fn conditions(&self, now: Duration) -> Option<Conditions> {
+    pub(super) fn conditions(&self, now: Duration) -> Option<Conditions> {
         let bandwidth = self.model.bandwidth.mean().filter(|mean| *mean > 0.0)?;
         let switch = self.settings.switchover_bandwidth.map_or(bandwidth, sane);
         Some(Conditions {

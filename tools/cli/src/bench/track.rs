@@ -76,6 +76,10 @@ pub struct Args {
     #[arg(long, default_value = "1s", value_name = "TIME")]
     guest_time: Time,
 
+    /// Harvest this often while the tracked guest's rate is measured, as snapshots do; without, never
+    #[arg(long, value_name = "TIME")]
+    harvest_every: Option<Time>,
+
     /// Also draw the times of all measurements over memory size into an SVG file
     #[arg(long, value_name = "FILE.svg")]
     plot: Option<PathBuf>,
@@ -204,6 +208,7 @@ fn cases(args: &Args, ring_size: RingSize) -> anyhow::Result<Vec<Case>> {
                         ring_size,
                         rounds: args.rounds,
                         guest_time: args.guest_time.0,
+                        harvest_every: args.harvest_every.map(|time| time.0),
                         cross_check: args.cross_check && backend == Backend::Ring,
                     }));
                 }

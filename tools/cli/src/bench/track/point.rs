@@ -33,6 +33,7 @@ pub struct Case {
     pub(super) ring_size: RingSize,
     pub(super) rounds: u32,
     pub(super) guest_time: Duration,
+    pub(super) harvest_every: Option<Duration>,
     pub(super) cross_check: bool,
 }
 
@@ -86,7 +87,7 @@ fn quantile(values: &[f64], share: f64) -> f64 {
 pub fn measure(kvm: &Kvm, case: &Case) -> anyhow::Result<(Figures, Option<CrossCheck>)> {
     let mut rig = Rig::new(kvm, case)?;
     let profiler = case.cross_check.then(RunningProfiler::start).transpose()?;
-    let untracked_page_writes_per_s = rig.rate(case.guest_time, false)?;
+    let untracked_page_writes_per_s = rig.rate(case.guest_time, None)?;
     let longest_stall_before_us = rig.longest_stall(|_| Ok(()), |_| Ok(()))?;
     let (mut start_us, mut stop_us) = (0.0, 0.0);
     let longest_stall_us = rig.longest_stall(
@@ -103,7 +104,8 @@ pub fn measure(kvm: &Kvm, case: &Case) -> anyhow::Result<(Figures, Option<CrossC
             Ok(())
         },
     )?;
-    let guest_page_writes_per_s = rig.rate(case.guest_time, true)?;
+    let guest_page_writes_per_s =
+        rig.rate(case.guest_time, Some(case.harvest_every.unwrap_or(Duration::MAX)))?;
     let mut dirty = PageSet::new(rig.vm.memory().end());
     rig.session.harvest(&mut dirty)?;
     let (mut observe, mut harvest, mut reset, mut sync) = (vec![], vec![], vec![], vec![]);
@@ -228,23 +230,30 @@ impl Rig {
         })
     }
 
-    /// Page writes per second of all vCPUs together; with `tracked`, from the moment in which tracking is switched on.
-    /// It stays on.
-    fn rate(&mut self, time: Duration, tracked: bool) -> anyhow::Result<f64> {
+    /// Page writes per second of all vCPUs together; tracked from the moment in which tracking is switched on, if it is to
+    /// be harvested. It stays on.
+    /// `harvest_every` so long.
+    fn rate(&mut self, time: Duration, harvest_every: Option<Duration>) -> anyhow::Result<f64> {
         let shares = self.shares.clone();
         self.meanwhile(false, |vm, session| {
             let writes = || -> f64 {
                 shares.iter().enumerate().map(|(i, share)| (vm.passes(i) * share.pages) as f64).sum()
             };
             let (started, before) = (Instant::now(), writes());
-            if tracked {
+            let mut dirty = PageSet::new(vm.memory().end());
+            if harvest_every.is_some() {
                 session.start()?;
             }
+            let mut harvested = started;
             // A busy host may let the guest wait.
             while started.elapsed() < time || (writes() <= before && started.elapsed() < GIVEN_UP_AFTER) {
                 thread::sleep(OBSERVE_EVERY);
-                if tracked {
-                    session.observe()?;
+                let Some(harvest_every) = harvest_every else { continue };
+                session.observe()?;
+                if harvested.elapsed() >= harvest_every {
+                    dirty.clear();
+                    session.harvest(&mut dirty)?;
+                    harvested = Instant::now();
                 }
             }
             Ok((writes() - before) / started.elapsed().as_secs_f64())
