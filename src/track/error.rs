@@ -18,6 +18,8 @@ pub enum TrackError {
     Pagemap(PagemapError),
     /// Tracking was started twice; the first start stands.
     AlreadyTracking,
+    /// The tracker was ended: nothing can be added or started any more.
+    Ended,
     /// Something was asked that only a started tracker can answer.
     NotTracking,
     /// A slot was added that the tracker has already.
@@ -60,6 +62,7 @@ impl fmt::Display for TrackError {
                     "dirty tracking is on already: another migration or snapshot uses it; stop that first"
                 )
             }
+            Self::Ended => write!(f, "dirty tracking of this VM was ended for good"),
             Self::NotTracking => write!(f, "dirty tracking is off: call `start` first"),
             Self::SlotKnown(slot) => write!(f, "{slot:?} is tracked already: remove it before it is reused"),
             Self::Layout(error) => {

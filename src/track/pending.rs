@@ -90,6 +90,14 @@ impl Pending {
         Ok(())
     }
 
+    /// Every session stops and forgets its pages.
+    pub(super) fn stop_all(&mut self) {
+        for session in &mut self.sessions {
+            session.running = false;
+            session.forget();
+        }
+    }
+
     /// A session stops and forgets its pages.
     pub(super) fn stop(&mut self, key: SessionKey) -> Result<(), TrackError> {
         let session = find(&mut self.sessions, key)?;

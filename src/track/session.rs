@@ -53,6 +53,7 @@ impl Session {
     /// then as before.
     pub fn start(&self) -> Result<(), TrackError> {
         let (mut others, mut state) = self.shared.lock_all();
+        state.check_not_ended()?;
         if state.pending.session(self.key)?.running {
             return Err(TrackError::AlreadyTracking);
         }

@@ -44,6 +44,8 @@ pub(super) struct State {
     pub(super) slots: Slots,
     pub(super) vcpus: Vec<Arc<Vcpu>>,
     pub(super) pending: Pending,
+    /// For good.
+    pub(super) ended: bool,
 }
 
 #[derive(Debug)]
@@ -91,6 +93,12 @@ impl State {
             tracing::info!(%error, "a full dirty ring costs its guest a fault for every page in it");
         }
         self.pending.may_leave(prepared);
+    }
+}
+
+impl State {
+    pub(super) fn check_not_ended(&self) -> Result<(), TrackError> {
+        if self.ended { Err(TrackError::Ended) } else { Ok(()) }
     }
 }
 

@@ -129,7 +129,7 @@ impl DirtyTracker {
     fn on(kernel: Box<dyn Kernel>, backend: Backend) -> Self {
         let slots = Slots::default();
         let marks = RwLock::new(AtomicPageSet::new(slots.end()));
-        let state = State { backend, slots, vcpus: Vec::new(), pending: Pending::new() };
+        let state = State { backend, slots, vcpus: Vec::new(), pending: Pending::new(), ended: false };
         let shared = Shared {
             kernel,
             counters: VmCounters::default(),
@@ -191,6 +191,7 @@ impl DirtyTracker {
     pub fn add_memory_as(&self, memory: &GuestMemory, initially: Initially) -> Result<(), TrackError> {
         let mut others = self.shared.others.lock();
         let state = &mut *self.shared.lock();
+        state.check_not_ended()?;
         state.slots.add(memory)?;
         if state.pending.is_tracking()
             && let Err(error) = log_these_anew(
@@ -269,6 +270,7 @@ impl DirtyTracker {
         map: impl FnOnce(RingSize, bool) -> Result<DirtyRing, KvmError>,
     ) -> Result<VcpuHandle, TrackError> {
         let state = &mut *self.shared.lock();
+        state.check_not_ended()?;
         if state.vcpus.iter().any(|vcpu| vcpu.index == index) {
             return Err(TrackError::VcpuKnown(index));
         }
@@ -326,6 +328,31 @@ impl DirtyTracker {
         let session = self.session();
         session.start()?;
         Ok(session)
+    }
+
+    /// Ends tracking of this VM for good: every session stops, logging goes off, rings are unmapped, and memory and external
+    /// sources are let go. Handles and sessions may outlive it and do nothing; the descriptor of the VM is closed with the last of them.
+    ///
+    /// # Errors
+    ///
+    /// The first thing that the kernel refused; tracking has ended all the same.
+    pub fn end(&self) -> Result<(), TrackError> {
+        let mut others = self.shared.others.lock();
+        let was_tracking = {
+            let state = &mut *self.shared.lock();
+            state.ended = true;
+            let was_tracking = state.pending.is_tracking();
+            state.pending.stop_all();
+            was_tracking
+        };
+        let stopped = if was_tracking { self.shared.stop_logging(&mut others) } else { Ok(()) };
+        *others = Others::new();
+        let state = &mut *self.shared.lock();
+        if let Backend::Ring { rings, .. } = &mut state.backend {
+            *rings = Rings::default();
+        }
+        state.slots = Slots::default();
+        stopped
     }
 
     /// Handles of all vCPUs, in the order of attachment: for whoever throttles.

@@ -193,3 +193,23 @@ fn logging_goes_on_with_the_first_session_and_off_with_the_last() {
     drop(second);
     assert!(!kernel.is_logging(SlotId(1)));
 }
+
+#[test]
+fn a_tracker_that_was_ended_logs_nothing_and_lets_everything_go() {
+    let model = Model::new(2, 0, 0, false);
+    let log = std::sync::Arc::new(std::sync::Mutex::new(external::RegionLog::new(4096).source(PageIndex(0))));
+    model.tracker.add_external(Box::new(std::sync::Arc::clone(&log))).unwrap();
+    let second = model.tracker.start().unwrap();
+    assert!(model.kernel.write(0, SlotId(1), 5));
+    model.tracker.end().unwrap();
+    assert!((0..SLOTS).all(|slot| !model.kernel.is_logging(SlotId(slot))));
+    assert_eq!(std::sync::Arc::strong_count(&log), 1);
+    for session in [model.session(), &second] {
+        assert!(matches!(session.harvest(&mut PageSet::new(end())), Err(TrackError::NotTracking)));
+        assert!(matches!(session.start(), Err(TrackError::Ended)));
+    }
+    assert!(matches!(model.tracker.start(), Err(TrackError::Ended)));
+    assert!(matches!(model.tracker.attach_fake_vcpu(9, &model.kernel, 0, 0), Err(TrackError::Ended)));
+    model.vcpus[0].ring_full().unwrap();
+    model.tracker.end().unwrap();
+}

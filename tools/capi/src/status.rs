@@ -46,18 +46,16 @@ pub enum Status {
     VcpuUnknown = -12,
     /// The descriptor is no vCPU with a ring that can be mapped, or one of another VM.
     NotVcpu = -13,
-    /// Another session is open, and this version allows one at a time.
-    Busy = -14,
     /// A buffer is too small.
-    BufferTooSmall = -15,
+    BufferTooSmall = -14,
     /// The ring of a vCPU is out of step with KVM. Nothing was reported clean; stop tracking, and stop the vCPU.
-    RingLost = -16,
+    RingLost = -15,
     /// The header that the VMM was compiled with does not fit this library.
-    Abi = -17,
+    Abi = -16,
     /// The library has a bug, and caught it. Treat all memory as dirty.
-    Internal = -18,
+    Internal = -17,
     /// Any other error.
-    Other = -19,
+    Other = -18,
 }
 
 /// Why a call failed.
@@ -100,7 +98,6 @@ impl Failure {
 fn of_track_error(error: &TrackError) -> Status {
     match error {
         TrackError::Kvm(error) => of_kvm_error(error),
-        TrackError::AlreadyTracking => Status::Busy,
         TrackError::SlotKnown(_) => Status::SlotKnown,
         TrackError::SlotUnknown(_) => Status::SlotUnknown,
         TrackError::Layout(_) => Status::SlotOverlaps,
@@ -243,7 +240,6 @@ const STATUSES: &[(Status, &CStr)] = &[
     (Status::VcpuKnown, c"RF_VCPU_KNOWN"),
     (Status::VcpuUnknown, c"RF_VCPU_UNKNOWN"),
     (Status::NotVcpu, c"RF_NOT_VCPU"),
-    (Status::Busy, c"RF_BUSY"),
     (Status::BufferTooSmall, c"RF_BUFFER_TOO_SMALL"),
     (Status::RingLost, c"RF_RING_LOST"),
     (Status::Abi, c"RF_ABI"),
@@ -272,8 +268,8 @@ mod tests {
         assert_eq!(done(|| Ok(())), Status::Ok);
         assert_eq!(last_error(), "tracker is NULL");
         assert_eq!(std::thread::spawn(last_error).join().unwrap(), "");
-        assert_eq!(done(|| Err(TrackError::AlreadyTracking.into())), Status::Busy);
-        assert!(last_error().contains("on already"));
+        assert_eq!(done(|| Err(TrackError::SlotUnknown(ringferry::SlotId(9)).into())), Status::SlotUnknown);
+        assert!(last_error().contains("not tracked"));
     }
 
     #[test]
