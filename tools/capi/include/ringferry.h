@@ -135,38 +135,33 @@ typedef enum {
    */
   RF_NOT_VCPU = -13,
   /**
-   * Another session is open, and this version allows one at a time.
-   */
-  RF_BUSY = -14,
-  /**
    * A buffer is too small.
    */
-  RF_BUFFER_TOO_SMALL = -15,
+  RF_BUFFER_TOO_SMALL = -14,
   /**
    * The ring of a vCPU is out of step with KVM. Nothing was reported clean; stop tracking, and stop the vCPU.
    */
-  RF_RING_LOST = -16,
+  RF_RING_LOST = -15,
   /**
    * The header that the VMM was compiled with does not fit this library.
    */
-  RF_ABI = -17,
+  RF_ABI = -16,
   /**
    * The library has a bug, and caught it. Treat all memory as dirty.
    */
-  RF_INTERNAL = -18,
+  RF_INTERNAL = -17,
   /**
    * Any other error.
    */
-  RF_OTHER = -19,
+  RF_OTHER = -18,
 } rf_status;
 
 /**
- * Memory as it is added: whether its content is already known to whoever harvests.
+ * Memory as it is added while a session is open: whether its content is already known to whoever harvests.
  */
 typedef enum {
   /**
-   * Nobody needs the content that is there now. That is a permission: this version reports all of it as dirty if a
-   * session is open.
+   * Nobody needs the content that is there now.
    */
   RF_CONTENT_CLEAN = 0,
   /**
@@ -181,8 +176,8 @@ typedef enum {
 typedef struct rf_gate rf_gate;
 
 /**
- * A period of tracking, of one consumer: a migration, a backup, a measurement. Any thread may use it; calls wait for each
- * other.
+ * A period of tracking, of one consumer: a migration, a backup, a measurement. Several may be open at once, and each gets every
+ * page that is dirtied while it is. Any thread may use it; calls wait for each other.
  */
 typedef struct rf_session rf_session;
 
@@ -352,14 +347,23 @@ rf_status rf_session_start(const rf_tracker *tracker,
                            rf_session **session);
 
 /**
- * Ends the session and frees the handle, whatever it returns. Pages that were dirtied and not harvested are forgotten; pages
- * that were given back are not. NULL is allowed.
+ * Ends the session and frees the handle, whatever it returns. Its pages are forgotten. NULL is allowed.
  *
  * The caller sees to it that:
  *
  * The handle is not used any more.
  */
 rf_status rf_session_end(rf_session *session);
+
+/**
+ * The same, but pages that were dirtied and not harvested, and those that were given back, are dirty in the session that begins
+ * next.
+ *
+ * The caller sees to it that:
+ *
+ * The handle is not used any more.
+ */
+rf_status rf_session_end_giving_back(rf_session *session);
 
 /**
  * What was dirtied since the last harvest, by vCPU. The pages stay writable, and the guest feels nothing: look as often as you
@@ -402,8 +406,8 @@ rf_status rf_session_harvest_final(const rf_session *session,
                                    const rf_set *set);
 
 /**
- * Marks the pages of `set` dirty again, because they were harvested and did not arrive. They come with the next harvest, also
- * with that of a later session.
+ * Marks the pages of `set` dirty again, because they were harvested and did not arrive. They come with the next harvest of this
+ * session, or of the next one if it ends with rf_session_end_giving_back().
  *
  * The caller sees to it that:
  *

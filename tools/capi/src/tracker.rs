@@ -203,6 +203,7 @@ pub unsafe extern "C" fn rf_tracker_remove_slot(tracker: *const Tracker, slot: u
         // SAFETY: the caller's promise.
         let tracker = unsafe { borrow(tracker, "tracker") }?;
         let mut slots = tracker.shared.slots.lock();
+        slots.get(slot)?;
         tracker.shared.tracker.remove_slot(SlotId(slot))?;
         slots.remove(slot);
         Ok(())
