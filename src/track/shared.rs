@@ -8,6 +8,10 @@ use super::bitmap::{AllCleared, BitmapLog};
 use super::error::TrackError;
 use super::external::ExternalSource;
 use super::figures::VmCounters;
+#[cfg(feature = "offload")]
+use super::lent::Lent;
+#[cfg(feature = "offload")]
+use super::lent_page;
 use super::pending::{Pending, Protected};
 use super::rings::{AllReset, Context, Rings};
 use super::slots::{Slots, log_anew};
@@ -37,6 +41,9 @@ pub(super) struct State {
     pub(super) next_external: u64,
     pub(super) pending: Pending,
     pub(super) tracking: bool,
+    /// Another process follows the rings.
+    #[cfg(feature = "offload")]
+    pub(super) lent: Option<Lent>,
 }
 
 /// An external source that was added to a tracker.
@@ -81,6 +88,23 @@ pub(super) enum Collected {
 impl Protected for Collected {}
 
 impl State {
+    /// An error while another process follows the rings: what is asked is its business, or changes what it was told.
+    pub(super) fn check_ours(&mut self) -> Result<(), TrackError> {
+        #[cfg(feature = "offload")]
+        match &self.lent {
+            Some(lent) if lent.has_gone() => {
+                // What it still did to the rings after they were taken back, nobody knows.
+                if let Backend::Ring { rings, .. } = &mut self.backend {
+                    rings.distrust();
+                }
+                self.lent = None;
+            }
+            Some(_) => return Err(TrackError::Lent),
+            None => {}
+        }
+        Ok(())
+    }
+
     /// Starts every external source; none is left on when one cannot.
     pub(super) fn start_externals(&mut self) -> Result<(), TrackError> {
         for at in 0..self.externals.len() {
@@ -104,7 +128,16 @@ impl Shared {
     }
 
     pub(super) fn ring_full(&self, vcpu: &Arc<Vcpu>) -> Result<(), TrackError> {
-        let State { backend, slots, pending, .. } = &mut *self.lock();
+        let mut state = self.lock();
+        #[cfg(feature = "offload")]
+        if let Some(Lent::Followed(page)) = &state.lent {
+            let page = Arc::clone(page);
+            let at = state.vcpus.iter().position(|known| Arc::ptr_eq(known, vcpu));
+            drop(state);
+            at.into_iter().for_each(|at| lent_page::wait_for_room(&page, at));
+            return Ok(());
+        }
+        let State { backend, slots, pending, .. } = &mut *state;
         match backend {
             Backend::Ring { rings, .. } => rings.ring_full(vcpu, self.context(slots), pending),
             Backend::Bitmap(_) => Ok(()),

@@ -32,7 +32,7 @@ use crate::vm::Settled;
 /// protect memory anew after an overflow. The VMM creates and deletes slots, and leaves that flag alone.
 #[derive(Clone, Debug)]
 pub struct DirtyTracker {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
 }
 
 impl DirtyTracker {
@@ -97,7 +97,7 @@ impl DirtyTracker {
         self.attach(index, |size, _| Ok(kernel.create_vcpu(size, position, cpu_log_entries)))
     }
 
-    fn on(kernel: Box<dyn Kernel>, backend: Backend) -> Self {
+    pub(super) fn on(kernel: Box<dyn Kernel>, backend: Backend) -> Self {
         let pending = Pending::new();
         let slots = Slots::default();
         let marks = RwLock::new(AtomicPageSet::new(slots.end()));
@@ -109,6 +109,8 @@ impl DirtyTracker {
             next_external: 0,
             pending,
             tracking: false,
+            #[cfg(feature = "offload")]
+            lent: None,
         };
         let shared = Shared {
             kernel,
@@ -133,6 +135,7 @@ impl DirtyTracker {
     /// what KVM refused; no region is added then.
     pub fn add_memory(&self, memory: &GuestMemory) -> Result<(), TrackError> {
         let state = &mut *self.shared.lock();
+        state.check_ours()?;
         state.slots.add(memory)?;
         if state.tracking {
             let mut refused = Ok(());
@@ -168,6 +171,7 @@ impl DirtyTracker {
     /// already is forgotten.
     pub fn remove_slot(&self, slot: SlotId) -> Result<(), TrackError> {
         let state = &mut *self.shared.lock();
+        state.check_ours()?;
         let region = *state.slots.get(slot).ok_or(TrackError::SlotUnknown(slot))?;
         if state.tracking {
             match self.shared.kernel.set_dirty_logging(&region, false) {
@@ -204,6 +208,7 @@ impl DirtyTracker {
         map: impl FnOnce(RingSize, bool) -> Result<DirtyRing, KvmError>,
     ) -> Result<VcpuHandle, TrackError> {
         let state = &mut *self.shared.lock();
+        state.check_ours()?;
         if state.vcpus.iter().any(|vcpu| vcpu.index == index) {
             return Err(TrackError::VcpuKnown(index));
         }
@@ -337,6 +342,7 @@ impl DirtySource for DirtyTracker {
         if state.tracking {
             return Err(TrackError::AlreadyTracking);
         }
+        state.check_ours()?;
         if let Backend::Ring { rings, .. } = &mut state.backend {
             // What an earlier period left behind.
             rings.recycle(self.shared.context(&state.slots), &mut state.pending)?;

@@ -1,0 +1,272 @@
+//! The VM as the offload process has it: memory that it maps, rings that it follows, and a VMM that it asks.
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use memmap2::{MmapOptions, MmapRaw};
+
+use super::channel::{Channel, VMM};
+use super::error::OffloadError;
+use super::kernel::{RemoteKernel, RemoteWriters};
+use super::protocol::{End, Message, Offer, Role, VERSION};
+use super::remote_vm::RemoteVm;
+use crate::kvm::RingSize;
+use crate::layout::{GuestMemory, PAGE_SIZE, PageRun, Region, SlotId};
+use crate::track::{BorrowedVcpu, DirtyTracker, LentPage, VcpuHandle, serve_full_rings};
+
+/// How long the VMM may take for each message of the handshake.
+const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
+/// How long it may take to build a VM that is offered to it.
+const BUILD_LIMIT: Duration = Duration::from_secs(30);
+
+/// A VM that its VMM lends to this process, for it to be migrated from here.
+#[derive(Debug)]
+pub struct BorrowedVm {
+    /// What the VMM does.
+    pub vm: RemoteVm,
+    /// Its dirty pages.
+    pub tracker: DirtyTracker,
+    /// Its memory, as this process maps it.
+    pub memory: GuestMemory,
+    /// vCPUs.
+    pub vcpus: u32,
+    /// Its name; may be empty.
+    pub vm_id: String,
+    /// What the destination's VMM has to know.
+    pub description: Vec<u8>,
+    rings: RingThread,
+}
+
+/// A VM that its VMM has built in this process's stead, for it to be received into.
+#[derive(Debug)]
+pub struct ArrivingVm {
+    /// What the VMM does.
+    pub vm: RemoteVm,
+    /// Its memory, as this process maps it.
+    pub memory: GuestMemory,
+    rings: RingThread,
+}
+
+impl BorrowedVm {
+    /// Takes what the VMM at the other end of `connection` lends.
+    ///
+    /// # Errors
+    ///
+    /// [`OffloadError`]: nothing is lent then, and the VM runs on.
+    pub fn borrow(connection: OwnedFd) -> Result<Self, OffloadError> {
+        let mut channel = Channel::new(connection, VMM)?;
+        hello(&channel, Role::Source)?;
+        let (message, descriptors) = answer(&mut channel, "lend the VM", HANDSHAKE_LIMIT)?;
+        let Message::Lent { ring_entries, vcpus, regions, vm_id, description, .. } = message else {
+            return Err(channel.unexpected("Lent", &message));
+        };
+        let [page, kernel] = descriptors_of(descriptors)?;
+        let page = LentPage::open(&File::from(page), usize_of(vcpus)).map_err(OffloadError::Page)?;
+        let (memory, tracked) = map_memory(&mut channel, regions)?;
+        let mut borrowed = Vec::with_capacity(usize_of(vcpus));
+        for _ in 0..vcpus {
+            let (message, descriptors) = answer(&mut channel, "lend a vCPU", HANDSHAKE_LIMIT)?;
+            let Message::Vcpu { index, position } = message else {
+                return Err(channel.unexpected("Vcpu", &message));
+            };
+            let [fd] = descriptors_of(descriptors)?;
+            borrowed.push(BorrowedVcpu { index: usize_of(index), fd, position });
+        }
+        let size = RingSize::from_entries(ring_entries).map_err(|error| OffloadError::Track(error.into()))?;
+        let kernel = RemoteKernel::new(Channel::new(kernel, VMM)?);
+        let page = Arc::new(page);
+        let tracker = DirtyTracker::borrowed(Box::new(kernel.clone()), size, &tracked, &borrowed, &page)?;
+        let all = memory.regions().iter().map(|region| region.pages).collect();
+        tracker.add_external(Box::new(RemoteWriters { kernel, memory: all }))?;
+        let rings = RingThread::start(page, tracker.vcpus())?;
+        let vm = RemoteVm::new(channel);
+        Ok(Self { vm, tracker, memory, vcpus, vm_id, description, rings })
+    }
+
+    /// Tells the VMM how the migration ended. Nothing of the VM is touched from here on.
+    ///
+    /// # Errors
+    ///
+    /// [`OffloadError`]: the VMM has not heard it. It then goes by what it knows: a VM that was handed over may run at the
+    /// destination, any other runs on.
+    pub fn end(self, end: End, text: &str) -> Result<(), OffloadError> {
+        drop(self.rings);
+        drop(self.tracker);
+        self.vm.done(&Message::Ended { end, text: text.to_owned() }, "end the migration")
+    }
+}
+
+/// A VMM that waits for a VM.
+#[derive(Debug)]
+pub struct WaitingVmm(Channel);
+
+impl WaitingVmm {
+    /// Greets the VMM at the other end of `connection`.
+    ///
+    /// # Errors
+    ///
+    /// [`OffloadError`].
+    pub fn greet(connection: OwnedFd) -> Result<Self, OffloadError> {
+        let mut channel = Channel::new(connection, VMM)?;
+        hello(&channel, Role::Destination)?;
+        match answer(&mut channel, "wait for a VM", HANDSHAKE_LIMIT)?.0 {
+            Message::Done => Ok(Self(channel)),
+            other => Err(channel.unexpected("Done", &other)),
+        }
+    }
+
+    /// An error if the VMM waits no more.
+    ///
+    /// # Errors
+    ///
+    /// [`OffloadError::Gone`].
+    pub fn check(&mut self) -> Result<(), OffloadError> {
+        match self.0.receive_within("a VM", Duration::ZERO)? {
+            None => Ok(()),
+            Some((message, _)) => Err(self.0.unexpected("nothing", &message)),
+        }
+    }
+
+    /// Has the VMM build the VM that a source offers.
+    ///
+    /// # Errors
+    ///
+    /// [`OffloadError::Refused`] if it cannot.
+    pub fn offer(self, offer: Offer) -> Result<ArrivingVm, OffloadError> {
+        let mut channel = self.0;
+        channel.send(&Message::Offer(offer), &[], HANDSHAKE_LIMIT)?;
+        let (message, descriptors) = answer(&mut channel, "build the VM", BUILD_LIMIT)?;
+        let Message::Lent { regions, .. } = message else {
+            return Err(channel.unexpected("Lent", &message));
+        };
+        let [page] = descriptors_of(descriptors)?;
+        let page = LentPage::open(&File::from(page), 1).map_err(OffloadError::Page)?;
+        let (memory, _) = map_memory(&mut channel, regions)?;
+        let rings = RingThread::start(Arc::new(page), Vec::new())?;
+        Ok(ArrivingVm { vm: RemoteVm::new(channel), memory, rings })
+    }
+}
+
+impl ArrivingVm {
+    /// Tells the VMM how the migration ended.
+    ///
+    /// # Errors
+    ///
+    /// [`OffloadError`]: the VMM has not heard it, and goes by what it knows.
+    pub fn end(self, end: End, text: &str) -> Result<(), OffloadError> {
+        drop(self.rings);
+        self.vm.done(&Message::Ended { end, text: text.to_owned() }, "end the migration")
+    }
+}
+
+fn hello(channel: &Channel, role: Role) -> Result<(), OffloadError> {
+    channel.send(&Message::Hello { newest: VERSION, oldest: VERSION, role }, &[], HANDSHAKE_LIMIT)
+}
+
+/// The VMM's next message, unless it refuses.
+fn answer(
+    channel: &mut Channel,
+    action: &'static str,
+    limit: Duration,
+) -> Result<(Message, Vec<OwnedFd>), OffloadError> {
+    match channel.receive(action, limit)? {
+        (Message::Refuse { text }, _) => Err(OffloadError::Refused { peer: VMM, action, text }),
+        (Message::Lent { version, .. }, _) if version != VERSION => {
+            Err(OffloadError::Version { peer: VMM, oldest: version, newest: version, ours: VERSION })
+        }
+        received => Ok(received),
+    }
+}
+
+fn descriptors_of<const N: usize>(descriptors: Vec<OwnedFd>) -> Result<[OwnedFd; N], OffloadError> {
+    let wrong = |_| OffloadError::Malformed { peer: VMM, what: "too few descriptors, or too many" };
+    descriptors.try_into().map_err(wrong)
+}
+
+fn usize_of(number: u32) -> usize {
+    usize::try_from(number).unwrap_or(usize::MAX)
+}
+
+/// Maps the regions that follow; also without those that are not tracked.
+fn map_memory(channel: &mut Channel, regions: u32) -> Result<(GuestMemory, GuestMemory), OffloadError> {
+    let (mut mapped, mut mappings) = (Vec::new(), Vec::new());
+    for _ in 0..regions {
+        let (message, descriptors) = answer(channel, "lend its memory", HANDSHAKE_LIMIT)?;
+        let Message::Region { slot, pages, offset, tracked, name } = message else {
+            return Err(channel.unexpected("Region", &message));
+        };
+        let [file] = descriptors_of(descriptors)?;
+        let mapping = map_region(&file.into(), slot, pages, offset)?;
+        mapped.push((Region { slot, pages, host: mapping.as_mut_ptr() }, tracked, name));
+        mappings.push(mapping);
+    }
+    let mappings = Arc::new(mappings);
+    let make = |only_tracked: bool| {
+        let regions = mapped.iter().filter(|(_, tracked, _)| *tracked || !only_tracked);
+        guest_memory(regions.map(|(region, ..)| *region).collect(), &mappings)
+    };
+    let mut memory = make(false)?;
+    for (region, _, name) in mapped.iter().filter(|(.., name)| !name.is_empty()) {
+        memory.name_block(region.pages.first, name)?;
+    }
+    // At a destination nothing is tracked.
+    let tracked = if mapped.iter().any(|(_, tracked, _)| *tracked) { make(true)? } else { memory.clone() };
+    Ok((memory, tracked))
+}
+
+fn map_region(file: &File, slot: SlotId, pages: PageRun, offset: u64) -> Result<MmapRaw, OffloadError> {
+    let refuse = |source| OffloadError::Map { slot, source };
+    let unfit = || refuse(std::io::ErrorKind::InvalidInput.into());
+    let bytes = pages.pages.checked_mul(PAGE_SIZE as u64).filter(|bytes| *bytes > 0).ok_or_else(unfit)?;
+    let end = offset.checked_add(bytes).ok_or_else(unfit)?;
+    let length = usize::try_from(bytes).map_err(|_| unfit())?;
+    if !offset.is_multiple_of(PAGE_SIZE as u64) || file.metadata().map_err(refuse)?.len() < end {
+        return Err(unfit());
+    }
+    MmapOptions::new().offset(offset).len(length).map_raw(file.as_raw_fd()).map_err(refuse)
+}
+
+#[expect(unsafe_code, reason = "guest memory is mapped here, so that this side vouches for the mappings")]
+fn guest_memory(regions: Vec<Region>, mappings: &Arc<Vec<MmapRaw>>) -> Result<GuestMemory, OffloadError> {
+    // SAFETY:
+    // * Each region is a mapping of its own, readable and writable, as long as its pages, and kept by `kept_by`.
+    // * Nobody makes a reference to what is in it. A VMM that cuts the file short ends this process, which only serves it.
+    let memory = unsafe { GuestMemory::new(regions) }?;
+    Ok(memory.kept_by(Arc::clone(mappings) as _))
+}
+
+/// The thread that recycles full rings and shows the VMM that this process lives. It ends with the value.
+#[derive(Debug)]
+struct RingThread {
+    ends: Arc<AtomicBool>,
+    page: Arc<LentPage>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl RingThread {
+    fn start(page: Arc<LentPage>, vcpus: Vec<VcpuHandle>) -> Result<Self, OffloadError> {
+        let ends = Arc::new(AtomicBool::new(false));
+        let (of_thread, its_page) = (Arc::clone(&ends), Arc::clone(&page));
+        let thread = std::thread::Builder::new()
+            .name("ringferry-rings".to_owned())
+            .spawn(move || serve_full_rings(&its_page, &vcpus, &of_thread))
+            .map_err(OffloadError::Thread)?;
+        Ok(Self { ends, page, thread: Some(thread) })
+    }
+}
+
+impl Drop for RingThread {
+    fn drop(&mut self) {
+        // Relaxed: a flag without data, read within 100 ms.
+        self.ends.store(true, Ordering::Relaxed);
+        crate::track::ring_bell(&self.page);
+        if let Some(thread) = self.thread.take() {
+            // One that panicked has said so.
+            let _ = thread.join();
+        }
+    }
+}
