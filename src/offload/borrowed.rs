@@ -1,15 +1,16 @@
 //! The VM as the offload process has it: memory that it maps, rings that it follows, and a VMM that it asks.
 
+use std::fmt;
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use memmap2::{MmapOptions, MmapRaw};
 
-use super::channel::{Channel, VMM};
+use super::channel::{Channel, VMM, Watch};
 use super::error::OffloadError;
 use super::kernel::{RemoteKernel, RemoteWriters};
 use super::protocol::{End, Message, Offer, Role, VERSION};
@@ -82,9 +83,19 @@ impl BorrowedVm {
         let tracker = DirtyTracker::borrowed(Box::new(kernel.clone()), size, &tracked, &borrowed, &page)?;
         let all = memory.regions().iter().map(|region| region.pages).collect();
         tracker.add_external(Box::new(RemoteWriters { kernel, memory: all }))?;
-        let rings = RingThread::start(page, tracker.vcpus())?;
+        let rings = RingThread::start(page, tracker.vcpus(), channel.watch()?)?;
         let vm = RemoteVm::new(channel);
         Ok(Self { vm, tracker, memory, vcpus, vm_id, description, rings })
+    }
+
+    /// Does something once, soon after the VMM has ended: to give up a migration that has no VM any more.
+    pub fn when_vmm_ends(&self, act: impl FnOnce() + Send + 'static) {
+        self.rings.vmm.when_it_ends(act);
+    }
+
+    /// Whether the VMM has ended, as far as was seen.
+    pub fn has_vmm_ended(&self) -> bool {
+        self.rings.vmm.has_ended()
     }
 
     /// Tells the VMM how the migration ended. Nothing of the VM is touched from here on.
@@ -146,12 +157,22 @@ impl WaitingVmm {
         let [page] = descriptors_of(descriptors)?;
         let page = LentPage::open(&File::from(page), 1).map_err(OffloadError::Page)?;
         let (memory, _) = map_memory(&mut channel, regions)?;
-        let rings = RingThread::start(Arc::new(page), Vec::new())?;
+        let rings = RingThread::start(Arc::new(page), Vec::new(), channel.watch()?)?;
         Ok(ArrivingVm { vm: RemoteVm::new(channel), memory, rings })
     }
 }
 
 impl ArrivingVm {
+    /// Does something once, soon after the VMM has ended.
+    pub fn when_vmm_ends(&self, act: impl FnOnce() + Send + 'static) {
+        self.rings.vmm.when_it_ends(act);
+    }
+
+    /// Whether the VMM has ended, as far as was seen.
+    pub fn has_vmm_ended(&self) -> bool {
+        self.rings.vmm.has_ended()
+    }
+
     /// Tells the VMM how the migration ended.
     ///
     /// # Errors
@@ -239,23 +260,63 @@ fn guest_memory(regions: Vec<Region>, mappings: &Arc<Vec<MmapRaw>>) -> Result<Gu
     Ok(memory.kept_by(Arc::clone(mappings) as _))
 }
 
-/// The thread that recycles full rings and shows the VMM that this process lives. It ends with the value.
+/// Whether the VMM lives, and who wants to know if not.
+#[derive(Default)]
+struct WatchedVmm {
+    ended: AtomicBool,
+    act: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+}
+
+impl WatchedVmm {
+    fn act(&self) -> MutexGuard<'_, Option<Box<dyn FnOnce() + Send>>> {
+        self.act.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn when_it_ends(&self, act: impl FnOnce() + Send + 'static) {
+        *self.act() = Some(Box::new(act));
+    }
+
+    /// SeqCst: the flag is stored before the act is taken.
+    fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::SeqCst)
+    }
+
+    fn look(&self, watch: &Watch) {
+        if watch.has_gone() {
+            self.ended.store(true, Ordering::SeqCst);
+            let act = self.act().take();
+            if let Some(act) = act {
+                act();
+            }
+        }
+    }
+}
+
+impl fmt::Debug for WatchedVmm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WatchedVmm").field("ended", &self.ended).finish_non_exhaustive()
+    }
+}
+
+/// The thread that recycles full rings, looks whether the VMM lives, and shows the VMM that this process lives. It ends with the value.
 #[derive(Debug)]
 struct RingThread {
     ends: Arc<AtomicBool>,
     page: Arc<LentPage>,
+    vmm: Arc<WatchedVmm>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl RingThread {
-    fn start(page: Arc<LentPage>, vcpus: Vec<VcpuHandle>) -> Result<Self, OffloadError> {
+    fn start(page: Arc<LentPage>, vcpus: Vec<VcpuHandle>, watch: Watch) -> Result<Self, OffloadError> {
         let ends = Arc::new(AtomicBool::new(false));
-        let (of_thread, its_page) = (Arc::clone(&ends), Arc::clone(&page));
+        let vmm = Arc::new(WatchedVmm::default());
+        let (of_thread, its_page, its_vmm) = (Arc::clone(&ends), Arc::clone(&page), Arc::clone(&vmm));
         let thread = std::thread::Builder::new()
             .name("ringferry-rings".to_owned())
-            .spawn(move || serve_full_rings(&its_page, &vcpus, &of_thread))
+            .spawn(move || serve_full_rings(&its_page, &vcpus, &of_thread, || its_vmm.look(&watch)))
             .map_err(OffloadError::Thread)?;
-        Ok(Self { ends, page, thread: Some(thread) })
+        Ok(Self { ends, page, vmm, thread: Some(thread) })
     }
 }
 

@@ -160,6 +160,14 @@ impl Channel {
         }
     }
 
+    /// A value that tells when the other end has gone, while this one is used elsewhere.
+    pub(super) fn watch(&self) -> Result<Watch, OffloadError> {
+        let again = self.socket.try_clone();
+        let failed =
+            |source| OffloadError::Socket { peer: self.peer, action: "watching the socket to", source };
+        again.map(Watch).map_err(failed)
+    }
+
     /// Ends the connection for both ends, whoever waits on it.
     pub(super) fn close(&self) {
         // One that has ended already is closed, too.
@@ -186,6 +194,19 @@ impl Channel {
 impl AsFd for Channel {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
+    }
+}
+
+/// Tells when the other end has gone.
+#[derive(Debug)]
+pub(super) struct Watch(OwnedFd);
+
+impl Watch {
+    pub(super) fn has_gone(&self) -> bool {
+        let mut polled = [PollFd::new(&self.0, PollFlags::RDHUP)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        poll(&mut polled, Some(&now)).is_ok()
+            && polled[0].revents().intersects(PollFlags::HUP | PollFlags::RDHUP | PollFlags::ERR)
     }
 }
 
@@ -219,7 +240,10 @@ mod tests {
         let (near, mut far) = pair();
         let silent = far.receive("Done", Duration::from_millis(10)).unwrap_err();
         assert!(matches!(silent, OffloadError::Silent { peer: VMM, .. }), "{silent}");
+        let watch = far.watch().unwrap();
+        assert!(!watch.has_gone());
         drop(near);
+        assert!(watch.has_gone());
         let gone = far.receive("Done", SOON).unwrap_err();
         assert!(matches!(gone, OffloadError::Gone { peer: VMM, waiting_for: "Done" }), "{gone}");
         let gone = far.send(&Message::Done, &[], SOON).unwrap_err();

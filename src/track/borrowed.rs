@@ -70,11 +70,17 @@ impl DirtyTracker {
 const SHOW_LIFE_EVERY: Duration = Duration::from_millis(100);
 
 /// Recycles the ring of each vCPU that waits for room, until `ends`: a thread of its own does that, as the vCPU's thread
-/// does within one process.
-pub(crate) fn serve_full_rings(page: &LentPage, vcpus: &[VcpuHandle], ends: &AtomicBool) {
+/// does within one process. `look` is called at least every 100 ms.
+pub(crate) fn serve_full_rings(
+    page: &LentPage,
+    vcpus: &[VcpuHandle],
+    ends: &AtomicBool,
+    mut look: impl FnMut(),
+) {
     // Relaxed: a flag without data, read again soon.
     while !ends.load(Ordering::Relaxed) {
         show_life(page);
+        look();
         let heard = bell(page);
         let full: Vec<usize> = full_vcpus(page).take(vcpus.len()).collect();
         for at in &full {

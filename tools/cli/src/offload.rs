@@ -5,14 +5,16 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::atomic::AtomicBool;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use ringferry::destination::{Destination, DestinationError, DestinationOptions, Incoming, ListenOptions};
 use ringferry::offload::{BorrowedVm, End, Offer, WaitingVmm, connect};
-use ringferry::source::{Outcome, Source};
+use ringferry::progress::Progress;
+use ringferry::source::{Outcome, Source, SourceReport};
 use ringferry::track::VcpuFigures;
 use ringferry::wire::reason::Reason;
 use rustix::thread::set_no_new_privs;
@@ -44,7 +46,7 @@ pub struct Args {
 
 #[derive(clap::Subcommand, Debug)]
 enum Side {
-    Send(SendArgs),
+    Send(Box<SendArgs>),
     Receive(ReceiveArgs),
 }
 
@@ -174,22 +176,8 @@ fn send(args: &SendArgs, output: Output) -> Result<ExitCode> {
     interrupt::promise("the migration is cancelled, and the guest goes on at the source");
     let progress = args.migrate.progress()?;
     let mut lent = BorrowedVm::borrow(connection)?;
-    let options = args.migrate.options(&args.to, lent.vcpus, lent.vm_id.clone(), lent.description.clone());
-    let migrated = match options {
-        Ok(options) => {
-            let mut display = Display::new(output);
-            let source =
-                Source::new(&mut lent.vm, &mut lent.tracker, &lent.memory, options, progress.clone());
-            thread::scope(|scope| {
-                scope.spawn(|| follow(&progress, |update| display.show(update)));
-                interrupt::cancelling(interrupted, || progress.parameters().cancel(), || source.run())
-            })
-            .map_err(anyhow::Error::from)
-        }
-        Err(error) => Err(error),
-    };
-    match migrated {
-        Ok(Outcome::HandedOver(report)) => {
+    match migrate(args, &mut lent, &progress, interrupted, output) {
+        Ok(Migrated::Moved(report)) => {
             let vcpus = lent.tracker.snapshot().vcpus.iter().map(vcpu_report).collect();
             let report = MigrationReport::new("kvm", *report, vcpus);
             // The VM is the destination's, whether its old VMM hears it or not.
@@ -200,15 +188,16 @@ fn send(args: &SendArgs, output: Output) -> Result<ExitCode> {
             report.verdict()?;
             Ok(ExitCode::SUCCESS)
         }
-        Ok(Outcome::Unconfirmed(unconfirmed)) => {
-            let message = unconfirmed.to_string();
-            drop(unconfirmed.release());
+        Ok(Migrated::Unconfirmed(message)) => {
             lent.end(End::Unconfirmed, &message)?;
             if output.json() {
                 output.object(&Unconfirmed { kind: "unconfirmed", message: &message })?;
             }
             output.note(message);
             Ok(ExitCode::FAILURE)
+        }
+        Err(error) if lent.has_vmm_ended() => {
+            bail!("the VMM has ended, and its VM with it (the migration ended with: {error:#})")
         }
         Err(error) => {
             if let Err(untold) = lent.end(End::Stays, &format!("{error:#}")) {
@@ -217,6 +206,39 @@ fn send(args: &SendArgs, output: Output) -> Result<ExitCode> {
             Err(error)
         }
     }
+}
+
+/// Where a migration has left the VM.
+enum Migrated {
+    Moved(Box<SourceReport>),
+    Unconfirmed(String),
+}
+
+fn migrate(
+    args: &SendArgs,
+    lent: &mut BorrowedVm,
+    progress: &Progress,
+    interrupted: &AtomicBool,
+    output: Output,
+) -> Result<Migrated> {
+    let options = args.migrate.options(&args.to, lent.vcpus, lent.vm_id.clone(), lent.description.clone())?;
+    let without_vm = progress.clone();
+    lent.when_vmm_ends(move || without_vm.parameters().cancel());
+    let mut display = Display::new(output);
+    let source = Source::new(&mut lent.vm, &mut lent.tracker, &lent.memory, options, progress.clone());
+    let outcome = thread::scope(|scope| {
+        scope.spawn(|| follow(progress, |update| display.show(update)));
+        interrupt::cancelling(interrupted, || progress.parameters().cancel(), || source.run())
+    });
+    Ok(match outcome? {
+        Outcome::HandedOver(report) => Migrated::Moved(report),
+        Outcome::Unconfirmed(unconfirmed) => {
+            let message = unconfirmed.to_string();
+            // The VMM decides; tracking ends in any case.
+            drop(unconfirmed.release());
+            Migrated::Unconfirmed(message)
+        }
+    })
 }
 
 /// What the rings say of a vCPU; what its guest felt, only its VMM could say.
@@ -252,13 +274,25 @@ fn receive(args: &ReceiveArgs, output: Output) -> Result<ExitCode> {
         Err(error) => return Err(incoming.refuse(Reason::Unbuildable, error.to_string()).into()),
     };
     let (vcpus, options) = (incoming.vcpus(), DestinationOptions::default());
-    match incoming.receive(&mut arriving.vm, vcpus, &arriving.memory, &options, interrupted) {
+    let cancel = Arc::new(AtomicBool::new(false));
+    let without_vmm = Arc::clone(&cancel);
+    // Relaxed, here and below: a flag without data, polled.
+    arriving.when_vmm_ends(move || without_vmm.store(true, Ordering::Relaxed));
+    let received = interrupt::cancelling(
+        interrupted,
+        || cancel.store(true, Ordering::Relaxed),
+        || incoming.receive(&mut arriving.vm, vcpus, &arriving.memory, &options, &cancel),
+    );
+    match received {
         Ok(report) => {
             if let Err(error) = arriving.end(End::Arrived, "") {
                 tracing::warn!(%error, "the VMM, which runs the VM, was not told so");
             }
             Told::Received(report).tell(output)?;
             Ok(ExitCode::SUCCESS)
+        }
+        Err(error) if arriving.has_vmm_ended() => {
+            bail!("the VMM has ended; the VM stays with its source (the migration ended with: {error})")
         }
         Err(error) => {
             if let Err(untold) = arriving.end(End::Stays, &error.to_string()) {
