@@ -6,6 +6,8 @@
 //! and forgotten: each leaves a page behind.
 
 mod edges;
+#[cfg(feature = "offload")]
+mod lending;
 
 use std::collections::{BTreeMap, BTreeSet};
 
