@@ -9,6 +9,7 @@ use super::error::OffloadError;
 use super::protocol::{End, Message, Offer, REGIONS_MAX, Role, VERSION};
 use super::serving::{Left, Serving};
 use crate::layout::PageIndex;
+use crate::os::sched::ShortSlice;
 use crate::track::{LentPage, signs_of_life};
 use crate::vm::{Vm, VmError};
 
@@ -100,6 +101,8 @@ fn serve(
     page: &LentPage,
     cancel: &AtomicBool,
 ) -> Result<(End, String), OffloadError> {
+    // The guest stands still at the source while it waits for some of the answers.
+    let _soon = ShortSlice::for_this_thread();
     let mut life = Life::default();
     loop {
         match serving.channel.receive_within("a request", POLL)? {
@@ -108,7 +111,7 @@ fn serve(
                     return Ok(end);
                 }
             }
-            None => life.check(signs_of_life(page))?,
+            None => life.check(signs_of_life(page), false)?,
         }
         // Relaxed: a flag without data, read again at the next turn.
         if cancel.load(Ordering::Relaxed) {

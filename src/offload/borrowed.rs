@@ -2,21 +2,20 @@
 
 use std::fmt;
 use std::fs::File;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use memmap2::{MmapOptions, MmapRaw};
-
 use super::channel::{Channel, VMM, Watch};
 use super::error::OffloadError;
 use super::kernel::{RemoteKernel, RemoteWriters};
+use super::mapping::{Mapped, Passed, Populating, guest_memory};
 use super::protocol::{End, Message, Offer, Role, VERSION};
 use super::remote_vm::RemoteVm;
 use crate::kvm::RingSize;
-use crate::layout::{GuestMemory, PAGE_SIZE, PageRun, Region, SlotId};
+use crate::layout::GuestMemory;
 use crate::track::{BorrowedVcpu, DirtyTracker, LentPage, VcpuHandle, serve_full_rings};
 
 /// How long the VMM may take for each message of the handshake.
@@ -40,6 +39,7 @@ pub struct BorrowedVm {
     /// What the destination's VMM has to know.
     pub description: Vec<u8>,
     rings: RingThread,
+    _populating: Populating,
 }
 
 /// A VM that its VMM has built in this process's stead, for it to be received into.
@@ -67,7 +67,8 @@ impl BorrowedVm {
         };
         let [page, kernel] = descriptors_of(descriptors)?;
         let page = LentPage::open(&File::from(page), usize_of(vcpus)).map_err(OffloadError::Page)?;
-        let (memory, tracked) = map_memory(&mut channel, regions)?;
+        let mapped = map_memory(&mut channel, regions)?;
+        let (memory, tracked) = (guest_memory(&mapped, false)?, guest_memory(&mapped, true)?);
         let mut borrowed = Vec::with_capacity(usize_of(vcpus));
         for _ in 0..vcpus {
             let (message, descriptors) = answer(&mut channel, "lend a vCPU", HANDSHAKE_LIMIT)?;
@@ -85,7 +86,8 @@ impl BorrowedVm {
         tracker.add_external(Box::new(RemoteWriters { kernel, memory: all }))?;
         let rings = RingThread::start(page, tracker.vcpus(), channel.watch()?)?;
         let vm = RemoteVm::new(channel);
-        Ok(Self { vm, tracker, memory, vcpus, vm_id, description, rings })
+        let populating = Populating::start(mapped)?;
+        Ok(Self { vm, tracker, memory, vcpus, vm_id, description, rings, _populating: populating })
     }
 
     /// Does something once, soon after the VMM has ended: to give up a migration that has no VM any more.
@@ -156,7 +158,7 @@ impl WaitingVmm {
         };
         let [page] = descriptors_of(descriptors)?;
         let page = LentPage::open(&File::from(page), 1).map_err(OffloadError::Page)?;
-        let (memory, _) = map_memory(&mut channel, regions)?;
+        let memory = guest_memory(&map_memory(&mut channel, regions)?, false)?;
         let rings = RingThread::start(Arc::new(page), Vec::new(), channel.watch()?)?;
         Ok(ArrivingVm { vm: RemoteVm::new(channel), memory, rings })
     }
@@ -212,52 +214,18 @@ fn usize_of(number: u32) -> usize {
     usize::try_from(number).unwrap_or(usize::MAX)
 }
 
-/// Maps the regions that follow; also without those that are not tracked.
-fn map_memory(channel: &mut Channel, regions: u32) -> Result<(GuestMemory, GuestMemory), OffloadError> {
-    let (mut mapped, mut mappings) = (Vec::new(), Vec::new());
+/// Maps the regions that follow.
+fn map_memory(channel: &mut Channel, regions: u32) -> Result<Vec<Mapped>, OffloadError> {
+    let mut mapped = Vec::new();
     for _ in 0..regions {
         let (message, descriptors) = answer(channel, "lend its memory", HANDSHAKE_LIMIT)?;
         let Message::Region { slot, pages, offset, tracked, name } = message else {
             return Err(channel.unexpected("Region", &message));
         };
         let [file] = descriptors_of(descriptors)?;
-        let mapping = map_region(&file.into(), slot, pages, offset)?;
-        mapped.push((Region { slot, pages, host: mapping.as_mut_ptr() }, tracked, name));
-        mappings.push(mapping);
+        mapped.push(Mapped::new(Passed { slot, pages, offset, tracked, name, file: file.into() })?);
     }
-    let mappings = Arc::new(mappings);
-    let make = |only_tracked: bool| {
-        let regions = mapped.iter().filter(|(_, tracked, _)| *tracked || !only_tracked);
-        guest_memory(regions.map(|(region, ..)| *region).collect(), &mappings)
-    };
-    let mut memory = make(false)?;
-    for (region, _, name) in mapped.iter().filter(|(.., name)| !name.is_empty()) {
-        memory.name_block(region.pages.first, name)?;
-    }
-    // At a destination nothing is tracked.
-    let tracked = if mapped.iter().any(|(_, tracked, _)| *tracked) { make(true)? } else { memory.clone() };
-    Ok((memory, tracked))
-}
-
-fn map_region(file: &File, slot: SlotId, pages: PageRun, offset: u64) -> Result<MmapRaw, OffloadError> {
-    let refuse = |source| OffloadError::Map { slot, source };
-    let unfit = || refuse(std::io::ErrorKind::InvalidInput.into());
-    let bytes = pages.pages.checked_mul(PAGE_SIZE as u64).filter(|bytes| *bytes > 0).ok_or_else(unfit)?;
-    let end = offset.checked_add(bytes).ok_or_else(unfit)?;
-    let length = usize::try_from(bytes).map_err(|_| unfit())?;
-    if !offset.is_multiple_of(PAGE_SIZE as u64) || file.metadata().map_err(refuse)?.len() < end {
-        return Err(unfit());
-    }
-    MmapOptions::new().offset(offset).len(length).map_raw(file.as_raw_fd()).map_err(refuse)
-}
-
-#[expect(unsafe_code, reason = "guest memory is mapped here, so that this side vouches for the mappings")]
-fn guest_memory(regions: Vec<Region>, mappings: &Arc<Vec<MmapRaw>>) -> Result<GuestMemory, OffloadError> {
-    // SAFETY:
-    // * Each region is a mapping of its own, readable and writable, as long as its pages, and kept by `kept_by`.
-    // * Nobody makes a reference to what is in it. A VMM that cuts the file short ends this process, which only serves it.
-    let memory = unsafe { GuestMemory::new(regions) }?;
-    Ok(memory.kept_by(Arc::clone(mappings) as _))
+    Ok(mapped)
 }
 
 /// Whether the VMM lives, and who wants to know if not.

@@ -16,6 +16,7 @@ use super::protocol::{DESCRIPTION_BYTES_MAX, End, Message, NAME_BYTES_MAX, Role,
 use super::serving::{Left, Serving, send_runs};
 use crate::kvm::KvmError;
 use crate::layout::{PageIndex, PageRun, SlotId};
+use crate::os::sched::ShortSlice;
 use crate::track::{DirtyTracker, Lending, signs_of_life};
 use crate::vm::{Paused, Vm};
 
@@ -24,7 +25,9 @@ pub(super) const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 /// How often the wait for a request looks at everything else.
 pub(super) const POLL: Duration = Duration::from_millis(50);
 /// An offload process that shows no sign of life for so long is frozen. It shows one ten times a second.
-pub(super) const SILENCE: Duration = Duration::from_secs(5);
+const SILENCE: Duration = Duration::from_secs(5);
+/// The same while the guest stands still: no longer than a standstill may last by default.
+const SILENCE_AT_STANDSTILL: Duration = Duration::from_secs(1);
 
 /// A piece of guest memory in a file.
 #[derive(Debug)]
@@ -225,6 +228,8 @@ fn serve(
     lending: &Lending,
     cancel: &AtomicBool,
 ) -> Result<(End, String), OffloadError> {
+    // The guest stands still while it waits for some of the answers.
+    let _soon = ShortSlice::for_this_thread();
     let mut life = Life::default();
     loop {
         match serving.channel.receive_within("a request", POLL)? {
@@ -233,7 +238,7 @@ fn serve(
                     return Ok(end);
                 }
             }
-            None => life.check(signs_of_life(lending.page()))?,
+            None => life.check(signs_of_life(lending.page()), serving.stands_still())?,
         }
         // Relaxed: a flag without data, read again at the next turn.
         if cancel.load(Ordering::Relaxed) && !serving.is_handed_over() {
@@ -257,12 +262,13 @@ impl Default for Life {
 
 impl Life {
     /// `signs` so far; an error if there were no new ones for too long.
-    pub(super) fn check(&mut self, signs: u32) -> Result<(), OffloadError> {
+    pub(super) fn check(&mut self, signs: u32, stands_still: bool) -> Result<(), OffloadError> {
+        let waited = if stands_still { SILENCE_AT_STANDSTILL } else { SILENCE };
         if signs != self.seen {
             *self = Self { seen: signs, since: Instant::now() };
-        } else if self.since.elapsed() > SILENCE {
+        } else if self.since.elapsed() > waited {
             let waiting_for = "a sign of life";
-            return Err(OffloadError::Silent { peer: OFFLOAD_PROCESS, waiting_for, waited: SILENCE });
+            return Err(OffloadError::Silent { peer: OFFLOAD_PROCESS, waiting_for, waited });
         }
         Ok(())
     }
@@ -273,6 +279,7 @@ impl Life {
 fn serve_kernel(mut channel: Channel, lending: &Lending) {
     // Longer than any migration: the end of the connection ends the wait.
     const FOR_EVER: Duration = Duration::from_secs(3600);
+    let _soon = ShortSlice::for_this_thread();
     loop {
         let served = channel.receive_within("a request of the kernel", FOR_EVER).and_then(|received| {
             received.map_or(Ok(()), |(request, _)| serve_kernel_request(&channel, lending, &request))

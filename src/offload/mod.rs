@@ -13,6 +13,7 @@
 //! kernel     the offload process asks for resets and logging
 //! serving    what the VMM does for it, in which order, and what is left of a VM when nobody asks any more
 //! remote_vm  the offload process asks the VMM that owns the VM
+//! mapping    guest memory as the offload process maps it
 //! borrowed   the offload process: the VM as it has it
 //! ```
 //!
@@ -25,6 +26,7 @@ mod client;
 mod error;
 mod kernel;
 mod listener;
+mod mapping;
 mod protocol;
 mod remote_vm;
 mod serving;

@@ -69,6 +69,11 @@ impl<'v> Serving<'v> {
         matches!(self.standing, Standing::HandedOver(_))
     }
 
+    /// Whether the guest stands still at its source, and runs nowhere else.
+    pub(super) fn stands_still(&self) -> bool {
+        matches!(self.standing, Standing::Paused(_) | Standing::Quiesced(_))
+    }
+
     /// Answers one message; the end, if it was that.
     pub(super) fn answer(&mut self, message: Message) -> Result<Option<(End, String)>, OffloadError> {
         let answer = match message {

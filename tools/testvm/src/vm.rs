@@ -142,7 +142,11 @@ impl TestVm {
             // SAFETY: the vCPU's descriptor is open as long as `fd` lives, which is beyond this statement.
             let borrowed = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
             let second = borrowed.try_clone_to_owned();
-            vcpu_fds.push(second.map_err(|error| TestVmError::Thread { vcpu: index, error })?);
+            vcpu_fds.push(second.map_err(|error| TestVmError::Kvm {
+                call: "duplicating a vCPU's descriptor",
+                error,
+                hint: "the limit on open files (ulimit -n) may be reached",
+            })?);
             vcpus.push(Arc::new(Vcpu::new(index, fd, tracked)?));
         }
         let mut built = Self {
