@@ -11,7 +11,7 @@ use std::time::Duration;
 use super::channel::{Channel, VMM, Watch};
 use super::error::OffloadError;
 use super::kernel::{RemoteKernel, RemoteWriters};
-use super::mapping::{Mapped, Passed, Populating, guest_memory};
+use super::mapping::{Mapped, Passed, guest_memory};
 use super::protocol::{End, Message, Offer, Role, VERSION};
 use super::remote_vm::RemoteVm;
 use crate::kvm::RingSize;
@@ -39,7 +39,6 @@ pub struct BorrowedVm {
     /// What the destination's VMM has to know.
     pub description: Vec<u8>,
     rings: RingThread,
-    _populating: Populating,
 }
 
 /// A VM that its VMM has built in this process's stead, for it to be received into.
@@ -86,8 +85,7 @@ impl BorrowedVm {
         tracker.add_external(Box::new(RemoteWriters { kernel, memory: all }))?;
         let rings = RingThread::start(page, tracker.vcpus(), channel.watch()?)?;
         let vm = RemoteVm::new(channel);
-        let populating = Populating::start(mapped)?;
-        Ok(Self { vm, tracker, memory, vcpus, vm_id, description, rings, _populating: populating })
+        Ok(Self { vm, tracker, memory, vcpus, vm_id, description, rings })
     }
 
     /// Does something once, soon after the VMM has ended: to give up a migration that has no VM any more.

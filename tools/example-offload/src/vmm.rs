@@ -104,7 +104,8 @@ fn run_vcpu(vcpu: &Vcpu, tracked: &VcpuHandle) {
             }
             let passed = matches!(fd.run(), Ok(VcpuExit::IoOut(..)));
             let is_full = fd.get_kvm_run().exit_reason == KVM_EXIT_DIRTY_RING_FULL;
-            if !passed && !(is_full && tracked.ring_full().is_ok()) {
+            let goes_on = passed || is_full && tracked.ring_full().is_ok();
+            if !goes_on {
                 return println!("the vCPU stopped");
             }
         }

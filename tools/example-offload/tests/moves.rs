@@ -1,4 +1,5 @@
 //! The example really moves its guest, by two processes beside its two VMMs.
+#![expect(clippy::unwrap_used, reason = "what a test arranges must be there")]
 
 use std::io::{BufRead, BufReader, Lines};
 use std::process::{Child, ChildStdout, Command, Stdio};

@@ -278,6 +278,29 @@ fn an_offload_process_that_freezes_is_given_up_and_tracking_waits_until_it_is_go
 }
 
 #[test]
+fn an_offload_process_that_freezes_while_the_guest_stands_still_costs_the_guest_a_second_and_a_little() {
+    if !kvm() {
+        return;
+    }
+    let mut lent = Lent::small();
+    let (receive, to) = receive(&[]);
+    let patiently = ["--standstill-floor", "30s"];
+    let mut send = stalled_at(&lent, &to, "Prepare", &patiently);
+    send.line_with("stands still");
+    thread::sleep(Duration::from_millis(300));
+    send.signal(Signal::STOP);
+    let since = Instant::now();
+    let told = lent.guest.run.line_with("the guest runs on here");
+    assert!(told.contains("said nothing for 1 s"), "{told}");
+    assert!(since.elapsed() < Duration::from_secs(4), "{:?}", since.elapsed());
+    drop(receive);
+    lent.guest.assert_runs();
+    send.signal(Signal::KILL);
+    send.end();
+    lent.assert_moves();
+}
+
+#[test]
 fn an_offload_process_whose_vmm_dies_ends_with_an_error_and_so_does_the_destination() {
     if !kvm() {
         return;
