@@ -65,7 +65,7 @@ impl BorrowedVm {
             return Err(channel.unexpected("Lent", &message));
         };
         let [page, kernel] = descriptors_of(descriptors)?;
-        let page = LentPage::open(&File::from(page), usize_of(vcpus)).map_err(OffloadError::Page)?;
+        let page = LentPage::open(&File::from(page), usize_of(vcpus).max(1)).map_err(OffloadError::Page)?;
         let mapped = map_memory(&mut channel, regions)?;
         let (memory, tracked) = (guest_memory(&mapped, false)?, guest_memory(&mapped, true)?);
         let mut borrowed = Vec::with_capacity(usize_of(vcpus));

@@ -30,6 +30,8 @@ mod mapping;
 mod protocol;
 mod remote_vm;
 mod serving;
+#[cfg(test)]
+mod tests;
 
 pub use self::arrival::{Arrived, receive};
 pub use self::borrowed::{ArrivingVm, BorrowedVm, WaitingVmm};

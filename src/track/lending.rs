@@ -54,7 +54,8 @@ impl DirtyTracker {
             return Err(TrackError::AlreadyTracking);
         }
         let refused = |source: io::Error| TrackError::Kvm(KvmError::Ioctl { name: "memfd_create", source });
-        let (page, file) = LentPage::create(c"ringferry-offload", state.vcpus.len()).map_err(refused)?;
+        let (page, file) =
+            LentPage::create(c"ringferry-offload", state.vcpus.len().max(1)).map_err(refused)?;
         let page = Arc::new(page);
         let Backend::Ring { size, rings, beside: None } = &mut state.backend else {
             return Err(TrackError::RingsOnly);

@@ -355,6 +355,24 @@ fn strangers_at_the_socket_are_turned_away_and_the_guest_does_not_notice() {
 }
 
 #[test]
+fn a_socket_may_be_inherited_by_an_offload_process_that_could_not_open_it() {
+    if !kvm() {
+        return;
+    }
+    let lent = Lent::small();
+    let (receive, to) = receive(&["--run-for", "100ms"]);
+    let socket = connect(lent.socket.as_ref()).unwrap();
+    let send = Running::start_inheriting(&["offload", "send", "--fd", "3", "--to", &to, "--verify"], &socket);
+    drop(socket);
+    let send = send.end();
+    assert_eq!(send.code, Some(0), "{send:?}");
+    assert_eq!(lent.guest.run.end().code, Some(0));
+    assert_consistent(receive.end());
+    let nothing = ringferry(&["offload", "send", "--fd", "77", "--to", &to]);
+    assert_failed(&nothing, &["descriptor 77 was not inherited"]);
+}
+
+#[test]
 fn an_offload_process_needs_no_rights_once_it_is_connected() {
     if !kvm() {
         return;
