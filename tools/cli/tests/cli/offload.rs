@@ -362,7 +362,8 @@ fn a_socket_may_be_inherited_by_an_offload_process_that_could_not_open_it() {
     let lent = Lent::small();
     let (receive, to) = receive(&["--run-for", "100ms"]);
     let socket = connect(lent.socket.as_ref()).unwrap();
-    let send = Running::start_inheriting(&["offload", "send", "--fd", "3", "--to", &to, "--verify"], &socket);
+    let send =
+        Running::start_inheriting(&["offload", "send", "--fd", "40", "--to", &to, "--verify"], &socket);
     drop(socket);
     let send = send.end();
     assert_eq!(send.code, Some(0), "{send:?}");
