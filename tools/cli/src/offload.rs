@@ -69,6 +69,12 @@ struct VmmArgs {
 
 /// Send the VM that a VMM lends to a waiting `ringferry receive`
 #[derive(clap::Args, Debug)]
+#[command(after_help = "\
+Examples:
+  ringferry offload send --socket /run/vm7.offload --to 127.0.0.1:7000 --user 65534:65534
+  ringferry offload send --fd 3 --to 127.0.0.1:7000    started by the VMM, which left it its socket
+
+Ctrl-C cancels the migration; the guest goes on at the source.")]
 struct SendArgs {
     #[command(flatten)]
     vmm: VmmArgs,
@@ -83,6 +89,10 @@ struct SendArgs {
 
 /// Wait for a VM, and receive it for a VMM that builds it
 #[derive(clap::Args, Debug)]
+#[command(after_help = "\
+Examples, each in a terminal of its own:
+  ringferry receive --offload /run/vm7.arrival
+  ringferry offload receive --socket /run/vm7.arrival --listen 127.0.0.1:7000")]
 struct ReceiveArgs {
     #[command(flatten)]
     vmm: VmmArgs,
