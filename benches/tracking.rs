@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use ringferry::kvm::RingSize;
 use ringferry::testing::FakeKernel;
-use ringferry::track::DirtyTracker;
-use ringferry::{DirtySource, PageIndex, PageRun, PageSet, Redirtied, SlotId};
+use ringferry::track::{DirtyTracker, Session};
+use ringferry::{PageIndex, PageRun, PageSet, Redirtied, SlotId};
 
 const ENTRIES: u64 = 60_000;
 const SLOT: SlotId = SlotId(1);
@@ -18,6 +18,7 @@ const SLOT: SlotId = SlotId(1);
 struct Rig {
     kernel: FakeKernel,
     tracker: DirtyTracker,
+    session: Session,
     dirty: PageSet,
     redirtied: Redirtied,
 }
@@ -25,13 +26,13 @@ struct Rig {
 impl Rig {
     fn new(pages: u64) -> Self {
         let kernel = FakeKernel::new();
-        let mut tracker = DirtyTracker::on_fake_rings(&kernel, RingSize::MAX);
+        let tracker = DirtyTracker::on_fake_rings(&kernel, RingSize::MAX);
         let memory = kernel.create_slot(SLOT, PageRun { first: PageIndex(0), pages });
         tracker.add_memory(&memory).unwrap();
         tracker.attach_fake_vcpu(0, &kernel, 0, 0).unwrap();
-        tracker.start().unwrap();
+        let session = tracker.start().unwrap();
         let end = memory.end();
-        Self { kernel, tracker, dirty: PageSet::new(end), redirtied: Redirtied::new(end) }
+        Self { kernel, tracker, session, dirty: PageSet::new(end), redirtied: Redirtied::new(end) }
     }
 
     fn fill(&self, stride: u64) {
@@ -41,11 +42,11 @@ impl Rig {
     /// The time of an observation that reports every page.
     fn report(&mut self, stride: u64) -> Duration {
         self.dirty.clear();
-        self.tracker.harvest(&mut self.dirty).unwrap();
+        self.session.harvest(&mut self.dirty).unwrap();
         self.fill(stride);
         self.redirtied.clear();
         let started = Instant::now();
-        self.tracker.observe_into(&mut self.redirtied).unwrap();
+        self.session.observe_into(&mut self.redirtied).unwrap();
         let took = started.elapsed();
         assert_eq!(self.redirtied.len(), ENTRIES);
         took
@@ -56,7 +57,7 @@ impl Rig {
         self.fill(stride);
         let before = self.tracker.snapshot().harvest_ns;
         self.dirty.clear();
-        self.tracker.harvest(&mut self.dirty).unwrap();
+        self.session.harvest(&mut self.dirty).unwrap();
         assert_eq!(self.dirty.len(), ENTRIES);
         Duration::from_nanos(self.tracker.snapshot().harvest_ns - before)
     }
@@ -74,9 +75,9 @@ fn tracking(c: &mut Criterion) {
             b.iter_custom(|times| (0..times).map(|_| rig.report(stride)).sum());
         });
     }
-    let mut rig = Rig::new(ENTRIES);
+    let rig = Rig::new(ENTRIES);
     rig.fill(1);
-    group.bench_function("observe", |b| b.iter(|| rig.tracker.observe().unwrap()));
+    group.bench_function("observe", |b| b.iter(|| rig.session.observe().unwrap()));
     group.finish();
 }
 

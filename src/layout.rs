@@ -114,6 +114,25 @@ pub struct Region {
 }
 
 impl Region {
+    /// The region of a slot as the VMM told KVM of it, in bytes and addresses, which are multiples of 4096.
+    ///
+    /// # Errors
+    ///
+    /// [`LayoutError::Unaligned`] if one is not.
+    pub fn from_bytes(
+        slot: SlotId,
+        address: GuestAddress,
+        len_bytes: u64,
+        host: *mut u8,
+    ) -> Result<Self, LayoutError> {
+        let is_aligned = |bytes: u64| bytes.is_multiple_of(PAGE_SIZE as u64);
+        if !(is_aligned(address.0) && is_aligned(len_bytes) && is_aligned(host.addr() as u64)) {
+            return Err(LayoutError::Unaligned(slot));
+        }
+        let pages = PageRun { first: address.page(), pages: len_bytes >> PAGE_SHIFT };
+        Ok(Self { slot, pages, host })
+    }
+
     /// Length in bytes.
     pub fn len_bytes(&self) -> usize {
         // Checked in `GuestMemory::new`: the region fits the address space.
@@ -123,6 +142,14 @@ impl Region {
     /// The host addresses of all its bytes.
     pub(crate) fn host_range(&self) -> Range<usize> {
         self.host.addr()..self.host.addr() + self.len_bytes()
+    }
+
+    /// The host addresses of a run of its pages.
+    pub(crate) fn host_range_of(&self, pages: PageRun) -> Range<usize> {
+        assert!(self.pages.first <= pages.first && pages.end() <= self.pages.end(), "a run of this region");
+        let bytes = |pages: u64| usize::try_from(pages << PAGE_SHIFT).unwrap_or(usize::MAX);
+        let start = self.host.addr() + bytes(pages.first.0 - self.pages.first.0);
+        start..start + bytes(pages.pages)
     }
 
     /// The guest pages behind a page-aligned part of its host addresses.
@@ -179,7 +206,7 @@ impl HostRun {
 pub enum LayoutError {
     /// No region, or a region or run without a page.
     Empty,
-    /// The host address of the region of this slot is not page-aligned.
+    /// Guest address, size or host address of the region of this slot is not a multiple of 4096.
     Unaligned(SlotId),
     /// The region of this slot reaches beyond [`RAM_END_MAX`] or the host's address space.
     TooLarge(SlotId),
@@ -202,7 +229,9 @@ impl fmt::Display for LayoutError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Empty => write!(f, "guest RAM without a region, or a region or run without a page"),
-            Self::Unaligned(slot) => write!(f, "the host address of {slot:?} is not a multiple of 4096"),
+            Self::Unaligned(slot) => {
+                write!(f, "guest address, size or host address of {slot:?} is not a multiple of 4096")
+            }
             Self::TooLarge(slot) => write!(f, "{slot:?} reaches beyond the address space"),
             Self::Overlap(page) => write!(f, "two regions of guest RAM claim the page at {}", page.address()),
             Self::Aliased(a, b) => write!(f, "{a:?} and {b:?} are mapped to the same host memory"),

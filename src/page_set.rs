@@ -9,6 +9,7 @@
 //! which pages are RAM: [`layout`](crate::layout) does.
 
 mod atomic;
+mod from_the_top;
 mod prefetch;
 #[cfg(test)]
 mod tests;
@@ -21,6 +22,7 @@ use bitvec::slice::BitSlice;
 use bitvec::view::BitView;
 
 pub use self::atomic::AtomicPageSet;
+pub(crate) use self::from_the_top::FromTheTop;
 pub(crate) use self::prefetch::WordAtHand;
 use self::words::Words;
 use crate::layout::{PageIndex, PageRun, RAM_END_MAX};
@@ -183,6 +185,27 @@ impl PageSet {
         }
     }
 
+    /// Adds all pages of `other` and gives each word of those that are new to `told`; how many they are.
+    pub(crate) fn union_telling(&mut self, other: &Self, mut told: impl FnMut(usize, u64)) -> u64 {
+        let before = self.len;
+        for (word, bits) in other.nonzero_words() {
+            let new = bits & !self.levels[0].get(word).copied().unwrap_or(0);
+            if new != 0 {
+                self.add_within(word, new);
+                told(word, new);
+            }
+        }
+        self.len - before
+    }
+
+    /// Adds those of `bits` that are not in `known`.
+    pub(crate) fn insert_unless(&mut self, word: usize, bits: u64, known: &Self) {
+        let bits = bits & !known.levels[0].get(word).copied().unwrap_or(0);
+        if bits != 0 {
+            self.add_within(word, bits);
+        }
+    }
+
     /// Adds the pages of one word, `first` a multiple of 64; how many are new.
     #[inline]
     fn insert_word(&mut self, first: PageIndex, bits: u64) -> u64 {
@@ -274,6 +297,13 @@ impl PageSet {
         let words = self.words_in(run);
         self.remove_run(run);
         words
+    }
+
+    /// The pages of the run that are in the set, as runs in order, and they leave the set.
+    pub fn take_runs(&mut self, run: PageRun) -> Vec<PageRun> {
+        let runs = self.runs_within(run).collect();
+        self.remove_run(run);
+        runs
     }
 
     /// The set as bits: bit `i` is page `i`. Bits at and beyond the capacity are 0.

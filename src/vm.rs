@@ -7,6 +7,7 @@
 
 use std::error::Error;
 use std::io::Write;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::page_set::PageSet;
 
@@ -19,13 +20,18 @@ pub type VmError = Box<dyn Error + Send + Sync>;
 /// cannot be cloned; handing it to [`Vm::resume`] gives it up.
 #[derive(Debug)]
 #[must_use = "a paused VM stands still until the proof is handed to `Vm::resume`"]
-pub struct Paused(());
+pub struct Paused {
+    /// Which pause of all in this process: pages that were handed out unprotected in one may be written before the next.
+    pub(crate) number: u64,
+}
 
 impl Paused {
     /// The VMM declares that every vCPU is outside `KVM_RUN`, and that none enters it again while the value
     /// exists. A false declaration loses guest writes.
     pub fn declare_every_vcpu_is_outside_kvm_run() -> Self {
-        Self(())
+        static PAUSES: AtomicU64 = AtomicU64::new(0);
+        // Relaxed: numbers that differ, and order nothing.
+        Self { number: PAUSES.fetch_add(1, Ordering::Relaxed) }
     }
 
     /// The VMM declares that there is nothing else that writes guest memory: no device at work, no state still to be

@@ -10,7 +10,7 @@ use bare::{BareVcpu, BareVm, DATA, Privilege, Work, kvm};
 use ringferry::kvm::RingSize;
 use ringferry::testing::{AnonymousRam, Backing};
 use ringferry::track::external::RegionLog;
-use ringferry::track::{DirtyTracker, Observed, PagemapTracker, VcpuHandle};
+use ringferry::track::{DirtyTracker, Observed, PagemapTracker, Session, VcpuHandle};
 use ringferry::{
     DirtySource, GuestMemory, PAGE_SIZE, PageIndex, PageRun, PageSet, Paused, Redirtied, SlotId, TrackError,
 };
@@ -36,6 +36,7 @@ struct KvmGuest<const RING: bool> {
     vcpu: BareVcpu,
     handle: VcpuHandle,
     tracker: DirtyTracker,
+    session: Session,
 }
 
 impl<const RING: bool> KvmGuest<RING> {
@@ -50,7 +51,7 @@ impl<const RING: bool> KvmGuest<RING> {
         tracker.add_memory(vm.memory()).unwrap();
         let vcpu = vm.create_vcpu(0, Privilege::User).unwrap();
         let handle = tracker.attach_vcpu(0, vcpu.fd()).unwrap();
-        Some(Self { vm, vcpu, handle, tracker })
+        Some(Self { vm, vcpu, handle, session: tracker.session(), tracker })
     }
 }
 
@@ -60,7 +61,7 @@ impl<const RING: bool> Guest for KvmGuest<RING> {
     }
 
     fn source(&mut self) -> &mut dyn DirtySource {
-        &mut self.tracker
+        &mut self.session
     }
 
     fn write(&mut self, pages: &[PageIndex], value: u64) {
@@ -160,7 +161,9 @@ fn test_backend<G: Guest>(mut guest: G) {
             // Looking does not take.
             let mut redirtied = Redirtied::new(end);
             match guest.source().observe_into(&mut redirtied).unwrap() {
-                Observed::PerVcpu(counts) => assert!(G::PER_VCPU && counts == [count], "{counts:?}, {count}"),
+                Observed::PerVcpu { vcpus, others } => {
+                    assert!(G::PER_VCPU && (vcpus.as_slice(), others) == (&[count], 0), "{vcpus:?}, {count}")
+                }
                 Observed::Total(total) => assert!(!G::PER_VCPU && total == count, "{total}, {count}"),
                 Observed::Unobservable => assert!(G::UNOBSERVABLE && redirtied.is_empty()),
             }
@@ -224,7 +227,7 @@ fn what_the_vmm_writes_is_harvested_beside_what_the_guest_writes() {
     let log = RegionLog::new(usize::try_from(REGION_PAGES[0]).unwrap() * PAGE_SIZE);
     guest.tracker.add_external(Box::new(log.source(DATA))).unwrap();
     log.mark_dirty(0, 1);
-    guest.tracker.start().unwrap();
+    guest.session.start().unwrap();
     log.mark_dirty(7 * PAGE_SIZE, 1);
     guest.write(&[PageIndex(DATA.0 + 9)], 1);
     assert_eq!(harvest(&mut guest), set_of(&[PageIndex(DATA.0 + 7), PageIndex(DATA.0 + 9)]));

@@ -10,9 +10,9 @@ use std::thread;
 use std::time::Duration;
 
 use bare::{BareVm, DATA, Exit, Pages, Privilege, Work, kvm};
+use ringferry::PageSet;
 use ringferry::kvm::RingSize;
 use ringferry::track::{BeforeRun, DirtyTracker};
-use ringferry::{DirtySource, PageSet};
 
 struct Counting;
 
@@ -41,11 +41,11 @@ static COUNTING: Counting = Counting;
 fn nothing_allocates_on_the_vcpu_path() {
     let Some(kvm) = kvm() else { return };
     let vm = BareVm::new(&kvm, &[8192]).unwrap();
-    let mut tracker = DirtyTracker::enable(vm.fd(), RingSize::from_entries(1024).unwrap()).unwrap();
+    let tracker = DirtyTracker::enable(vm.fd(), RingSize::from_entries(1024).unwrap()).unwrap();
     tracker.add_memory(vm.memory()).unwrap();
     let mut vcpu = vm.create_vcpu(0, Privilege::User).unwrap();
     let handle = tracker.attach_vcpu(0, vcpu.fd()).unwrap();
-    tracker.start().unwrap();
+    let session = tracker.start().unwrap();
     let ring_fulls = thread::scope(|scope| {
         let handle = &handle;
         let vcpu_thread = scope.spawn(move || {
@@ -71,9 +71,9 @@ fn nothing_allocates_on_the_vcpu_path() {
         let mut dirty = PageSet::new(vm.memory().end());
         while !vcpu_thread.is_finished() {
             handle.gate().close_for(Duration::from_micros(50));
-            tracker.observe().unwrap();
+            session.observe().unwrap();
             dirty.clear();
-            tracker.harvest(&mut dirty).unwrap();
+            session.harvest(&mut dirty).unwrap();
             // Long enough for the gate to open in between.
             thread::sleep(Duration::from_micros(100));
         }

@@ -14,8 +14,8 @@ use kvm_bindings::{
     KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_enable_cap, kvm_userspace_memory_region,
 };
 use ringferry::kvm::{KvmError, RingSize};
-use ringferry::track::DirtyTracker;
-use ringferry::{DirtySource, PAGE_SIZE, PageIndex, PageRun, PageSet, Region, SlotId, TrackError};
+use ringferry::track::{DirtyTracker, Session};
+use ringferry::{PAGE_SIZE, PageIndex, PageRun, PageSet, Region, SlotId, TrackError};
 
 const PAGES: u64 = 2000;
 
@@ -88,7 +88,7 @@ fn a_vmm_that_wants_all_pages_dirty_at_first_cannot_make_the_tracker_blind() {
                 true => DirtyTracker::enable(vm.fd(), RingSize::default()),
                 false => DirtyTracker::enable_bitmap(vm.fd()),
             };
-            let mut tracker = tracker.unwrap();
+            let tracker = tracker.unwrap();
             tracker.add_memory(vm.memory()).unwrap();
             let mut vcpu = vm.create_vcpu(0, Privilege::User).unwrap();
             let handle = tracker.attach_vcpu(0, vcpu.fd()).unwrap();
@@ -98,17 +98,17 @@ fn a_vmm_that_wants_all_pages_dirty_at_first_cannot_make_the_tracker_blind() {
                 vcpu.set_work(&Work::List(all), value).unwrap();
                 vcpu.run_to_end(Some(&handle)).unwrap();
             };
-            let harvest = |tracker: &mut DirtyTracker| {
+            let harvest = |session: &Session| {
                 let mut dirty = PageSet::new(vm.memory().end());
-                tracker.harvest(&mut dirty).unwrap();
+                session.harvest(&mut dirty).unwrap();
                 pages(&dirty)
             };
             write(1);
-            tracker.start().unwrap();
-            assert!(harvest(&mut tracker).is_empty(), "{name}: written before the start");
+            let session = tracker.start().unwrap();
+            assert!(harvest(&session).is_empty(), "{name}: written before the start");
             for value in [2, 3] {
                 write(value);
-                assert_eq!(harvest(&mut tracker).len() as u64, PAGES, "{name}, rings: {rings}");
+                assert_eq!(harvest(&session).len() as u64, PAGES, "{name}, rings: {rings}");
             }
         }
     }
@@ -134,30 +134,31 @@ fn a_slot_that_the_vmm_deleted_is_named_and_does_not_come_back() {
             true => DirtyTracker::enable(vm.fd(), RingSize::default()),
             false => DirtyTracker::enable_bitmap(vm.fd()),
         };
-        let mut tracker = tracker.unwrap();
+        let tracker = tracker.unwrap();
         tracker.add_memory(vm.memory()).unwrap();
+        let session = tracker.session();
         let deleted = vm.memory().regions()[1];
         let is_gone = |result| matches!(result, Err(TrackError::Kvm(KvmError::SlotGone(SlotId(2)))));
         delete_slot(&vm, &deleted);
-        assert!(is_gone(tracker.start()));
+        assert!(is_gone(session.start()));
         assert!(!is_taken(&vm, &deleted), "start brought it back");
         // With another slot in its place.
         set_slot(&vm, &Region { slot: SlotId(5), ..deleted }, 0);
-        assert!(is_gone(tracker.start()));
+        assert!(is_gone(session.start()));
         delete_slot(&vm, &Region { slot: SlotId(5), ..deleted });
 
         set_slot(&vm, &deleted, 0);
-        tracker.start().unwrap();
+        session.start().unwrap();
         delete_slot(&vm, &deleted);
-        assert!(is_gone(tracker.stop()));
+        assert!(is_gone(session.stop()));
         assert!(!is_taken(&vm, &deleted), "stop brought it back");
         set_slot(&vm, &deleted, 0);
-        tracker.start().unwrap();
+        session.start().unwrap();
         delete_slot(&vm, &deleted);
         tracker.remove_slot(SlotId(2)).unwrap();
         assert!(!is_taken(&vm, &deleted), "remove_slot brought it back");
-        tracker.stop().unwrap();
-        tracker.start().unwrap();
+        session.stop().unwrap();
+        session.start().unwrap();
     }
 }
 
@@ -165,7 +166,7 @@ fn a_slot_that_the_vmm_deleted_is_named_and_does_not_come_back() {
 fn a_slot_whose_logging_cannot_be_switched_is_named_with_the_reason() {
     let Some(kvm) = kvm() else { return };
     let vm = BareVm::new(&kvm, &[PAGES, PAGES]).unwrap();
-    let mut tracker = DirtyTracker::enable(vm.fd(), RingSize::default()).unwrap();
+    let tracker = DirtyTracker::enable(vm.fd(), RingSize::default()).unwrap();
     tracker.add_memory(vm.memory()).unwrap();
     let slot = vm.memory().regions()[1];
     let half = Region { pages: PageRun { pages: PAGES / 2, ..slot.pages }, ..slot };

@@ -9,8 +9,8 @@ use std::collections::BTreeSet;
 use bare::{BareVcpu, BareVm, DATA, Exit, Pages, Privilege, Work, kvm, take_and_give_back};
 use kvm_ioctls::Kvm;
 use ringferry::kvm::{KvmError, RingSize};
-use ringferry::track::{DirtyTracker, Observed, VcpuHandle};
-use ringferry::{DirtySource, PageIndex, PageRun, PageSet, Paused, Redirtied, SlotId, TrackError};
+use ringferry::track::{DirtyTracker, Leftover, Observed, Session, VcpuHandle};
+use ringferry::{PageIndex, PageRun, PageSet, Paused, Redirtied, SlotId, TrackError};
 
 const SLOT_PAGES: [u64; 2] = [4096, 1000];
 
@@ -26,6 +26,7 @@ const BACKENDS: [Backend; 2] = [Backend::Ring, Backend::Bitmap];
 struct Guest {
     vm: BareVm,
     tracker: DirtyTracker,
+    session: Session,
     vcpu: BareVcpu,
     handle: VcpuHandle,
     value: u64,
@@ -42,7 +43,7 @@ impl Guest {
         tracker.add_memory(vm.memory()).unwrap();
         let vcpu = vm.create_vcpu(0, Privilege::User).unwrap();
         let handle = tracker.attach_vcpu(0, vcpu.fd()).unwrap();
-        Self { vm, tracker, vcpu, handle, value: 0 }
+        Self { vm, session: tracker.session(), tracker, vcpu, handle, value: 0 }
     }
 
     fn write(&mut self, pages: &BTreeSet<PageIndex>) {
@@ -57,14 +58,14 @@ impl Guest {
 
     fn harvest(&mut self) -> BTreeSet<PageIndex> {
         let mut dirty = PageSet::new(self.vm.memory().end());
-        self.tracker.harvest(&mut dirty).unwrap();
+        self.session.harvest(&mut dirty).unwrap();
         pages(&dirty)
     }
 
     fn harvest_final(&mut self) -> BTreeSet<PageIndex> {
         let paused = Paused::declare_every_vcpu_is_outside_kvm_run();
         let mut dirty = PageSet::new(self.vm.memory().end());
-        self.tracker.harvest_final(&paused.declare_nothing_else_writes(), &mut dirty).unwrap();
+        self.session.harvest_final(&paused.declare_nothing_else_writes(), &mut dirty).unwrap();
         pages(&dirty)
     }
 }
@@ -88,7 +89,7 @@ fn what_a_guest_writes_is_what_is_harvested_by_every_backend() {
     for backend in BACKENDS {
         let mut guest = Guest::new(&kvm, backend, RingSize::default());
         guest.write(&every(1, 0));
-        guest.tracker.start().unwrap();
+        guest.session.start().unwrap();
         assert_eq!(guest.harvest(), BTreeSet::new(), "{backend:?}: written before the start");
         for step in [1, 2, 7, 64, 5000] {
             let written = every(step, 3);
@@ -100,7 +101,7 @@ fn what_a_guest_writes_is_what_is_harvested_by_every_backend() {
         guest.write(&early);
         guest.write(&late);
         assert_eq!(guest.harvest_final(), &early | &late, "{backend:?}");
-        guest.tracker.stop().unwrap();
+        guest.session.stop().unwrap();
         assert_eq!(guest.tracker.snapshot().harvests, 12);
     }
 }
@@ -112,7 +113,7 @@ fn writes_of_the_vmm_are_harvested_with_those_of_the_guest() {
         let mut guest = Guest::new(&kvm, backend, RingSize::default());
         let run = PageRun { first: PageIndex(DATA.0 + 10), pages: 3 };
         guest.tracker.mark_dirty(run);
-        guest.tracker.start().unwrap();
+        guest.session.start().unwrap();
         assert_eq!(guest.harvest(), BTreeSet::new(), "{backend:?}: marked before the start");
         guest.tracker.mark_dirty(run);
         guest.tracker.mark_dirty(PageRun { first: PageIndex(0), pages: 1 });
@@ -126,14 +127,14 @@ fn writes_of_the_vmm_are_harvested_with_those_of_the_guest() {
 fn observing_costs_the_guest_nothing_and_counts_by_vcpu() {
     let Some(kvm) = kvm() else { return };
     let mut guest = Guest::new(&kvm, Backend::Ring, RingSize::default());
-    guest.tracker.start().unwrap();
+    guest.session.start().unwrap();
     for written in [every(2, 0), every(2, 0), every(1, 0)] {
         guest.write(&written);
-        assert_eq!(guest.tracker.observe().unwrap(), Observed::PerVcpu(vec![written.len() as u64]));
+        assert_eq!(guest.session.observe().unwrap(), Observed::per_vcpu(vec![written.len() as u64]));
     }
     assert_eq!(guest.tracker.snapshot().resets, 0, "pages stayed writable");
     assert_eq!(guest.harvest(), every(1, 0));
-    assert_eq!(guest.tracker.observe().unwrap(), Observed::PerVcpu(vec![0]));
+    assert_eq!(guest.session.observe().unwrap(), Observed::per_vcpu(vec![0]));
     let figures = guest.tracker.snapshot().vcpus[0];
     assert_eq!((figures.pages, figures.duplicate_entries), (every(1, 0).len() as u64, 0));
     assert_eq!(figures.ring_entries_max, figures.pages);
@@ -143,13 +144,13 @@ fn observing_costs_the_guest_nothing_and_counts_by_vcpu() {
 fn a_page_that_the_host_took_away_and_gave_back_counts_once() {
     let Some(kvm) = kvm() else { return };
     let mut guest = Guest::new(&kvm, Backend::Ring, RingSize::default());
-    guest.tracker.start().unwrap();
+    guest.session.start().unwrap();
     let mut redirtied = Redirtied::new(guest.vm.memory().end());
     let all = every(1, 0);
     for _ in 0..3 {
         guest.write(&all);
-        let counted = guest.tracker.observe_into(&mut redirtied).unwrap();
-        assert_eq!(counted, Observed::PerVcpu(vec![all.len() as u64]));
+        let counted = guest.session.observe_into(&mut redirtied).unwrap();
+        assert_eq!(counted, Observed::per_vcpu(vec![all.len() as u64]));
         for region in guest.vm.memory().regions() {
             take_and_give_back(guest.vm.memory(), region.pages);
         }
@@ -164,7 +165,7 @@ fn a_page_that_the_host_took_away_and_gave_back_counts_once() {
 fn a_full_ring_is_recycled_by_its_own_vcpu() {
     let Some(kvm) = kvm() else { return };
     let mut guest = Guest::new(&kvm, Backend::Ring, RingSize::from_entries(1024).unwrap());
-    guest.tracker.start().unwrap();
+    guest.session.start().unwrap();
     guest.write(&every(1, 0));
     let figures = guest.tracker.snapshot().vcpus[0];
     assert!(figures.ring_full_exits >= 5, "{figures:?}");
@@ -175,7 +176,7 @@ fn a_full_ring_is_recycled_by_its_own_vcpu() {
 fn a_vcpu_that_says_full_for_no_reason_does_no_harm() {
     let Some(kvm) = kvm() else { return };
     let mut guest = Guest::new(&kvm, Backend::Ring, RingSize::from_entries(1024).unwrap());
-    guest.tracker.start().unwrap();
+    guest.session.start().unwrap();
     for _ in 0..20 {
         guest.handle.ring_full().unwrap();
         guest.write(&only(7));
@@ -189,20 +190,65 @@ fn a_vcpu_that_says_full_for_no_reason_does_no_harm() {
 }
 
 #[test]
-fn tracking_started_twice_is_refused_and_the_first_goes_on() {
+fn a_session_that_is_started_twice_is_refused_and_goes_on() {
     let Some(kvm) = kvm() else { return };
     for backend in BACKENDS {
         let mut guest = Guest::new(&kvm, backend, RingSize::default());
-        let mut second = guest.tracker.clone();
-        assert!(matches!(guest.tracker.observe(), Err(TrackError::NotTracking)));
-        guest.tracker.start().unwrap();
+        assert!(matches!(guest.session.observe(), Err(TrackError::NotTracking)));
+        guest.session.start().unwrap();
         guest.write(&only(1));
-        assert!(matches!(second.start(), Err(TrackError::AlreadyTracking)));
+        assert!(matches!(guest.session.start(), Err(TrackError::AlreadyTracking)));
         assert_eq!(guest.harvest(), only(1), "{backend:?}");
-        second.stop().unwrap();
-        second.stop().unwrap();
+        guest.session.stop().unwrap();
+        guest.session.stop().unwrap();
         let mut dirty = PageSet::new(guest.vm.memory().end());
-        assert!(matches!(guest.tracker.harvest(&mut dirty), Err(TrackError::NotTracking)));
+        assert!(matches!(guest.session.harvest(&mut dirty), Err(TrackError::NotTracking)));
+    }
+}
+
+#[test]
+fn a_session_that_begins_beside_another_sees_every_later_write_and_takes_no_page_of_it() {
+    let Some(kvm) = kvm() else { return };
+    for backend in BACKENDS {
+        let mut guest = Guest::new(&kvm, backend, RingSize::default());
+        guest.session.start().unwrap();
+        guest.write(&every(1, 0));
+        let second = guest.tracker.start().unwrap();
+        let harvest = |guest: &Guest, session: &Session| {
+            let mut dirty = PageSet::new(guest.vm.memory().end());
+            session.harvest(&mut dirty).unwrap();
+            pages(&dirty)
+        };
+        assert_eq!(harvest(&guest, &second), BTreeSet::new(), "{backend:?}: written before its start");
+        guest.write(&every(3, 0));
+        assert_eq!(harvest(&guest, &second), every(3, 0), "{backend:?}: still writable when it began");
+        guest.write(&every(3, 1));
+        assert_eq!(guest.harvest(), every(1, 0), "{backend:?}: whoever harvested in between");
+        assert_eq!(harvest(&guest, &second), every(3, 1), "{backend:?}");
+        guest.write(&every(3, 2));
+        drop(second);
+        assert_eq!(guest.harvest(), every(3, 2), "{backend:?}: logging outlasts the one that ended");
+    }
+}
+
+#[test]
+fn what_a_session_leaves_is_forgotten_or_comes_with_the_next_one_as_it_says() {
+    let Some(kvm) = kvm() else { return };
+    for backend in BACKENDS {
+        for (leftover, expected) in
+            [(Leftover::Forget, BTreeSet::new()), (Leftover::GiveBack, &every(7, 0) | &only(1))]
+        {
+            let mut guest = Guest::new(&kvm, backend, RingSize::default());
+            let first = guest.tracker.start().unwrap();
+            guest.write(&every(7, 0));
+            let mut undelivered = PageSet::new(guest.vm.memory().end());
+            undelivered.insert(PageIndex(DATA.0 + 1));
+            first.give_back(&undelivered);
+            first.end(leftover).unwrap();
+            guest.session.start().unwrap();
+            assert_eq!(guest.harvest(), expected, "{backend:?} {leftover:?}");
+            assert_eq!(guest.harvest(), BTreeSet::new());
+        }
     }
 }
 
@@ -211,19 +257,19 @@ fn a_second_migration_gets_everything_that_a_failed_one_took() {
     let Some(kvm) = kvm() else { return };
     for backend in BACKENDS {
         let mut guest = Guest::new(&kvm, backend, RingSize::default());
-        guest.tracker.start().unwrap();
+        guest.session.start().unwrap();
         let mut taken = PageSet::new(guest.vm.memory().end());
         for first in [5, 6] {
             guest.write(&every(9, first));
-            guest.tracker.harvest(&mut taken).unwrap();
+            guest.session.harvest(&mut taken).unwrap();
         }
-        guest.tracker.give_back(&taken);
+        guest.session.give_back(&taken);
         guest.write(&only(8));
         assert_eq!(guest.harvest(), &(&every(9, 5) | &every(9, 6)) | &only(8), "{backend:?}");
-        guest.tracker.give_back(&taken);
-        guest.tracker.stop().unwrap();
+        guest.session.give_back(&taken);
+        guest.session.stop().unwrap();
         guest.write(&only(9));
-        guest.tracker.start().unwrap();
+        guest.session.start().unwrap();
         assert_eq!(guest.harvest(), &every(9, 5) | &every(9, 6), "{backend:?}: and after a new start");
     }
 }
@@ -232,7 +278,7 @@ fn a_second_migration_gets_everything_that_a_failed_one_took() {
 fn what_a_vcpu_wrote_before_it_died_is_harvested() {
     let Some(kvm) = kvm() else { return };
     let mut guest = Guest::new(&kvm, Backend::Ring, RingSize::default());
-    guest.tracker.start().unwrap();
+    guest.session.start().unwrap();
     let mut plugged = guest.vm.create_vcpu(1, Privilege::User).unwrap();
     let handle = guest.tracker.attach_vcpu(1, plugged.fd()).unwrap();
     assert!(matches!(guest.tracker.attach_vcpu(1, plugged.fd()), Err(TrackError::VcpuKnown(1))));
@@ -240,7 +286,7 @@ fn what_a_vcpu_wrote_before_it_died_is_harvested() {
     plugged.run_to_end(Some(&handle)).unwrap();
     drop((plugged, handle));
     guest.write(&only(1));
-    assert_eq!(guest.tracker.observe().unwrap(), Observed::PerVcpu(vec![1, every(4, 2).len() as u64]));
+    assert_eq!(guest.session.observe().unwrap(), Observed::per_vcpu(vec![1, every(4, 2).len() as u64]));
     assert_eq!(guest.harvest(), &every(4, 2) | &only(1));
 }
 
@@ -249,20 +295,20 @@ fn a_slot_id_that_is_used_again_tracks_its_new_pages() {
     let Some(kvm) = kvm() else { return };
     for backend in BACKENDS {
         let mut guest = Guest::new(&kvm, backend, RingSize::default());
-        guest.tracker.start().unwrap();
+        guest.session.start().unwrap();
         guest.write(&every(1, 0));
         guest.tracker.remove_slot(SlotId(2)).unwrap();
-        assert!(matches!(guest.tracker.remove_slot(SlotId(2)), Err(TrackError::SlotUnknown(SlotId(2)))));
+        assert!(!guest.tracker.remove_slot(SlotId(2)).unwrap(), "it is forgotten");
         let elsewhere = PageIndex(DATA.0 + 100_000);
         let memory = guest.vm.move_slot(SlotId(2), elsewhere).unwrap();
         guest.tracker.add_memory(&memory).unwrap();
         assert!(matches!(guest.tracker.add_memory(&memory), Err(TrackError::SlotKnown(SlotId(2)))));
 
         let mut small = PageSet::new(guest.vm.memory().end());
-        let refused = guest.tracker.harvest(&mut small);
+        let refused = guest.session.harvest(&mut small);
         assert!(matches!(refused, Err(TrackError::SetTooSmall { .. })), "{refused:?}");
         let mut dirty = PageSet::new(memory.end());
-        guest.tracker.harvest(&mut dirty).unwrap();
+        guest.session.harvest(&mut dirty).unwrap();
         let first_slot = PageRun { first: DATA, pages: SLOT_PAGES[0] };
         let moved = PageRun { first: elsewhere, pages: SLOT_PAGES[1] };
         assert_eq!(dirty.runs().collect::<Vec<_>>(), [first_slot, moved], "{backend:?}: new memory is dirty");
@@ -271,7 +317,7 @@ fn a_slot_id_that_is_used_again_tracks_its_new_pages() {
         guest.vcpu.set_work(&Work::List(list.clone()), 1).unwrap();
         guest.vcpu.run_to_end(Some(&guest.handle)).unwrap();
         dirty.clear();
-        guest.tracker.harvest(&mut dirty).unwrap();
+        guest.session.harvest(&mut dirty).unwrap();
         assert_eq!(pages(&dirty), list.into_iter().collect(), "{backend:?}");
     }
 }
@@ -281,17 +327,17 @@ fn a_slot_bitmap_says_what_kvm_get_dirty_log_would() {
     let Some(kvm) = kvm() else { return };
     for backend in BACKENDS {
         let mut guest = Guest::new(&kvm, backend, RingSize::default());
-        guest.tracker.start().unwrap();
+        guest.session.start().unwrap();
         guest.write(&[0, 63, 64, 4095, 4096, 5095].into_iter().flat_map(only).collect());
-        let first = guest.tracker.take_slot_bitmap(SlotId(1)).unwrap();
+        let first = guest.session.take_slot_bitmap(SlotId(1)).unwrap();
         assert_eq!(
             (first.len(), first[0], first[1], first[63]),
             (64, 1 << 63 | 1, 1, 1 << 63),
             "{backend:?}"
         );
-        let second = guest.tracker.take_slot_bitmap(SlotId(2)).unwrap();
+        let second = guest.session.take_slot_bitmap(SlotId(2)).unwrap();
         assert_eq!((second.len(), second[0], second[15]), (16, 1, 1 << 39), "{backend:?}");
-        assert!(guest.tracker.take_slot_bitmap(SlotId(1)).unwrap().iter().all(|word| *word == 0));
+        assert!(guest.session.take_slot_bitmap(SlotId(1)).unwrap().iter().all(|word| *word == 0));
     }
 }
 
@@ -329,9 +375,9 @@ fn the_bitmap_of_a_vm_with_rings_is_refused_by_name() {
     let Some(kvm) = kvm() else { return };
     let vm = BareVm::new(&kvm, &SLOT_PAGES).unwrap();
     let _rings = DirtyTracker::enable(vm.fd(), RingSize::MIN).unwrap();
-    let mut bitmap = DirtyTracker::enable_bitmap(vm.fd()).unwrap();
+    let bitmap = DirtyTracker::enable_bitmap(vm.fd()).unwrap();
     bitmap.add_memory(vm.memory()).unwrap();
-    bitmap.start().unwrap();
+    let bitmap = bitmap.start().unwrap();
     let error = bitmap.harvest(&mut PageSet::new(vm.memory().end())).unwrap_err();
     assert!(matches!(error, TrackError::Kvm(KvmError::RingInUse)), "{error:?}");
 }
@@ -341,11 +387,11 @@ fn the_bitmap_of_a_vm_with_rings_is_refused_by_name() {
 fn an_emulated_guest_that_overruns_its_ring_neither_hangs_nor_loses_a_page() {
     let Some(kvm) = kvm() else { return };
     let vm = BareVm::new(&kvm, &[2048]).unwrap();
-    let mut tracker = DirtyTracker::enable(vm.fd(), RingSize::MIN).unwrap();
+    let tracker = DirtyTracker::enable(vm.fd(), RingSize::MIN).unwrap();
     tracker.add_memory(vm.memory()).unwrap();
     let mut vcpu = vm.create_vcpu(0, Privilege::Kernel).unwrap();
     let handle = tracker.attach_vcpu(0, vcpu.fd()).unwrap();
-    tracker.start().unwrap();
+    let session = tracker.start().unwrap();
     let end = vm.memory().end();
     // What was "sent": each page's word as read after the harvest that handed the page out.
     let mut sent = vec![0; 2048];
@@ -370,12 +416,12 @@ fn an_emulated_guest_that_overruns_its_ring_neither_hangs_nor_loses_a_page() {
         }
         if turn % 16 == 0 {
             let mut dirty = PageSet::new(end);
-            tracker.harvest(&mut dirty).unwrap();
+            session.harvest(&mut dirty).unwrap();
             send(&dirty);
         }
     }
     let mut dirty = PageSet::new(end);
-    tracker
+    session
         .harvest_final(
             &Paused::declare_every_vcpu_is_outside_kvm_run().declare_nothing_else_writes(),
             &mut dirty,

@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 use common::bare::{BareVm, DATA, Pages, Privilege, Work, kvm};
 use nix::time::{ClockId, clock_gettime};
 use ringferry::kvm::RingSize;
-use ringferry::track::DirtyTracker;
-use ringferry::{DirtySource, PageIndex, PageSet};
+use ringferry::track::{DirtyTracker, Session};
+use ringferry::{PageIndex, PageSet};
 use ringferry_bpf::{Counting, Options, Profiler};
 
 const WINDOW: Duration = Duration::from_millis(80);
@@ -32,7 +32,7 @@ fn cpu_time() -> Duration {
 /// vCPUs on threads of their own, each of which writes all of its pages once whenever it is told to.
 struct Writers {
     vm: BareVm,
-    tracker: DirtyTracker,
+    session: Session,
     start: Vec<Sender<()>>,
     done: Receiver<()>,
     cpu_ns: Arc<AtomicU64>,
@@ -41,7 +41,7 @@ struct Writers {
 impl Writers {
     fn new(vcpus: u64) -> Option<Self> {
         let vm = BareVm::new(&kvm()?, &[PAGES_PER_VCPU * vcpus]).unwrap();
-        let mut tracker = DirtyTracker::enable(vm.fd(), RingSize::default()).unwrap();
+        let tracker = DirtyTracker::enable(vm.fd(), RingSize::default()).unwrap();
         tracker.add_memory(vm.memory()).unwrap();
         let cpu_ns = Arc::new(AtomicU64::new(0));
         let (tell_done, done) = mpsc::channel();
@@ -65,8 +65,8 @@ impl Writers {
             start
         });
         let start = start.collect();
-        tracker.start().unwrap();
-        Some(Self { vm, tracker, start, done, cpu_ns })
+        let session = tracker.start().unwrap();
+        Some(Self { vm, session, start, done, cpu_ns })
     }
 
     /// Page writes per second of CPU time, each of them a fault and a push. Recycling is not counted in.
@@ -78,7 +78,7 @@ impl Writers {
             self.start.iter().for_each(|start| start.send(()).unwrap());
             self.start.iter().for_each(|_| self.done.recv().unwrap());
             dirty.clear();
-            self.tracker.harvest(&mut dirty).unwrap();
+            self.session.harvest(&mut dirty).unwrap();
             let written: u64 = dirty.runs().map(|run| run.pages).sum();
             assert_eq!(written, PAGES_PER_VCPU * self.start.len() as u64);
             pages += written;

@@ -15,9 +15,9 @@ use common::bare::{BareVm, DATA, Pages, Privilege, Work, install_kick_handler, k
 use common::{Writer, profiler};
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::pty::{Winsize, openpty};
+use ringferry::PageIndex;
 use ringferry::kvm::RingSize;
 use ringferry::track::DirtyTracker;
-use ringferry::{DirtySource, PageIndex};
 use ringferry_bpf::Options;
 use serde_json::Value;
 
@@ -45,7 +45,7 @@ fn a_vmm_for_the_tests_of_the_command() {
     }
     install_kick_handler();
     let vm = BareVm::new(&kvm().unwrap(), &[8192]).unwrap();
-    let mut tracker = DirtyTracker::enable(vm.fd(), RingSize::default()).unwrap();
+    let tracker = DirtyTracker::enable(vm.fd(), RingSize::default()).unwrap();
     tracker.add_memory(vm.memory()).unwrap();
     let writers: Vec<Writer> = (0..2_usize)
         .map(|index| {
@@ -59,14 +59,14 @@ fn a_vmm_for_the_tests_of_the_command() {
             )
         })
         .collect();
-    tracker.start().unwrap();
+    let session = tracker.start().unwrap();
     println!("\nrunning");
     let end = std::thread::spawn(|| std::io::stdin().read_to_end(&mut Vec::new()));
     while !end.is_finished() {
-        common::harvest_for(&mut tracker, &vm, 1, Duration::from_millis(20), || {});
+        common::harvest_for(&session, &vm, 1, Duration::from_millis(20), || {});
     }
     writers.into_iter().for_each(Writer::stop);
-    tracker.stop().unwrap();
+    session.stop().unwrap();
 }
 
 /// A process with a VM of two vCPUs that write, the second a hundred times as much.

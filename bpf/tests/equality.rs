@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use common::bare::{BareVm, DATA, Pages, Privilege, Work, install_kick_handler, kvm};
 use common::{Writer, harvest_for, my_counts, profiler};
+use ringferry::PageIndex;
 use ringferry::converge::{Limits, Policy};
 use ringferry::destination::{Destination, DestinationOptions, DestinationReport, ListenOptions};
 use ringferry::kvm::RingSize;
@@ -19,7 +20,6 @@ use ringferry::progress::{Parameters, Progress, Terms};
 use ringferry::source::{Source, SourceOptions, SourceReport};
 use ringferry::track::DirtyTracker;
 use ringferry::transport::MaxBandwidth;
-use ringferry::{DirtySource, PageIndex};
 use ringferry_bpf::{Counting, Options, Profiler, VcpuCounts};
 use ringferry_testvm::{Boot, Config, Guest, TestVm, Tracking, guest_image};
 
@@ -53,18 +53,18 @@ impl Neighbour {
 fn dirty_until(stop: &AtomicBool) -> i32 {
     let kvm = kvm().unwrap();
     let vm = BareVm::new(&kvm, &[1024]).unwrap();
-    let mut tracker = DirtyTracker::enable(vm.fd(), RingSize::default()).unwrap();
+    let tracker = DirtyTracker::enable(vm.fd(), RingSize::default()).unwrap();
     tracker.add_memory(vm.memory()).unwrap();
     let vcpu = vm.create_vcpu(0, Privilege::User).unwrap();
     let handle = tracker.attach_vcpu(0, vcpu.fd()).unwrap();
-    tracker.start().unwrap();
+    let session = tracker.start().unwrap();
     let work = Work::Loop(Pages { first: DATA, pages: 1024, stride: 1, passes: 1 });
     let writer = Writer::start(vcpu, handle, work);
     while !stop.load(Ordering::Acquire) {
-        harvest_for(&mut tracker, &vm, 1, Duration::from_millis(5), || {});
+        harvest_for(&session, &vm, 1, Duration::from_millis(5), || {});
     }
     writer.stop();
-    tracker.stop().unwrap();
+    session.stop().unwrap();
     nix::unistd::gettid().as_raw()
 }
 
@@ -92,7 +92,7 @@ fn assert_equal(run: u32, vcpus: &[Counted], all: &mut [u64; VCPUS]) {
 fn pushed_and_taken(profilers: &mut [Profiler; 2], entries: u32) -> Option<Vec<Counted>> {
     let kvm = kvm()?;
     let vm = BareVm::new(&kvm, &[4096, 4096]).unwrap();
-    let mut tracker = DirtyTracker::enable(vm.fd(), RingSize::from_entries(entries).unwrap()).unwrap();
+    let tracker = DirtyTracker::enable(vm.fd(), RingSize::from_entries(entries).unwrap()).unwrap();
     tracker.add_memory(vm.memory()).unwrap();
     let of_vcpu = |counts: &[VcpuCounts], vcpu: usize| {
         counts.iter().filter(|counts| counts.vcpu as usize == vcpu).map(|counts| counts.pushes).sum::<u64>()
@@ -106,12 +106,12 @@ fn pushed_and_taken(profilers: &mut [Profiler; 2], entries: u32) -> Option<Vec<C
             Writer::start(vcpu, handle, Work::Loop(Pages { first, pages: 2048, stride: 1, passes: 3 }))
         })
         .collect();
-    tracker.start().unwrap();
-    harvest_for(&mut tracker, &vm, 10, Duration::from_millis(10), || writers.iter().for_each(Writer::kick));
+    let session = tracker.start().unwrap();
+    harvest_for(&session, &vm, 10, Duration::from_millis(10), || writers.iter().for_each(Writer::kick));
     // Who has not been looked at while it was there is unknown to the indices.
     profilers.iter_mut().for_each(|profiler| drop(my_counts(profiler)));
     writers.into_iter().for_each(Writer::stop);
-    tracker.stop().unwrap();
+    session.stop().unwrap();
     let figures = tracker.snapshot();
     assert_eq!(figures.unknown_slot_entries, 0);
     let after = profilers.each_mut().map(my_counts);
@@ -180,7 +180,8 @@ fn over_a_migration(profilers: &mut [Profiler; 2]) -> (Vec<Counted>, SourceRepor
     let limits = Limits { downtime: Duration::from_millis(1), max_rounds: Some(5), ..Limits::default() };
     let terms = Terms { policy: Policy::None, limits, switchover_bandwidth: None };
     let progress = Progress::new(Parameters::new(terms, MaxBandwidth::default()));
-    let mut tracker = vm.tracker().unwrap().clone();
+    let tracker = vm.tracker().unwrap().clone();
+    let mut session = tracker.session();
     let memory = vm.memory().clone();
     let moved = AtomicBool::new(false);
     let (sent, received) = std::thread::scope(|scope| {
@@ -194,7 +195,7 @@ fn over_a_migration(profilers: &mut [Profiler; 2]) -> (Vec<Counted>, SourceRepor
                 std::thread::sleep(Duration::from_millis(1));
             }
         });
-        let sent = Source::new(&mut vm, &mut tracker, &memory, options, progress).run();
+        let sent = Source::new(&mut vm, &mut session, &memory, options, progress).run();
         moved.store(true, Ordering::Release);
         (sent.unwrap().confirmed().unwrap(), receiver.join().unwrap())
     });

@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 
 use common::bare::{DATA, Privilege, Work};
 use common::{Guest, my_counts, profiler};
-use ringferry::{DirtySource, PageIndex};
+use ringferry::PageIndex;
 use ringferry_bpf::{Options, PageSampler, Profiler, Vm};
 
 /// Pages of the guest's data slots.
@@ -67,7 +67,7 @@ fn within(name: &str, pattern: fn(u64, &mut Numbers) -> Vec<u64>) -> Option<u64>
     let mut profiler = profiler(Options::default())?;
     let mut guest = Guest::new(Some(65536), Privilege::User)?;
     let mut numbers = Numbers(0x9e37_79b9_7f4a_7c15);
-    guest.tracker.start().unwrap();
+    guest.session.start().unwrap();
     guest.write(0, PAGES, 1);
     guest.harvest();
     let vm = my_vm(&profiler);

@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 
 use common::bare::{BareVm, CONTROL_PAGES, DATA, Pages, Privilege, Work, install_kick_handler, kvm};
 use common::{Guest, Writer, harvest_for, my_counts, profiler};
-use ringferry::DirtySource;
 use ringferry::kvm::RingSize;
 use ringferry::track::DirtyTracker;
 use ringferry_bpf::{Counting, Options, PAGES_PER_REGION, Profiler, Row, Session, SessionOptions, Source};
@@ -56,7 +55,7 @@ fn the_inventory_is_what_the_vmm_made() {
     assert_eq!(vm.vcpus.len(), 1);
     assert_eq!((vm.vcpus[0].vcpu, vm.vcpus[0].ring_entries, vm.vcpus[0].ring_used), (3, 1024, 0));
 
-    guest.tracker.start().unwrap();
+    guest.session.start().unwrap();
     guest.write(0, 100, 1);
     let vm = find(&profiler);
     assert!(vm.logs());
@@ -83,7 +82,7 @@ fn unobservable_then_exact(every_push: bool) {
     let row = my_row(&mut session);
     assert_eq!((row.source, row.dirty_pages, row.share), (Source::Unobservable, None, None));
 
-    guest.tracker.start().unwrap();
+    guest.session.start().unwrap();
     guest.write(0, 500, 2);
     let row = my_row(&mut session);
     assert_eq!((row.source, row.dirty_pages, row.share), (Source::DirtyRingPush, Some(500), Some(1.0)));
@@ -98,12 +97,12 @@ fn unobservable_then_exact(every_push: bool) {
     let row = my_row(&mut session);
     assert_eq!((row.dirty_pages, row.ring.unwrap().used), (Some(300), 300));
     assert!(row.resets > 0 && row.overflows == 0 && row.ring_full_exits == 0);
-    guest.tracker.stop().unwrap();
+    guest.session.stop().unwrap();
     my_row(&mut session);
     assert_eq!(my_row(&mut session).source, Source::Unobservable);
 
     // Logging again: what was counted before does not count twice.
-    guest.tracker.start().unwrap();
+    guest.session.start().unwrap();
     guest.write(0, 200, 1);
     assert_eq!(my_row(&mut session).dirty_pages, Some(200));
 }
@@ -112,7 +111,7 @@ fn unobservable_then_exact(every_push: bool) {
 fn ring_full_exits_are_counted_at_both_ends_and_the_high_water_mark_is_the_soft_limit() {
     let Some(mut profiler) = profiler(Options::default()) else { return };
     let Some(mut guest) = Guest::new(Some(1024), Privilege::User) else { return };
-    guest.tracker.start().unwrap();
+    guest.session.start().unwrap();
     guest.write(0, 8192, 1);
     let counts = my_counts(&mut profiler);
     guest.harvest();
@@ -134,7 +133,7 @@ fn a_bitmap_vm_counts_as_many_pages_as_its_bitmap_had() {
     let Some(mut guest) = Guest::new(None, Privilege::User) else { return };
     guest.write(0, 4096, 1);
     assert_eq!(my_row(&mut session).source, Source::Unobservable);
-    guest.tracker.start().unwrap();
+    guest.session.start().unwrap();
     guest.harvest();
     // From this look on, the vCPU's thread is watched.
     let row = my_row(&mut session);
@@ -158,7 +157,7 @@ fn a_bitmap_vm_counts_as_many_pages_as_its_bitmap_had() {
 fn the_unique_working_set_and_its_regions_are_the_pages_that_were_written() {
     let Some(mut session) = session(SessionOptions { regions: true, ..Default::default() }) else { return };
     let Some(mut guest) = Guest::new(Some(16384), Privilege::User) else { return };
-    guest.tracker.start().unwrap();
+    guest.session.start().unwrap();
     session.look().unwrap();
     // Every 16th page, twice, with a harvest between: each page is pushed twice.
     guest.write(0, 1000, 16);
@@ -187,8 +186,8 @@ fn a_vcpu_for_which_there_is_no_room_is_counted_as_dropped_and_never_mixed_with_
     let Some(mut profiler) = profiler(Options { vcpus_max: Some(1), ..Options::default() }) else { return };
     let Some(mut guest) = Guest::new(Some(4096), Privilege::User) else { return };
     let Some(mut other) = Guest::new(Some(4096), Privilege::User) else { return };
-    guest.tracker.start().unwrap();
-    other.tracker.start().unwrap();
+    guest.session.start().unwrap();
+    other.session.start().unwrap();
     guest.write(0, 100, 1);
     other.write(0, 70, 1);
     let dropped = profiler.totals().unwrap().dropped_pushes;
@@ -203,7 +202,7 @@ fn a_vcpu_in_the_memory_of_one_that_is_gone_is_not_taken_for_it() {
     let Some(mut profiler) = profiler(Options::default()) else { return };
     for run in 1..=30_u64 {
         let Some(mut guest) = Guest::new(Some(1024), Privilege::User) else { return };
-        guest.tracker.start().unwrap();
+        guest.session.start().unwrap();
         guest.write(0, run, 1);
         drop(guest);
     }
@@ -256,7 +255,7 @@ fn forced_overflows_are_the_same_number_in_the_kernel_in_the_library_and_in_the_
     let mut just_full = 0;
     let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
     tracing::subscriber::with_default(subscriber, || {
-        guest.tracker.start().unwrap();
+        guest.session.start().unwrap();
         for _ in 0..20 {
             // One for each attempt, and so a high-water mark for each.
             let Some(mut attempt) = common::profiler(Options::default()) else { return };
@@ -303,7 +302,7 @@ fn a_vcpu_that_has_pushed_nothing_yet_is_not_taken_for_one_that_has_ended() {
     };
     assert_eq!(told(&mut indices), [(0, false)]);
     // Recycled, too, without any push.
-    guest.tracker.start().unwrap();
+    guest.session.start().unwrap();
     guest.harvest();
     assert_eq!(told(&mut indices), [(0, false)]);
     guest.write(0, 10, 1);
@@ -319,7 +318,7 @@ fn both_ways_of_counting_agree_in_every_figure() {
         return;
     };
     let Some(mut guest) = Guest::new(Some(1024), Privilege::User) else { return };
-    guest.tracker.start().unwrap();
+    guest.session.start().unwrap();
     for (first, pages, stride) in [(0, 700, 1), (0, 5000, 2), (7, 100, 100), (0, 16000, 1)] {
         guest.write(first, pages, stride);
         let (by_push, by_index) = (my_counts(&mut pushes)[0], my_counts(&mut indices)[0]);
@@ -340,7 +339,7 @@ fn both_ways_of_counting_agree_in_every_figure() {
 #[test]
 fn attached_in_mid_run_both_ways_count_what_comes_after_also_when_logging_stops_and_starts() {
     let Some(mut guest) = Guest::new(Some(4096), Privilege::User) else { return };
-    guest.tracker.start().unwrap();
+    guest.session.start().unwrap();
     guest.write(0, 300, 1);
     for expected in [[500, 800], [100, 300]] {
         let by = |counting| profiler(Options { counting, ..Options::default() });
@@ -349,9 +348,9 @@ fn attached_in_mid_run_both_ways_count_what_comes_after_also_when_logging_stops_
         let [first, both] = expected;
         guest.write(1000, first, 2);
         assert_eq!((my_counts(&mut pushes)[0].pushes, my_counts(&mut indices)[0].pushes), (first, first));
-        guest.tracker.stop().unwrap();
+        guest.session.stop().unwrap();
         guest.write(1000, first, 2);
-        guest.tracker.start().unwrap();
+        guest.session.start().unwrap();
         guest.write(1000, both - first, 2);
         assert_eq!((my_counts(&mut pushes)[0].pushes, my_counts(&mut indices)[0].pushes), (both, both));
         let of_indices = my_counts(&mut indices)[0];
@@ -370,12 +369,12 @@ fn a_nearly_full_ring_that_is_recycled_while_its_vcpu_runs_on_is_no_overflow() {
     let Some(mut pushes) = by(Counting::EveryPush) else { return };
     install_kick_handler();
     let vm = BareVm::new(&kvm, &[PAGES * STRIDE]).unwrap();
-    let mut tracker = DirtyTracker::enable(vm.fd(), RingSize::MAX).unwrap();
+    let tracker = DirtyTracker::enable(vm.fd(), RingSize::MAX).unwrap();
     tracker.add_memory(vm.memory()).unwrap();
     let vcpu = vm.create_vcpu(0, Privilege::User).unwrap();
     let handle = tracker.attach_vcpu(0, vcpu.fd()).unwrap();
     let Some(mut indices) = by(Counting::Indices) else { return };
-    tracker.start().unwrap();
+    let session = tracker.start().unwrap();
     let writer = Writer::start(
         vcpu,
         handle,
@@ -390,10 +389,10 @@ fn a_nearly_full_ring_that_is_recycled_while_its_vcpu_runs_on_is_no_overflow() {
     for nearly_full in (60_000..65_000).step_by(500) {
         let end = Instant::now() + Duration::from_secs(2);
         while used(&indices) < nearly_full && Instant::now() < end {}
-        harvest_for(&mut tracker, &vm, 1, Duration::ZERO, || {});
+        harvest_for(&session, &vm, 1, Duration::ZERO, || {});
     }
     writer.stop();
-    tracker.stop().unwrap();
+    session.stop().unwrap();
     let (by_push, by_index) = (my_counts(&mut pushes)[0], my_counts(&mut indices)[0]);
     assert_eq!((by_push.pushes, by_push.overflows), (by_index.pushes, 0));
     assert_eq!((by_index.overflows, by_index.overwritten), (0, 0), "{by_index:?}");
@@ -404,9 +403,9 @@ fn a_nearly_full_ring_that_is_recycled_while_its_vcpu_runs_on_is_no_overflow() {
 fn while_a_ring_is_out_of_step_the_library_takes_further_overflows_for_the_same_one() {
     let Some(mut profiler) = profiler(Options::default()) else { return };
     let Some(mut guest) = Guest::new(Some(1024), Privilege::Kernel) else { return };
-    guest.tracker.start().unwrap();
+    guest.session.start().unwrap();
     guest.write(0, 8192, 1);
-    guest.tracker.stop().unwrap();
+    guest.session.stop().unwrap();
     let (kernel, library) =
         (my_counts(&mut profiler)[0].overflows, guest.tracker.snapshot().vcpus[0].overflows);
     assert!(library <= kernel && (library > 0) == (kernel > 0), "library {library}, kernel {kernel}");

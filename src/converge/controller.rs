@@ -179,6 +179,11 @@ impl Controller {
         matches!(self.settings.policy, Policy::FairShare(_)) && gets_anywhere
     }
 
+    /// Whether the round is braked down to a target.
+    pub fn is_braking(&self) -> bool {
+        self.target.is_some()
+    }
+
     /// How long to wait until the next observation.
     pub fn next_sample(&self) -> Duration {
         self.sampling.next(&self.shares, &self.throttles, &self.gates)

@@ -1,14 +1,16 @@
 //! The kernel's ABI and nothing else: the only ioctls, the only memory shared with KVM.
 //!
 //! `sys` issues the ioctls, [`caps`] asks what there is and switches it on, `ring` follows one vCPU's ring through
-//! the memory it shares with the kernel, `log` gets and clears the bitmap of a slot. What the pages in them mean,
-//! and when they may be read, is decided one floor up, in [`track`](crate::track).
+//! the memory it shares with the kernel, `log` gets and clears the bitmap of a slot, `unmap` takes pages from a guest
+//! that no ring speaks of. What the pages in them mean, and when they may be read, is decided one floor up, in
+//! [`track`](crate::track).
 
 pub mod caps;
 mod error;
 pub(crate) mod log;
 pub(crate) mod ring;
 mod sys;
+pub(crate) mod unmap;
 
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -17,7 +19,10 @@ pub(crate) use self::caps::ManualProtect;
 pub use self::caps::{Capabilities, RingSize};
 pub use self::error::KvmError;
 pub(crate) use self::sys::ResetCount;
-use crate::layout::{Region, SlotId};
+pub use self::unmap::UnmapError;
+use self::unmap::Unmapper;
+pub(crate) use self::unmap::{Granule, Until};
+use crate::layout::{PageRun, Region, SlotId};
 
 /// What tracking needs of a kernel: the real one is [`VmFd`], and tests have one that misbehaves on demand.
 pub(crate) trait Kernel: Send + Sync + fmt::Debug {
@@ -33,6 +38,13 @@ pub(crate) trait Kernel: Send + Sync + fmt::Debug {
 
     /// Clears the bits of `words` in the bitmap of a slot of `pages` pages and protects these pages.
     fn clear_dirty_log(&self, slot: SlotId, pages: u64, words: &[u64]) -> Result<(), KvmError>;
+
+    /// Whether pages of this slot can be protected by [`protect`](Self::protect), and how many at once at least.
+    fn can_protect(&self, region: &Region) -> Result<Granule, UnmapError>;
+
+    /// Protects pages of a slot that no ring entry names: when this returns, the next write to each of them makes an entry.
+    /// `pages` are of the slot, in whole granules of it.
+    fn protect(&self, region: &Region, pages: PageRun, until: Until) -> Result<(), UnmapError>;
 }
 
 /// Our own descriptor of the VMM's VM: the VM lives as long as we may ask something of it.
@@ -40,13 +52,19 @@ pub(crate) trait Kernel: Send + Sync + fmt::Debug {
 pub(crate) struct VmFd {
     fd: OwnedFd,
     manual_protect: ManualProtect,
+    unmapper: Result<Unmapper, UnmapError>,
 }
 
 impl VmFd {
     pub(crate) fn duplicate(vm: &impl AsRawFd, manual_protect: ManualProtect) -> Result<Self, KvmError> {
         let fd =
             sys::duplicate(vm.as_raw_fd()).map_err(|source| KvmError::Ioctl { name: "fcntl", source })?;
-        Ok(Self { fd, manual_protect })
+        // The bitmap always protects what it clears.
+        let unmapper = match manual_protect {
+            ManualProtect::Off => Unmapper::probe(),
+            ManualProtect::On => Err(UnmapError::NotAsked),
+        };
+        Ok(Self { fd, manual_protect, unmapper })
     }
 
     pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
@@ -74,5 +92,13 @@ impl Kernel for VmFd {
 
     fn clear_dirty_log(&self, slot: SlotId, pages: u64, words: &[u64]) -> Result<(), KvmError> {
         log::clear(self.as_fd(), slot, pages, words)
+    }
+
+    fn can_protect(&self, region: &Region) -> Result<Granule, UnmapError> {
+        self.unmapper.as_ref().map_err(Clone::clone)?.take_on(region)
+    }
+
+    fn protect(&self, region: &Region, pages: PageRun, until: Until) -> Result<(), UnmapError> {
+        self.unmapper.as_ref().map_err(Clone::clone)?.unmap(region, pages, until)
     }
 }

@@ -36,6 +36,19 @@ pub(crate) const DIRTY: u32 = 1;
 /// We took the entry, and ask KVM to protect the page again (`KVM_DIRTY_GFN_F_RESET`).
 pub(crate) const RESET: u32 = 2;
 
+/// A slot that no VM has: its address space is beyond all that KVM has, and its number beyond the highest. KVM's reset reads
+/// the slot from the entry, finds none, and frees the entry all the same (`kvm_reset_dirty_gfn`, since 5.11).
+const NO_SLOT: u32 = u32::MAX;
+
+/// What KVM's reset does with the page of an entry that is taken.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Recycle {
+    /// It protects the page, and the next write to it makes an entry.
+    Protecting,
+    /// Nothing: the page stays writable, and no write to it makes an entry.
+    Leaving,
+}
+
 /// Page frames that one batch of KVM's reset covers at most: the bits of a long.
 const BATCH_PAGES: u64 = 64;
 
@@ -221,9 +234,10 @@ impl DirtyRing {
     }
 
     /// Takes every dirty entry in order, gives its slot and page offset to `page`, and flags it for reset. Returns
-    /// how many. The pages stay writable, and so must not be read, until KVM has reset the entries.
+    /// how many. The pages stay writable, and so must not be read, until KVM has reset the entries; with
+    /// [`Recycle::Leaving`], longer than that.
     #[inline]
-    pub(crate) fn take(&mut self, mut page: impl FnMut(SlotId, u64)) -> u32 {
+    pub(crate) fn take(&mut self, recycle: Recycle, mut page: impl FnMut(SlotId, u64)) -> u32 {
         let from = self.fetch;
         // Once around at most, counted from what is flagged: an entry is not taken again before it was reset.
         let end = self.reset.wrapping_add(self.size().entries());
@@ -235,8 +249,11 @@ impl DirtyRing {
                 break;
             }
             page(SlotId(entry.slot.load(Ordering::Relaxed)), entry.offset.load(Ordering::Relaxed));
+            if recycle == Recycle::Leaving {
+                entry.slot.store(NO_SLOT, Ordering::Relaxed);
+            }
             // Release, pairs with the `smp_load_acquire()` of the flags in `kvm_dirty_gfn_harvested()`: once KVM
-            // sees RESET and hands the entry out again, our reads above are done.
+            // sees RESET and hands the entry out again, our reads above are done, and it sees the slot that we stored.
             entry.flags.store(RESET, Ordering::Release);
             self.fetch = self.fetch.wrapping_add(1);
         }

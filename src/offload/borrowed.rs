@@ -16,7 +16,7 @@ use super::protocol::{End, Message, Offer, Role, VERSION};
 use super::remote_vm::RemoteVm;
 use crate::kvm::RingSize;
 use crate::layout::GuestMemory;
-use crate::track::{BorrowedVcpu, DirtyTracker, LentPage, VcpuHandle, serve_full_rings};
+use crate::track::{BorrowedVcpu, DirtyTracker, LentPage, Session, VcpuHandle, serve_full_rings};
 
 /// How long the VMM may take for each message of the handshake.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
@@ -28,7 +28,9 @@ const BUILD_LIMIT: Duration = Duration::from_secs(30);
 pub struct BorrowedVm {
     /// What the VMM does.
     pub vm: RemoteVm,
-    /// Its dirty pages.
+    /// Its dirty pages: a session of the tracker.
+    pub session: Session,
+    /// The tracker in this process: for figures.
     pub tracker: DirtyTracker,
     /// Its memory, as this process maps it.
     pub memory: GuestMemory,
@@ -85,7 +87,8 @@ impl BorrowedVm {
         tracker.add_external(Box::new(RemoteWriters { kernel, memory: all }))?;
         let rings = RingThread::start(page, tracker.vcpus(), channel.watch()?)?;
         let vm = RemoteVm::new(channel);
-        Ok(Self { vm, tracker, memory, vcpus, vm_id, description, rings })
+        let session = tracker.session();
+        Ok(Self { vm, session, tracker, memory, vcpus, vm_id, description, rings })
     }
 
     /// Does something once, soon after the VMM has ended: to give up a migration that has no VM any more.
@@ -106,6 +109,7 @@ impl BorrowedVm {
     /// destination, any other runs on.
     pub fn end(self, end: End, text: &str) -> Result<(), OffloadError> {
         drop(self.rings);
+        drop(self.session);
         drop(self.tracker);
         self.vm.done(&Message::Ended { end, text: text.to_owned() }, "end the migration")
     }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::channel::Channel;
 use super::error::OffloadError;
 use super::protocol::Message;
-use crate::kvm::{Kernel, KvmError, ResetCount};
+use crate::kvm::{Granule, Kernel, KvmError, ResetCount, UnmapError, Until};
 use crate::layout::{PageRun, Region, SlotId};
 use crate::page_set::PageSet;
 use crate::track::ExternalSource;
@@ -119,6 +119,14 @@ impl Kernel for RemoteKernel {
 
     fn clear_dirty_log(&self, _: SlotId, _: u64, _: &[u64]) -> Result<(), KvmError> {
         Err(bitmap_is_not_lent("KVM_CLEAR_DIRTY_LOG"))
+    }
+
+    fn can_protect(&self, _: &Region) -> Result<Granule, UnmapError> {
+        Err(UnmapError::OfAnotherProcess)
+    }
+
+    fn protect(&self, _: &Region, _: PageRun, _: Until) -> Result<(), UnmapError> {
+        Err(UnmapError::OfAnotherProcess)
     }
 }
 

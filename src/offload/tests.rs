@@ -17,7 +17,7 @@ use crate::layout::{PAGE_SIZE, PageIndex, PageRun, SlotId};
 use crate::os::file::memfd;
 use crate::page_set::PageSet;
 use crate::testing::FakeKernel;
-use crate::track::{DirtySource, DirtyTracker, LentPage};
+use crate::track::{DirtyTracker, LentPage};
 use crate::vm::{Moment, Paused, Quiesced, Vm, VmError};
 
 const SOON: Duration = Duration::from_secs(10);
@@ -238,16 +238,16 @@ fn what_no_ring_sees_comes_with_the_harvest_however_many_runs_it_is() {
     thread::scope(|scope| {
         let serving = scope.spawn(|| vmm.lend(near, &mut vm));
         let mut borrowed = BorrowedVm::borrow(far).unwrap();
-        borrowed.tracker.start().unwrap();
+        borrowed.session.start().unwrap();
         let marked = PageRun { first: PageIndex(20), pages: 3 };
         vmm.tracker.mark_dirty(marked);
         let mut dirty = PageSet::new(borrowed.memory.end());
-        borrowed.tracker.harvest(&mut dirty).unwrap();
+        borrowed.session.harvest(&mut dirty).unwrap();
         assert_eq!(dirty.runs().collect::<Vec<_>>(), [marked]);
         let mut known = PageSet::new(borrowed.memory.end());
         borrowed.vm.discarded_pages(&mut known);
         assert_eq!(known.runs().collect::<Vec<_>>(), discarded);
-        borrowed.tracker.stop().unwrap();
+        borrowed.session.stop().unwrap();
         borrowed.end(End::Stays, "").unwrap();
         assert!(serving.join().unwrap().is_ok());
     });

@@ -10,7 +10,7 @@ use super::verification::Verification;
 use crate::layout::GuestMemory;
 use crate::page_set::PageSet;
 use crate::progress::{Event, Progress, RoundReport};
-use crate::track::DirtySource;
+use crate::track::{DirtySource, Redirtied};
 use crate::transport::control::ControlError;
 use crate::transport::{RoundSent, TransportError};
 use crate::vm::{Paused, Vm};
@@ -57,10 +57,30 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Migration<'a, V, D> {
         u32::try_from(self.report.rounds.len() + 1).unwrap_or(u32::MAX)
     }
 
-    /// A harvest while the guest runs, or while only its vCPUs stand still.
+    /// A harvest of everything while the guest runs.
     pub fn harvest(&mut self) -> Result<PageSet, SourceError> {
         let mut harvested = PageSet::new(self.memory.end());
         self.tracker.harvest(&mut harvested)?;
+        self.taken.union(&harvested);
+        Ok(harvested)
+    }
+
+    /// A harvest of what is protected while the guest runs; the rest stays `behind`.
+    pub fn harvest_protected(&mut self, behind: &mut Redirtied) -> Result<PageSet, SourceError> {
+        let mut harvested = PageSet::new(self.memory.end());
+        behind.clear();
+        self.tracker.harvest_protected(&mut harvested, behind)?;
+        self.taken.union(&harvested);
+        if let Some(verification) = &mut self.verification {
+            verification.harvested_but(&harvested, Some(behind));
+        }
+        Ok(harvested)
+    }
+
+    /// A harvest while the vCPUs stand still.
+    pub fn harvest_paused(&mut self, paused: &Paused) -> Result<PageSet, SourceError> {
+        let mut harvested = PageSet::new(self.memory.end());
+        self.tracker.harvest_paused(paused, &mut harvested)?;
         self.taken.union(&harvested);
         Ok(harvested)
     }

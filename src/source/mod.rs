@@ -13,6 +13,7 @@
 //!
 //! [`destination`](crate::destination) mirrors these phases.
 
+mod behind;
 mod commit;
 mod error;
 mod link;

@@ -6,6 +6,7 @@
 
 use std::time::{Duration, Instant};
 
+use super::behind::Behind;
 use super::error::SourceError;
 use super::link::Link;
 use super::migration::Migration;
@@ -33,8 +34,8 @@ pub(super) fn run<V: Vm + ?Sized, D: DirtySource + ?Sized>(
     let result = start_tracking(migration).and_then(|first_round| {
         let _sampled_in_time = ShortSlice::for_this_thread();
         let steering = Steering::new(migration);
-        let device = DeviceState::default();
-        Precopy { migration: &mut *migration, link: &mut *link, steering, device }.rounds(first_round)
+        let (device, behind) = (DeviceState::default(), Behind::new(migration.memory.end()));
+        Precopy { migration: &mut *migration, link: &mut *link, steering, device, behind }.rounds(first_round)
     });
     result.map_err(|error| migration.give_up(link, error))
 }
@@ -82,6 +83,7 @@ struct Precopy<'m, 'a, V: ?Sized, D: ?Sized> {
     link: &'m mut Link,
     steering: Steering,
     device: DeviceState,
+    behind: Behind,
 }
 
 /// What is known of the device state that would have to leave during the standstill.
@@ -114,9 +116,14 @@ impl<V: Vm + ?Sized, D: DirtySource + ?Sized> Precopy<'_, '_, V, D> {
     fn rounds(mut self, mut to_send: PageSet) -> Result<Standstill, SourceError> {
         loop {
             self.heed_wishes()?;
-            let (number, pages_to_send) = (self.migration.next_round(), to_send.len());
+            let number = self.migration.next_round();
+            let pages_to_send = to_send.len() + self.behind.len();
             self.steering.round_started(number, pages_to_send, self.link.sender.handle().totals());
-            self.link.sender.begin_round(number, to_send)?;
+            if self.behind.is_empty() {
+                self.link.sender.begin_round(number, to_send)?;
+            } else {
+                self.link.sender.begin_open_round(number, to_send)?;
+            }
             // What a switchover that was called off in the middle of the round had taken back.
             let mut carried = PageSet::new(self.migration.memory.end());
             let sent = loop {
@@ -132,14 +139,12 @@ impl<V: Vm + ?Sized, D: DirtySource + ?Sized> Precopy<'_, '_, V, D> {
                 }
             };
             let observed = self.migration.tracker.observe()?;
-            let mut dirty = self.migration.harvest()?;
-            self.migration.round_sent(&sent, pages_to_send, dirtied(&dirty, &observed));
-            if let Some(verification) = &mut self.migration.verification {
-                verification.harvested(&dirty);
-            }
+            let mut dirty = self.migration.harvest_protected(self.behind.pages_mut())?;
+            let pages_dirty = dirty.len() + self.behind.len();
+            self.migration.round_sent(&sent, pages_to_send, dirtied(pages_dirty, &observed));
             self.plan_besides()?;
             let totals = self.link.sender.handle().totals();
-            let action = self.steering.round_ended(&observed, dirty.len(), totals);
+            let action = self.steering.round_ended(&observed, pages_dirty, totals);
             if self.migration.report.rounds.len() == 1 {
                 self.migration.report.prediction_after_round_1 = self.steering.prediction();
             }
@@ -167,7 +172,8 @@ impl<V: Vm + ?Sized, D: DirtySource + ?Sized> Precopy<'_, '_, V, D> {
     /// Follows the round that is being sent until it ends, or until the guest is to be stopped.
     fn round(&mut self) -> Result<RoundEnd, SourceError> {
         loop {
-            if let Some(sent) = self.link.sender.wait_round(self.steering.next_sample())? {
+            self.behind.top_up(self.migration, self.link, &self.steering)?;
+            if let Some(sent) = self.link.sender.wait_round(self.behind.wait(self.steering.next_sample()))? {
                 return Ok(RoundEnd::Complete(sent));
             }
             match self.sample()? {
@@ -246,7 +252,7 @@ impl<V: Vm + ?Sized, D: DirtySource + ?Sized> Precopy<'_, '_, V, D> {
         // A gate that opened before the pause would let its vCPU use the time until then.
         self.steering.open_gates();
         self.migration.report.pause_ms = millis(since.elapsed());
-        let dirty = match self.migration.harvest() {
+        let dirty = match self.migration.harvest_paused(&paused) {
             Ok(dirty) => dirty,
             Err(error) => return Err(self.migration.resume_first(paused, error)),
         };
@@ -254,14 +260,20 @@ impl<V: Vm + ?Sized, D: DirtySource + ?Sized> Precopy<'_, '_, V, D> {
             left.union(&self.link.sender.recall());
         }
         left.union(&dirty);
-        if let Some(verification) = &mut self.migration.verification {
-            verification.harvested(&dirty);
-        }
         if self.steering.last_check(why, left.len()) == LastCheck::CallOff {
+            // These pages are not protected, and so must not be sent while the guest runs. They come with the next harvest.
+            left.subtract(&dirty);
+            self.migration.tracker.give_back(&dirty);
             let resumed = self.migration.vm.resume(paused);
             let action = "resume a guest that dirtied too much";
             resumed.map_err(|source| SourceError::Vm { action, source })?;
             return Ok(None);
+        }
+        if round_pages.is_some() {
+            self.link.sender.close_round(self.behind.len());
+        }
+        if let Some(verification) = &mut self.migration.verification {
+            verification.harvested(&dirty);
         }
         if self.migration.report.prediction_after_round_1.is_none() {
             // The guest is stopped in the middle of the first round.
@@ -301,10 +313,10 @@ impl<V: Vm + ?Sized, D: DirtySource + ?Sized> Precopy<'_, '_, V, D> {
     }
 }
 
-fn dirtied(dirty: &PageSet, observed: &Observed) -> RoundReport {
+fn dirtied(pages_dirtied: u64, observed: &Observed) -> RoundReport {
     let vcpu_pages_dirtied = match observed {
-        Observed::PerVcpu(pages) => pages.clone(),
+        Observed::PerVcpu { vcpus, .. } => vcpus.clone(),
         Observed::Total(_) | Observed::Unobservable => Vec::new(),
     };
-    RoundReport { pages_dirtied: dirty.len(), vcpu_pages_dirtied, ..RoundReport::default() }
+    RoundReport { pages_dirtied, vcpu_pages_dirtied, ..RoundReport::default() }
 }

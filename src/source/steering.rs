@@ -67,6 +67,7 @@ impl Steering {
             limits: terms.limits,
             switchover_bandwidth: terms.switchover_bandwidth,
             switchover_overhead: SWITCHOVER_OVERHEAD,
+            unseen_per_vcpu: Pages(migration.tracker.unseen_per_vcpu()),
             ..Settings::new(Pages(memory.pages()))
         };
         let steered = |handle: VcpuHandle| SteeredVcpu {
@@ -197,6 +198,11 @@ impl Steering {
         }
     }
 
+    /// Whether vCPUs are held back in this round, so that it is the last but few.
+    pub fn is_braking(&self) -> bool {
+        self.controller.is_braking()
+    }
+
     /// Lets every vCPU run.
     pub fn open_gates(&mut self) {
         for vcpu in &mut self.vcpus {
@@ -208,11 +214,11 @@ impl Steering {
     fn act(&mut self, observed: &Observed, totals: Totals, harvested: Option<u64>) -> Action {
         let now = self.started.elapsed();
         let (per_vcpu, others) = match observed {
-            Observed::PerVcpu(pages) => (pages.as_slice(), 0),
+            Observed::PerVcpu { vcpus, others } => (vcpus.as_slice(), *others),
             Observed::Total(pages) => ([].as_slice(), harvested.unwrap_or(*pages)),
             Observed::Unobservable => ([].as_slice(), harvested.unwrap_or(0)),
         };
-        let tells_vcpus = matches!(observed, Observed::PerVcpu(_));
+        let tells_vcpus = matches!(observed, Observed::PerVcpu { .. });
         if self.controller.settings().per_vcpu != tells_vcpus {
             self.controller.change(now, |settings| settings.per_vcpu = tells_vcpus);
         }

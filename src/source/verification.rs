@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use crate::layout::{GuestMemory, PAGE_SIZE};
 use crate::page::{Audit, RamDigest, RamLedger};
 use crate::page_set::PageSet;
+use crate::track::Redirtied;
 
 /// Bytes per second of one thread that hashes, to be careful: a third of what `cargo bench --bench page` shows on an
 /// idle CPU, because both sides may share the CPUs with the guest.
@@ -37,10 +38,25 @@ impl Verification {
 
     /// A harvest found these pages dirty; all others are believed to be final.
     pub fn harvested(&mut self, dirty: &PageSet) {
+        self.harvested_but(dirty, None);
+    }
+
+    /// The same of a harvest that left pages `behind`, dirty as well.
+    pub fn harvested_but(&mut self, dirty: &PageSet, behind: Option<&Redirtied>) {
         self.ledger.unsettled(dirty);
         self.unhashed.subtract(dirty);
+        if let Some(behind) = behind {
+            behind.strike_off(&mut self.unhashed);
+        }
         self.ledger.settled(&self.unhashed);
         self.unhashed.clone_from(dirty);
+        self.discarded.subtract(dirty);
+    }
+
+    /// These pages, too, were dirty at the last harvest, which left them behind.
+    pub fn dirty_after_all(&mut self, dirty: &PageSet) {
+        self.ledger.unsettled(dirty);
+        self.unhashed.union(dirty);
         self.discarded.subtract(dirty);
     }
 

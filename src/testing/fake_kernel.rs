@@ -2,10 +2,12 @@
 //!
 //! It follows `virt/kvm/dirty_ring.c` of Linux 6.18 step by step, the batch that an interrupted reset counts and
 //! forgets included. What it simulates on top: guests that write, natively or emulated, a CPU that buffers its
-//! entries (PML), and a second thread that resets.
+//! entries (PML), TLBs that let a vCPU write what is protected until they are flushed, and a second thread that resets.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
+use std::io;
+use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -13,7 +15,7 @@ use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, KVM_EXIT_UNKNOWN};
 
 use super::{AnonymousRam, Backing};
 use crate::kvm::ring::{DIRTY, DirtyRing, EMPTY, Entry, RESET};
-use crate::kvm::{Kernel, KvmError, ResetCount, RingSize};
+use crate::kvm::{Granule, Kernel, KvmError, ResetCount, RingSize, UnmapError, Until};
 use crate::layout::{GuestMemory, PageRun, Region, SlotId};
 
 /// The next reset stops after so many entries, as if a signal had come: the batch at hand is forgotten.
@@ -48,7 +50,16 @@ struct Inner {
     /// By vCPU; none where the VM has a bitmap instead.
     rings: Vec<FakeRing>,
     slots: BTreeMap<u32, FakeSlot>,
+    /// By vCPU: the pages, by slot and offset, that its TLB holds as writable.
+    tlbs: Vec<BTreeSet<(u32, u64)>>,
+    /// Another thread resets just before the tracker does.
+    foreign_comes_first: bool,
+    /// Slots whose logging it refuses to switch on.
+    refused: BTreeSet<u32>,
+    fails_next_reset: bool,
     interruptions: VecDeque<Interruption>,
+    /// How many pages it can take from a guest at once at least, if it can at all.
+    granule: Option<Granule>,
     /// Writes that guests do while the next reset runs.
     writes_during_reset: Vec<WriteDuringReset>,
     /// Those of them that were done.
@@ -115,8 +126,20 @@ impl FakeRing {
 }
 
 impl Inner {
+    /// Pages that were protected since the last flush are so for every vCPU from now on.
+    fn flush_tlbs(&mut self) {
+        self.tlbs.iter_mut().for_each(BTreeSet::clear);
+    }
+
     fn write(&mut self, vcpu: usize, slot: SlotId, offset: u64, emulated: bool) {
         let Some(page) = self.slots.get_mut(&slot.0) else { return };
+        if self.tlbs.len() <= vcpu {
+            self.tlbs.resize_with(vcpu + 1, BTreeSet::new);
+        }
+        if !self.tlbs[vcpu].insert((slot.0, offset)) && !emulated {
+            // No walk of the page tables, whatever they say by now.
+            return;
+        }
         let was_writable = std::mem::replace(&mut page.writable[index(offset)], true);
         if !page.logging || (was_writable && !emulated) {
             return;
@@ -184,6 +207,7 @@ impl Inner {
         false
     }
 
+    /// `kvm_vm_ioctl_reset_dirty_pages`, up to its flush: that comes after the lock is gone.
     fn reset(&mut self) -> ResetCount {
         let (after, before): (Vec<_>, Vec<_>) =
             std::mem::take(&mut self.writes_during_reset).into_iter().partition(|write| write.after);
@@ -224,7 +248,12 @@ impl FakeKernel {
         let inner = Inner {
             rings: Vec::new(),
             slots: BTreeMap::new(),
+            tlbs: Vec::new(),
+            foreign_comes_first: false,
+            refused: BTreeSet::new(),
+            fails_next_reset: false,
             interruptions: VecDeque::new(),
+            granule: None,
             writes_during_reset: Vec::new(),
             written_during_reset: Vec::new(),
         };
@@ -257,9 +286,16 @@ impl FakeKernel {
         }
     }
 
+    /// From now on pages can be taken from guests, so many at once at least; with `None`, none any more.
+    pub fn can_take_pages(&self, granule: Option<NonZeroU64>) {
+        self.lock().granule = granule;
+    }
+
     /// Deletes a slot.
     pub fn delete_slot(&self, slot: SlotId) {
-        self.lock().slots.remove(&slot.0);
+        let inner = &mut *self.lock();
+        inner.slots.remove(&slot.0);
+        inner.flush_tlbs();
     }
 
     /// The ring of a vCPU once more, as another process maps it.
@@ -356,15 +392,41 @@ impl FakeKernel {
         std::mem::take(&mut self.lock().written_during_reset)
     }
 
-    /// Another thread of the VMM calls `KVM_RESET_DIRTY_RINGS`.
-    pub fn foreign_reset(&self) {
-        self.lock().reset();
+    /// Another thread of the VMM resets the entries that the tracker has flagged, just before the tracker asks for it. Its flush
+    /// of the TLBs, which comes after KVM's lock is free again, is still to come: [`foreign_flush`](Self::foreign_flush).
+    pub fn foreign_reset_before_the_next(&self) {
+        self.lock().foreign_comes_first = true;
+    }
+
+    /// The flush of a reset, or of anything else that protected pages.
+    pub fn foreign_flush(&self) {
+        self.lock().flush_tlbs();
+    }
+
+    /// The logging of a slot cannot be switched on: a slot that is gone and one that is not what the tracker was told are refused
+    /// by other means.
+    pub fn refuse_to_log(&self, slot: SlotId) {
+        self.lock().refused.insert(slot.0);
+    }
+
+    /// The next reset of the rings is refused.
+    pub fn fail_the_next_reset(&self) {
+        self.lock().fails_next_reset = true;
+    }
+
+    /// Whether writes to a slot are logged.
+    pub fn is_logging(&self, slot: SlotId) -> bool {
+        self.lock().slots.get(&slot.0).is_some_and(|slot| slot.logging)
     }
 
     /// Entries in a vCPU's ring by the kernel's own count.
     pub fn ring_used(&self, vcpu: usize) -> u32 {
         self.lock().rings.get(vcpu).map_or(0, FakeRing::used)
     }
+}
+
+fn refusal(name: &'static str) -> KvmError {
+    KvmError::Ioctl { name, source: std::io::Error::from_raw_os_error(libc::ENOMEM) }
 }
 
 impl Default for FakeKernel {
@@ -381,17 +443,32 @@ impl fmt::Debug for FakeKernel {
 
 impl Kernel for FakeKernel {
     fn reset_dirty_rings(&self) -> Result<ResetCount, KvmError> {
-        Ok(self.lock().reset())
+        let inner = &mut *self.lock();
+        if std::mem::take(&mut inner.fails_next_reset) {
+            return Err(refusal("KVM_RESET_DIRTY_RINGS"));
+        }
+        if std::mem::take(&mut inner.foreign_comes_first) {
+            inner.reset();
+        }
+        let count = inner.reset();
+        if count.entries > 0 {
+            inner.flush_tlbs();
+        }
+        Ok(count)
     }
 
     fn set_dirty_logging(&self, region: &Region, enabled: bool) -> Result<(), KvmError> {
         let inner = &mut *self.lock();
         let slot = inner.slots.get_mut(&region.slot.0).ok_or(KvmError::SlotGone(region.slot))?;
+        if enabled && inner.refused.contains(&region.slot.0) {
+            return Err(refusal("KVM_SET_USER_MEMORY_REGION"));
+        }
         if enabled && !slot.logging {
             slot.writable.fill(false);
             slot.bitmap.fill(0);
         }
         slot.logging = enabled;
+        inner.flush_tlbs();
         Ok(())
     }
 
@@ -409,6 +486,25 @@ impl Kernel for FakeKernel {
             slot.bitmap[index(offset / 64)] &= !(1 << (offset % 64));
             slot.writable[index(offset)] = false;
         }
+        inner.flush_tlbs();
+        Ok(())
+    }
+
+    fn can_protect(&self, region: &Region) -> Result<Granule, UnmapError> {
+        let inner = self.lock();
+        let refused = || UnmapError::NotProtectable(Arc::new(io::Error::from_raw_os_error(libc::EINVAL)));
+        inner.slots.get(&region.slot.0).ok_or_else(refused)?;
+        inner.granule.ok_or_else(refused)
+    }
+
+    fn protect(&self, region: &Region, pages: PageRun, _: Until) -> Result<(), UnmapError> {
+        let granule = self.can_protect(region)?.get();
+        let first = pages.first.0 - region.pages.first.0;
+        assert!(first.is_multiple_of(granule) && pages.pages.is_multiple_of(granule), "whole granules");
+        let inner = &mut *self.lock();
+        if let Some(slot) = inner.slots.get_mut(&region.slot.0) {
+            slot.writable[index(first)..index(first + pages.pages)].fill(false);
+        }
         Ok(())
     }
 }
@@ -419,6 +515,7 @@ mod tests {
     use std::thread;
 
     use super::*;
+    use crate::kvm::ring::Recycle;
 
     /// KVM on one thread, we on another, with nothing between them but the entries. Each entry names a slot that
     /// follows from its offset: an entry read before it was written, or after it was reused, does not match.
@@ -452,7 +549,7 @@ mod tests {
             let mut next = 0;
             while next < entries && !failed.load(Ordering::Relaxed) {
                 let scanned = ring.scan();
-                let taken = ring.take(|slot, offset| {
+                let taken = ring.take(Recycle::Protecting, |slot, offset| {
                     failed.fetch_or((slot, offset) != (slot_of(next), next), Ordering::Relaxed);
                     next += 1;
                 });

@@ -6,7 +6,7 @@
 use std::time::Instant;
 
 use super::error::TrackError;
-use super::pending::Protected;
+use super::pending::ProtectedReadable;
 use super::rings::Context;
 use crate::layout::Region;
 use crate::page_set::PageSet;
@@ -14,7 +14,7 @@ use crate::page_set::PageSet;
 /// Proof that every page that was got has been cleared, and so protected.
 pub(super) struct AllCleared(());
 
-impl Protected for AllCleared {}
+impl ProtectedReadable for AllCleared {}
 
 /// The bitmap of the largest slot, kept from harvest to harvest.
 #[derive(Default, Debug)]

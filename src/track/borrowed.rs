@@ -61,6 +61,7 @@ impl DirtyTracker {
                 rings.push(ring, Arc::clone(&known));
             }
             state.vcpus.push(known);
+            state.pending.vcpu_attached();
         }
         Ok(tracker.clone())
     }

@@ -19,6 +19,7 @@ mod tests;
 mod vhost_user;
 
 use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
 
 pub use self::dma::{DmaLogging, DmaMapping, DmaSource, IovaRange};
 #[cfg(any(feature = "vm-memory-0-17", feature = "vm-memory-0-18"))]
@@ -30,6 +31,11 @@ use crate::page_set::PageSet;
 use crate::vm::VmError;
 
 /// The log of writers that KVM does not see.
+///
+/// A VMM that has to go on using a source (to map DMA, to swap a log) adds an `Arc<Mutex<_>>` of it and keeps a clone. The
+/// tracker takes a lock of its own for all sources, then the source's, and while it holds either never waits for a vCPU, nor a vCPU for it.
+/// So with the source's lock held the VMM calls no session and no `add_`, `remove_` of the tracker; and a source's methods call
+/// nothing of the tracker's.
 pub trait ExternalSource: Send {
     /// The name that errors and reports show: `vm-memory`, `vhost-user`, `dma`.
     fn name(&self) -> &'static str;
@@ -48,6 +54,24 @@ pub trait ExternalSource: Send {
 
     /// Ends logging.
     fn stop(&mut self);
+}
+
+impl<S: ExternalSource> ExternalSource for Arc<Mutex<S>> {
+    fn name(&self) -> &'static str {
+        self.lock().unwrap_or_else(PoisonError::into_inner).name()
+    }
+
+    fn start(&mut self) -> Result<(), VmError> {
+        self.lock().unwrap_or_else(PoisonError::into_inner).start()
+    }
+
+    fn drain_into(&mut self, dirty: &mut PageSet) {
+        self.lock().unwrap_or_else(PoisonError::into_inner).drain_into(dirty);
+    }
+
+    fn stop(&mut self) {
+        self.lock().unwrap_or_else(PoisonError::into_inner).stop();
+    }
 }
 
 /// A bitmap that the VMM has and fills already, with a bit per 4 KiB page from the first page of a region on.

@@ -53,8 +53,11 @@ pub(super) struct VmCounters {
     pub(super) reset_ns: Counter,
     pub(super) entries_reset: Counter,
     pub(super) short_resets: Counter,
+    pub(super) foreign_resets: Counter,
     pub(super) unknown_slot_entries: Counter,
     pub(super) rearms: Counter,
+    pub(super) protects: Counter,
+    pub(super) protect_ns: Counter,
 }
 
 /// What one vCPU did. Sums are since it was attached.
@@ -97,11 +100,18 @@ pub struct Figures {
     pub entries_reset: u64,
     /// How many of them were interrupted: they reset fewer entries than were flagged.
     pub short_resets: u64,
+    /// Times that another thread of the VMM had reset entries that the tracker had flagged, so that every page was
+    /// declared dirty: the VMM must leave `KVM_RESET_DIRTY_RINGS` to the tracker.
+    pub foreign_resets: u64,
     /// Entries that named a slot the tracker does not have, or a page beyond its end.
     pub unknown_slot_entries: u64,
     /// Times that memory was declared dirty and protected anew: all of it after an overflow, or the slots in which
     /// interrupted resets had left pages unprotected.
     pub rearms: u64,
+    /// Calls that protected pages which rings had been recycled without.
+    pub protects: u64,
+    /// Time spent in them, in nanoseconds.
+    pub protect_ns: u64,
 }
 
 impl VmCounters {
@@ -114,8 +124,11 @@ impl VmCounters {
             reset_ns: self.reset_ns.get(),
             entries_reset: self.entries_reset.get(),
             short_resets: self.short_resets.get(),
+            foreign_resets: self.foreign_resets.get(),
             unknown_slot_entries: self.unknown_slot_entries.get(),
             rearms: self.rearms.get(),
+            protects: self.protects.get(),
+            protect_ns: self.protect_ns.get(),
         }
     }
 }

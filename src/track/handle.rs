@@ -24,6 +24,11 @@ impl VcpuHandle {
         Self { shared, vcpu }
     }
 
+    /// Handles of all vCPUs, in the order of attachment.
+    pub(super) fn all(shared: &Arc<Shared>) -> Vec<Self> {
+        shared.lock().vcpus.iter().map(|vcpu| Self::new(Arc::clone(shared), Arc::clone(vcpu))).collect()
+    }
+
     /// The VMM's index of the vCPU: what [`attach_vcpu`](super::DirtyTracker::attach_vcpu) was given, and what
     /// `Vm::kick` takes. Not its place among the attached.
     pub fn index(&self) -> usize {

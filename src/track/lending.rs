@@ -15,7 +15,8 @@ use std::sync::PoisonError;
 use super::error::TrackError;
 use super::lent::Lent;
 use super::lent_page::{LentGate, LentPage, has_room};
-use super::shared::{Backend, Shared, State};
+use super::others::Others;
+use super::shared::{Backend, Shared};
 use super::tracker::DirtyTracker;
 use crate::kvm::{KvmError, ResetCount, RingSize};
 use crate::layout::{PageRun, SlotId};
@@ -50,7 +51,7 @@ impl DirtyTracker {
     pub(crate) fn lend(&self) -> Result<Lending, TrackError> {
         let state = &mut *self.shared.lock();
         state.check_ours()?;
-        if state.tracking {
+        if state.pending.is_tracking() {
             return Err(TrackError::AlreadyTracking);
         }
         let refused = |source: io::Error| TrackError::Kvm(KvmError::Ioctl { name: "memfd_create", source });
@@ -62,7 +63,6 @@ impl DirtyTracker {
         };
         rings.recycle(self.shared.context(&state.slots), &mut state.pending)?;
         state.pending.forget();
-        rings.harvested();
         let positions = rings.positions();
         let terms = Terms {
             ring: *size,
@@ -108,13 +108,13 @@ impl Lending {
 
     /// What no ring sees is gathered from now on.
     pub(crate) fn start_writers(&self) -> Result<(), TrackError> {
-        let state = &mut *self.shared.lock();
+        let mut others = self.shared.others.lock();
         if self.shared.tracking.load(Ordering::Relaxed) {
             return Err(TrackError::AlreadyTracking);
         }
-        let mut old = PageSet::new(state.slots.end());
+        let mut old = PageSet::new(self.shared.lock().slots.end());
         self.shared.marks.read().unwrap_or_else(PoisonError::into_inner).drain_into(&mut old);
-        state.start_externals()?;
+        others.start()?;
         self.shared.tracking.store(true, Ordering::Relaxed);
         // Before anybody reads a page: see `mark_dirty`.
         fence(Ordering::SeqCst);
@@ -123,16 +123,17 @@ impl Lending {
 
     /// What no ring has seen since the last call.
     pub(crate) fn drain_writers(&self) -> PageSet {
-        let state = &mut *self.shared.lock();
-        let mut dirty = PageSet::new(state.slots.end());
+        let mut others = self.shared.others.lock();
+        others.drain();
+        let mut dirty = PageSet::new(self.shared.lock().slots.end());
         self.shared.marks.read().unwrap_or_else(PoisonError::into_inner).drain_into(&mut dirty);
-        state.externals.iter_mut().for_each(|external| external.source.drain_into(&mut dirty));
+        others.move_into(&mut dirty);
         dirty
     }
 
     /// It is gathered no more.
     pub(crate) fn stop_writers(&self) {
-        stop_writers(&self.shared, &mut self.shared.lock());
+        stop_writers(&self.shared, &mut self.shared.others.lock());
     }
 
     /// The borrower answers no more, and has not gone: until `connection` ends, nothing is tracked by anybody.
@@ -143,18 +144,18 @@ impl Lending {
     }
 }
 
-fn stop_writers(shared: &Shared, state: &mut State) {
+fn stop_writers(shared: &Shared, others: &mut Others) {
     if shared.tracking.swap(false, Ordering::Relaxed) {
-        state.stop_externals();
+        others.stop();
     }
 }
 
 impl Drop for Lending {
     fn drop(&mut self) {
-        let state = &mut *self.shared.lock();
         // The guest first: nobody waits for the borrower any more.
-        state.vcpus.iter().for_each(|vcpu| vcpu.gate.take_back());
-        stop_writers(&self.shared, state);
+        self.shared.lock().vcpus.iter().for_each(|vcpu| vcpu.gate.take_back());
+        stop_writers(&self.shared, &mut self.shared.others.lock());
+        let state = &mut *self.shared.lock();
         let logging_off = state.slots.stop_logging(&*self.shared.kernel);
         if let Backend::Ring { rings, .. } = &mut state.backend {
             let published =

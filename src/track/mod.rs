@@ -1,7 +1,8 @@
 //! Which pages are dirty, and who dirtied them.
 //!
-//! [`DirtyTracker`] is what a VMM links, for all of a VM's life; its vCPU threads hold a [`VcpuHandle`] each. What a
-//! migration asks is the trait [`DirtySource`], which the tracker implements on KVM's dirty rings or on its bitmap.
+//! [`DirtyTracker`] is what a VMM links, for all of a VM's life, on KVM's dirty rings or on its bitmap; its vCPU threads hold
+//! a [`VcpuHandle`] each. Whoever wants dirty pages has a [`Session`] of it. What a migration asks is the trait
+//! [`DirtySource`], which a session implements.
 //!
 //! The one rule of this module: a page is handed out only after it was write-protected again, so that whoever
 //! reads it then misses no later write. `rings` and `bitmap` say how each backend keeps it.
@@ -19,16 +20,20 @@ mod lending;
 #[cfg(feature = "offload")]
 mod lent;
 mod lent_page;
+mod others;
 mod pagemap;
 mod pending;
 mod redirtied;
 mod rings;
+mod session;
+mod session_pages;
 mod shared;
 mod slots;
 mod source;
 #[cfg(test)]
 mod tests;
 mod tracker;
+mod unprotected;
 mod vcpu;
 
 #[cfg(feature = "offload")]
@@ -42,8 +47,9 @@ pub use self::handle::{KVM_EXIT_DIRTY_RING_FULL, VcpuHandle};
 pub(crate) use self::lending::Lending;
 #[cfg(feature = "offload")]
 pub(crate) use self::lent_page::{LentPage, ring_bell, signs_of_life};
+pub use self::others::ExternalId;
 pub use self::pagemap::PagemapTracker;
 pub use self::redirtied::Redirtied;
-pub use self::shared::ExternalId;
+pub use self::session::{Leftover, Session};
 pub use self::source::{DirtySource, Observed};
-pub use self::tracker::DirtyTracker;
+pub use self::tracker::{DirtyTracker, Initially};

@@ -92,9 +92,7 @@ impl PagemapTracker {
         let host = map.as_ptr().addr()..map.as_ptr().addr() + PAGE_SIZE;
         let pagemap = Pagemap::open().map_err(PagemapError::NoPagemap)?;
         let userfault = Userfault::open().map_err(PagemapError::from)?;
-        userfault
-            .write_protect(host.clone())
-            .map_err(|error| PagemapError::NotProtectable(SlotId(0), error))?;
+        userfault.register(host.clone()).map_err(|error| PagemapError::NotProtectable(SlotId(0), error))?;
         let written_bytes = || {
             let mut bytes = 0;
             let scanned = pagemap.scan(host.clone(), PROTECT, |part| bytes += part.len());
@@ -160,7 +158,7 @@ impl DirtySource for PagemapTracker {
         let userfault = Userfault::open().map_err(PagemapError::from)?;
         for region in self.memory.regions() {
             userfault
-                .write_protect(region.host_range())
+                .register(region.host_range())
                 .map_err(|error| PagemapError::NotProtectable(region.slot, error))?;
         }
         // Protects everything: all that exists counts as written until then.

@@ -1,7 +1,7 @@
 //! Pages that are dirty again and not yet protected again.
 
-use crate::layout::PageIndex;
-use crate::page_set::PageSet;
+use crate::layout::{PageIndex, PageRun};
+use crate::page_set::{FromTheTop, PageSet};
 
 /// Pages that an observation has found dirty. Each of them comes with the next harvest; until then it is writable, and its
 /// content must not be read. So nobody outside can ask which they are: a migration strikes them off the round that it
@@ -9,12 +9,13 @@ use crate::page_set::PageSet;
 #[derive(Debug)]
 pub struct Redirtied {
     pages: PageSet,
+    top: FromTheTop,
 }
 
 impl Redirtied {
     /// No pages, all to come from below `end`.
     pub fn new(end: PageIndex) -> Self {
-        Self { pages: PageSet::new(end) }
+        Self { pages: PageSet::new(end), top: FromTheTop::default() }
     }
 
     /// How many.
@@ -35,6 +36,19 @@ impl Redirtied {
     /// Forgets them.
     pub fn clear(&mut self) {
         self.pages.clear();
+    }
+
+    /// Adds pages.
+    pub(super) fn add(&mut self, pages: &PageSet) {
+        self.pages.union(pages);
+        self.top.reach(self.pages.capacity());
+    }
+
+    /// Takes up to `pages` pages out, the highest first, as ascending runs.
+    pub(super) fn take_highest(&mut self, pages: u64) -> Vec<PageRun> {
+        let mut runs = Vec::new();
+        self.top.take(&mut self.pages, pages, &mut runs);
+        runs
     }
 
     pub(super) fn pages_mut(&mut self) -> &mut PageSet {

@@ -5,6 +5,10 @@
 //! what *all* rings have outstanding. A vCPU with a full ring takes the same way, for its own ring only: the
 //! pages of the others stay writable, so that their guests feel nothing.
 //!
+//! A ring that nears its limit between two harvests is recycled without protection, where such pages can be protected later
+//! (`unprotected`): a guest that writes more pages than its ring has entries would otherwise be stopped by a fault for every
+//! one of them, over and over.
+//!
 //! A ring that overflowed (possible where KVM emulates guest instructions in bulk) is the rest of this file:
 //! `kernel-notes/dirty-ring.md` tells what such a ring looks like and why each step here is right.
 
@@ -17,13 +21,13 @@ use std::time::Instant;
 
 use super::error::TrackError;
 use super::figures::VmCounters;
-use super::pending::{Pending, Protected, Remainder};
-use super::redirtied::Redirtied;
+use super::pending::{Pending, ProtectedReadable};
+use super::session_pages::SessionKey;
 use super::slots::{SlotCursor, Slots};
 use super::vcpu::Vcpu;
-use crate::kvm::ring::{DirtyRing, Prefix};
+use crate::kvm::ring::{DirtyRing, Prefix, Recycle};
 use crate::kvm::{Kernel, ResetCount};
-use crate::page_set::{PageSet, WordAtHand};
+use crate::page_set::WordAtHand;
 
 /// Resets in a row that reset nothing, before a ring is taken for stuck. A stop signal, a freezing cgroup or task
 /// work interrupt one call each.
@@ -43,22 +47,20 @@ pub(super) struct Context<'a> {
     pub(super) counters: &'a VmCounters,
 }
 
-/// Proof that every entry that was taken has been reset.
+/// Proof that every entry that was taken has been reset, and so every page protected that was not left unprotected.
 pub(super) struct AllReset(());
 
-impl Protected for AllReset {}
+impl ProtectedReadable for AllReset {}
 
 /// One vCPU's ring and what we think of it.
 #[derive(Debug)]
 struct Ring {
     ring: DirtyRing,
     vcpu: Arc<Vcpu>,
-    /// Pages taken early, since the last harvest.
-    early_pages: u64,
+    /// Its place among the rings, by which sessions count its pages.
+    place: usize,
     /// Dirty entries at the last observation.
     observed: u32,
-    /// Those of them that name pages taken early or named before, as far as they were reported.
-    repeated: u32,
     /// Runs in a row that KVM ended with "full" when there was nothing to take.
     empty_fulls: u32,
     /// Calls of `ring_full` in a row with nothing to take.
@@ -75,35 +77,41 @@ struct Ring {
 #[derive(Default, Debug)]
 pub(super) struct Rings {
     rings: Vec<Ring>,
-    /// Of the pages taken early since the last harvest, those that `observe` has reported.
-    early_reported: u64,
 }
 
 impl Ring {
-    fn take_entries(&mut self, cx: Context<'_>, pending: &mut Pending) -> u32 {
+    fn take_entries(&mut self, recycle: Recycle, cx: Context<'_>, pending: &mut Pending) -> u32 {
         let mut slots = SlotCursor::new(cx.slots);
-        let mut unknown = 0;
-        let (mut words, mut word) = (pending.pages_mut().insert_prefetched(), WordAtHand::NONE);
-        let taken = self.ring.take(|slot, offset| match slots.page(slot, offset) {
-            Some(page) => word.add(page, &mut words),
+        let (mut unknown, leaving) = (0, recycle == Recycle::Leaving);
+        let (sink, unprotected) = pending.sinks();
+        let (mut words, mut word) = (sink.insert_prefetched(), WordAtHand::NONE);
+        let (mut words_left, mut word_left) = (unprotected.insert_prefetched(), WordAtHand::NONE);
+        let taken = self.ring.take(recycle, |slot, offset| match slots.page(slot, offset) {
+            Some(page) => {
+                word.add(page, &mut words);
+                if leaving {
+                    word_left.add(page, &mut words_left);
+                }
+            }
             // The slot is gone, and its memory with it. KVM ignores such an entry too.
             None => unknown += 1,
         });
         let new = words.finish(word);
+        words_left.finish(word_left);
         if taken > 0 {
+            let new = pending.distribute(Some(self.place), new);
             self.vcpu.counters.pages.add(new);
             self.vcpu.counters.duplicates.add(u64::from(taken) - new - unknown);
             cx.counters.unknown_slot_entries.add(unknown);
-            self.early_pages += new;
             (self.empty_fulls, self.empty_calls, self.passes) = (0, 0, None);
         }
         taken
     }
 
     /// Takes all that is in the ring. What it gave is not protected yet.
-    fn take(&mut self, cx: Context<'_>, pending: &mut Pending) {
+    fn take(&mut self, recycle: Recycle, cx: Context<'_>, pending: &mut Pending) {
         let started = Instant::now();
-        let taken = self.take_entries(cx, pending);
+        let taken = self.take_entries(recycle, cx, pending);
         self.note_occupancy(taken);
         if self.ring.unconfirmed() == self.ring.size().entries() {
             // KVM stops a vCPU short of that, so it may as well have gone beyond, over its own entries.
@@ -114,7 +122,7 @@ impl Ring {
                 Some(gap) => {
                     pending.everything = true;
                     self.ring.skip(gap);
-                    self.take_entries(cx, pending);
+                    self.take_entries(recycle, cx, pending);
                     self.suspect = self.ring.unconfirmed() == self.ring.size().entries();
                 }
                 // Nothing is dirty anywhere in the ring: KVM has pushed nothing since memory was protected anew.
@@ -126,21 +134,19 @@ impl Ring {
                 }
             }
         }
-        (self.observed, self.repeated) = (0, 0);
+        self.observed = 0;
         self.vcpu.counters.occupancy.set(0);
         let harvest_ns = self.vcpu.counters.harvest_ns.add_since(started);
         cx.counters.harvest_ns.add(harvest_ns);
     }
 
-    /// Adds the pages of the entries that were not reported yet to `redirtied`, and counts the entries that repeat a page:
-    /// KVM names a page again when the host has taken it from the guest in between (kernel-notes/dirty-ring.md).
-    fn report(&mut self, slots: &Slots, pending: &mut Pending, redirtied: &mut PageSet) {
+    /// Tells every session of the pages of entries that were not reported yet.
+    fn report(&mut self, slots: &Slots, pending: &mut Pending) {
         let mut slots = SlotCursor::new(slots);
-        let repeated = &mut self.repeated;
+        let place = self.place;
         self.ring.report(|slot, offset| {
             if let Some(page) = slots.page(slot, offset) {
-                redirtied.insert(page);
-                *repeated += u32::from(!pending.report(page));
+                pending.report(place, page);
             }
         });
     }
@@ -224,9 +230,8 @@ impl Rings {
         self.rings.push(Ring {
             ring,
             vcpu,
-            early_pages: 0,
+            place: self.rings.len(),
             observed: 0,
-            repeated: 0,
             empty_fulls: 0,
             empty_calls: 0,
             passes: None,
@@ -241,10 +246,11 @@ impl Rings {
 
     /// Takes and resets what is in every ring.
     pub(super) fn recycle(&mut self, cx: Context<'_>, pending: &mut Pending) -> Result<AllReset, TrackError> {
-        self.recycle_these(0..self.rings.len(), cx, pending)
+        self.recycle_these(0..self.rings.len(), Recycle::Protecting, cx, pending)
     }
 
-    /// The same when every vCPU is outside the guest, and rings that are stuck can be brought in step.
+    /// The same when every vCPU is outside the guest: rings that are stuck can be brought in step, and no page is protected
+    /// if it can be later, should the guest run on.
     pub(super) fn recycle_quiet(
         &mut self,
         cx: Context<'_>,
@@ -253,63 +259,36 @@ impl Rings {
         for at in 0..self.rings.len() {
             self.unstick(at, cx, pending)?;
         }
-        self.recycle(cx, pending)
+        self.recycle_these(0..self.rings.len(), pending.recycle_early(), cx, pending)
     }
 
-    /// A harvest was handed out: what comes now counts anew.
-    pub(super) fn harvested(&mut self) {
-        for ring in &mut self.rings {
-            ring.early_pages = 0;
-        }
-        self.early_reported = 0;
-    }
-
-    /// The pages of one slot were handed out. Whose the others are is not known: each vCPU keeps its share of them.
-    pub(super) fn harvested_in_part(&mut self, remainder: Remainder) {
-        let are_all_reported = self.early_reported == self.early_pages();
-        for ring in &mut self.rings {
-            ring.early_pages = remainder.share_of(ring.early_pages);
-        }
-        // No number of pages is that high: the next observation reports them.
-        self.early_reported = if are_all_reported { self.early_pages() } else { u64::MAX };
-    }
-
-    fn early_pages(&self) -> u64 {
-        self.rings.iter().map(|ring| ring.early_pages).sum()
-    }
-
-    /// Pages by vCPU since the last harvest; recycles a ring that would be full before the next
-    /// observation. `redirtied` gets the pages that no earlier call reported.
+    /// Pages by vCPU since the last harvest of a session; recycles a ring that would be full before the next
+    /// observation. If `reports`, every session is told of the pages that no earlier call reported.
     pub(super) fn observe(
         &mut self,
         cx: Context<'_>,
         pending: &mut Pending,
-        mut redirtied: Option<&mut Redirtied>,
+        key: SessionKey,
+        reports: bool,
     ) -> Result<Vec<u64>, TrackError> {
-        let mut pages = Vec::with_capacity(self.rings.len());
+        let mut entries_left = Vec::with_capacity(self.rings.len());
         for at in 0..self.rings.len() {
             let ring = &mut self.rings[at];
             let entries = ring.ring.scan();
             ring.note_occupancy(entries);
             if ring.nears_its_limit(entries) {
-                self.recycle_these(at..at + 1, cx, pending)?;
-                pages.push(self.rings[at].early_pages);
+                self.recycle_these(at..at + 1, pending.recycle_early(), cx, pending)?;
+                entries_left.push(0);
             } else {
                 ring.observed = entries;
-                if let Some(redirtied) = &mut redirtied {
-                    ring.report(cx.slots, pending, redirtied.pages_mut());
+                if reports {
+                    ring.report(cx.slots, pending);
                 }
-                pages.push(ring.early_pages + u64::from(entries - ring.repeated.min(entries)));
+                entries_left.push(entries);
             }
         }
-        let early = self.early_pages();
-        if let Some(redirtied) = redirtied
-            && early != self.early_reported
-        {
-            redirtied.pages_mut().union(pending.pages_mut());
-            self.early_reported = early;
-        }
-        Ok(pages)
+        let session = pending.running_session(key)?;
+        Ok((0..).zip(entries_left).map(|(place, entries)| session.pages_of(place, entries)).collect())
     }
 
     /// The vCPU says that its ring is full. It is outside the guest: we are on its thread.
@@ -324,7 +303,7 @@ impl Rings {
         };
         self.unstick(at, cx, pending)?;
         let ring = &mut self.rings[at];
-        ring.take(cx, pending);
+        ring.take(pending.recycle_early(), cx, pending);
         if ring.ring.unconfirmed() == 0 {
             ring.nothing_to_take()?;
             if ring.suspect {
@@ -337,11 +316,12 @@ impl Rings {
     fn recycle_these(
         &mut self,
         which: Range<usize>,
+        recycle: Recycle,
         cx: Context<'_>,
         pending: &mut Pending,
     ) -> Result<AllReset, TrackError> {
         for ring in &mut self.rings[which] {
-            ring.take(cx, pending);
+            ring.take(recycle, cx, pending);
         }
         self.reset(cx, pending)
     }
@@ -401,6 +381,13 @@ impl Rings {
         }
         // Else another thread's reset did some of them.
         let is_ours = unflagged == count;
+        if !is_ours {
+            // It flushes the TLBs only after it has let go of KVM's lock, and ours had nothing to flush: whether the pages are
+            // protected for every vCPU by now, nobody knows.
+            cx.counters.foreign_resets.add(1);
+            tracing::warn!("another thread has reset the dirty rings: every page is taken for dirty");
+            pending.everything = true;
+        }
         for ring in &mut self.rings {
             let Prefix { entries, dirty_again } = ring.unflagged;
             if dirty_again && !is_ours {

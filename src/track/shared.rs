@@ -1,25 +1,30 @@
-//! What all clones of a tracker and all vCPU handles share: one lock, and the way that dirty pages take under it.
+//! What a tracker, its sessions and its vCPU handles share: one lock, and the way that dirty pages take under it.
 
-use std::fmt;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Duration;
 
 use super::bitmap::{AllCleared, BitmapLog};
 use super::error::TrackError;
-use super::external::ExternalSource;
 use super::figures::VmCounters;
 #[cfg(feature = "offload")]
 use super::lent::Lent;
 #[cfg(feature = "offload")]
 use super::lent_page;
-use super::pending::{Pending, Protected};
+use super::others::Others;
+use super::pending::{AllReadable, Pending, ProtectedReadable};
 use super::rings::{AllReset, Context, Rings};
 use super::slots::{Slots, log_anew};
+use super::unprotected::{protect_all, protect_step};
 use super::vcpu::Vcpu;
-use crate::kvm::{Kernel, RingSize};
+use crate::kvm::{Kernel, RingSize, UnmapError};
+use crate::layout::PageIndex;
 use crate::page_set::AtomicPageSet;
 
-/// What the tracker's clones and the vCPU handles share.
+/// Enough for a thread that waits for the lock to wake up and take it.
+const TURN: Duration = Duration::from_micros(100);
+
+/// What the tracker's clones, its sessions and the vCPU handles share.
 #[derive(Debug)]
 pub(super) struct Shared {
     pub(super) kernel: Box<dyn Kernel>,
@@ -28,6 +33,10 @@ pub(super) struct Shared {
     pub(super) tracking: AtomicBool,
     /// Marks from outside the guest; replaced by a larger one when memory grows.
     pub(super) marks: RwLock<AtomicPageSet>,
+    /// vCPUs that wait for the lock, because their rings are full.
+    pub(super) full_rings: AtomicU32,
+    /// Writers that KVM does not see. This lock is taken before `state`, never after.
+    pub(super) others: parking_lot::Mutex<Others>,
     /// The recycle lock. A `std` mutex is one futex word: unlike others it never allocates.
     pub(super) state: Mutex<State>,
 }
@@ -37,35 +46,10 @@ pub(super) struct State {
     pub(super) backend: Backend,
     pub(super) slots: Slots,
     pub(super) vcpus: Vec<Arc<Vcpu>>,
-    pub(super) externals: Vec<External>,
-    pub(super) next_external: u64,
     pub(super) pending: Pending,
-    pub(super) tracking: bool,
     /// Another process follows the rings.
     #[cfg(feature = "offload")]
     pub(super) lent: Option<Lent>,
-}
-
-/// An external source that was added to a tracker.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct ExternalId(pub(super) u64);
-
-pub(super) struct External {
-    pub(super) id: ExternalId,
-    pub(super) source: Box<dyn ExternalSource>,
-}
-
-impl External {
-    pub(super) fn start(&mut self) -> Result<(), TrackError> {
-        let name = self.source.name();
-        self.source.start().map_err(|source| TrackError::External { name, source })
-    }
-}
-
-impl fmt::Debug for External {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.id.0, self.source.name())
-    }
 }
 
 #[derive(Debug)]
@@ -79,13 +63,28 @@ pub(super) enum Backend {
     Bitmap(BitmapLog),
 }
 
+impl Backend {
+    /// As reports show it.
+    pub(super) fn name(&self) -> &'static str {
+        match self {
+            Self::Ring { .. } => "ring",
+            Self::Bitmap(_) => "bitmap",
+        }
+    }
+}
+
 /// Proof from whichever backend it is.
 pub(super) enum Collected {
     Ring { _proof: AllReset },
     Bitmap { _proof: AllCleared },
 }
 
-impl Protected for Collected {}
+impl ProtectedReadable for Collected {}
+
+/// Proof that pages were protected that the backend had left, too.
+pub(super) struct AllProtected(());
+
+impl AllReadable for AllProtected {}
 
 impl State {
     /// An error while another process follows the rings: what is asked is its business, or changes what it was told.
@@ -105,19 +104,16 @@ impl State {
         Ok(())
     }
 
-    /// Starts every external source; none is left on when one cannot.
-    pub(super) fn start_externals(&mut self) -> Result<(), TrackError> {
-        for at in 0..self.externals.len() {
-            if let Err(error) = self.externals[at].start() {
-                self.externals[..at].iter_mut().for_each(|external| external.source.stop());
-                return Err(error);
-            }
+    /// Rings may be recycled without protecting their pages if pages of every slot can be protected later.
+    pub(super) fn prepare_to_protect(&mut self, kernel: &dyn Kernel) {
+        let prepared = match self.backend {
+            Backend::Ring { .. } => self.slots.prepare_to_protect(kernel),
+            Backend::Bitmap(_) => Err(UnmapError::NotAsked),
+        };
+        if let (Err(error), Backend::Ring { .. }) = (&prepared, &self.backend) {
+            tracing::info!(%error, "a full dirty ring costs its guest a fault for every page in it");
         }
-        Ok(())
-    }
-
-    pub(super) fn stop_externals(&mut self) {
-        self.externals.iter_mut().for_each(|external| external.source.stop());
+        self.pending.may_leave(prepared);
     }
 }
 
@@ -127,8 +123,18 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Both locks, with all that external sources have logged found.
+    pub(super) fn lock_all(&self) -> (parking_lot::MutexGuard<'_, Others>, MutexGuard<'_, State>) {
+        let mut others = self.others.lock();
+        others.drain();
+        (others, self.lock())
+    }
+
     pub(super) fn ring_full(&self, vcpu: &Arc<Vcpu>) -> Result<(), TrackError> {
+        // Relaxed: a hint to who holds the lock.
+        self.full_rings.fetch_add(1, Ordering::Relaxed);
         let mut state = self.lock();
+        self.full_rings.fetch_sub(1, Ordering::Relaxed);
         #[cfg(feature = "offload")]
         if let Some(Lent::Followed(page)) = &state.lent {
             let page = Arc::clone(page);
@@ -148,38 +154,121 @@ impl Shared {
         Context { kernel: &*self.kernel, slots, counters: &self.counters }
     }
 
-    /// Brings all that is dirty into `pending`, protected.
-    pub(super) fn collect(&self, state: &mut State, quiet: bool) -> Result<Collected, TrackError> {
-        let State { backend, slots, externals, pending, .. } = state;
+    /// The first session is about to begin.
+    pub(super) fn start_logging(&self, state: &mut State, others: &mut Others) -> Result<(), TrackError> {
+        state.check_ours()?;
+        if let Backend::Ring { rings, .. } = &mut state.backend {
+            // What an earlier period left behind.
+            rings.recycle(self.context(&state.slots), &mut state.pending)?;
+        }
+        state.pending.forget();
+        others.start()?;
+        if let Err(error) = state.slots.log_anew(&*self.kernel) {
+            others.stop();
+            return Err(error.into());
+        }
+        state.prepare_to_protect(&*self.kernel);
+        Ok(())
+    }
+
+    /// The last session has stopped.
+    pub(super) fn stop_logging(&self, state: &mut State, others: &mut Others) -> Result<(), TrackError> {
+        self.tracking.store(false, Ordering::Relaxed);
+        others.stop();
+        let logging_off = state.slots.stop_logging(&*self.kernel);
+        if let Backend::Ring { rings, .. } = &mut state.backend {
+            rings.recycle(self.context(&state.slots), &mut state.pending)?;
+        }
+        state.pending.forget();
+        Ok(logging_off?)
+    }
+
+    /// Protects what is unprotected, step by step: a vCPU whose ring is full waits for one step, not for all. What is left
+    /// unprotected meanwhile, [`collect_all`](Self::collect_all) protects; it is what a ring's worth of time leaves.
+    pub(super) fn protect_in_steps(&self) {
+        let mut from = Some(PageIndex(0));
+        while let Some(first) = from {
+            let mut state = self.lock();
+            let State { slots, pending, .. } = &mut *state;
+            from = protect_step(self.context(slots), pending, first);
+            drop(state);
+            if self.full_rings.load(Ordering::Relaxed) > 0 {
+                // The lock does not queue: without a pause this thread would have it again before any other wakes up.
+                std::thread::sleep(TURN);
+            }
+        }
+    }
+
+    /// Gives what others than vCPUs have written to every session. It is not protected against them: they log their next write
+    /// in any case.
+    pub(super) fn collect_others(&self, state: &mut State, others: Option<&mut Others>) {
+        let State { slots, pending, .. } = state;
+        self.marks.read().unwrap_or_else(PoisonError::into_inner).drain_into(pending.sink());
+        if let Some(others) = others {
+            others.move_into(pending.sink());
+        }
+        pending.remove_from_sink(slots);
+        pending.distribute(None, 0);
+    }
+
+    /// Gives all that is dirty to every session, and protects all of it.
+    pub(super) fn collect_all(
+        &self,
+        state: &mut State,
+        others: &mut Others,
+        quiet: bool,
+    ) -> Result<AllProtected, TrackError> {
+        self.collect(state, others, quiet)?;
+        let State { slots, pending, .. } = state;
+        protect_all(self.context(slots), pending);
+        self.rearm_if_lost(slots, pending)?;
+        Ok(AllProtected(()))
+    }
+
+    /// Gives all that is dirty to every session, protected as far as it was not left unprotected on purpose. `quiet`: every
+    /// vCPU is outside the guest.
+    pub(super) fn collect(
+        &self,
+        state: &mut State,
+        others: &mut Others,
+        quiet: bool,
+    ) -> Result<Collected, TrackError> {
+        let State { backend, slots, pending, .. } = state;
         let cx = self.context(slots);
         let collected = match backend {
             Backend::Ring { rings, .. } if quiet => {
                 Collected::Ring { _proof: rings.recycle_quiet(cx, pending)? }
             }
             Backend::Ring { rings, .. } => Collected::Ring { _proof: rings.recycle(cx, pending)? },
-            Backend::Bitmap(log) => Collected::Bitmap { _proof: log.collect(cx, pending.pages_mut())? },
+            Backend::Bitmap(log) => Collected::Bitmap { _proof: log.collect(cx, pending.sink())? },
         };
         // After the guest's: what a device wrote because of what the guest wrote is then in the same harvest.
-        self.marks.read().unwrap_or_else(PoisonError::into_inner).drain_into(pending.pages_mut());
-        externals.iter_mut().for_each(|external| external.source.drain_into(pending.pages_mut()));
+        self.marks.read().unwrap_or_else(PoisonError::into_inner).drain_into(pending.sink());
+        others.move_into(pending.sink());
         // Last of all: it has what the kernel wrote with no vCPU at hand, on behalf of whatever stopped just now.
         if let Backend::Ring { beside: Some(log), .. } = backend
             && quiet
         {
-            log.collect_beside_rings(cx, pending.pages_mut())?;
+            log.collect_beside_rings(cx, pending.sink())?;
         }
-        pending.remove_runs(slots.holes(pending.capacity()));
-        if pending.everything {
-            slots.log_anew(&*self.kernel)?;
-            for region in slots.regions() {
-                pending.pages_mut().insert_run(region.pages);
-            }
-            pending.rearmed();
-            self.counters.rearms.add(1);
-        } else if !quiet {
+        pending.remove_runs(&slots.holes(pending.capacity()));
+        pending.distribute(None, 0);
+        if !pending.everything && !quiet {
             self.protect_unsure(slots, pending)?;
         }
+        self.rearm_if_lost(slots, pending)?;
         Ok(collected)
+    }
+
+    /// Protects all of memory anew and declares it dirty, if nobody knows any more what is.
+    fn rearm_if_lost(&self, slots: &Slots, pending: &mut Pending) -> Result<(), TrackError> {
+        if pending.everything {
+            slots.log_anew(&*self.kernel)?;
+            slots.regions().for_each(|region| pending.insert_run(region.pages));
+            pending.rearmed();
+            self.counters.rearms.add(1);
+        }
+        Ok(())
     }
 
     /// Protects anew the slots with unsure pages, when that costs no more than what these have cost already.
@@ -191,7 +280,7 @@ impl Shared {
                 pending.everything = true;
                 return Err(error.into());
             }
-            pending.pages_mut().insert_run(region.pages);
+            pending.insert_run(region.pages);
         }
         if !regions.is_empty() {
             pending.rearmed();

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::error::TrackError;
-use crate::kvm::{Kernel, KvmError};
+use crate::kvm::{Granule, Kernel, KvmError, UnmapError};
 use crate::layout::{GuestMemory, PageIndex, PageRun, Region, SlotId};
 
 /// One slot. It keeps the memory's owner-given promise alive, and with it the right to name it to KVM.
@@ -12,6 +12,8 @@ struct Slot {
     id: SlotId,
     memory: Arc<GuestMemory>,
     region: usize,
+    /// How many of its pages can be protected at once at least, if any can.
+    granule: Option<Granule>,
 }
 
 impl Slot {
@@ -44,7 +46,7 @@ impl Slots {
         self.check_new(memory)?;
         let memory = Arc::new(memory.clone());
         for (region, Region { slot, .. }) in memory.regions().iter().enumerate() {
-            self.slots.push(Slot { id: *slot, memory: Arc::clone(&memory), region });
+            self.slots.push(Slot { id: *slot, memory: Arc::clone(&memory), region, granule: None });
         }
         self.slots.sort_by_key(|slot| slot.id);
         Ok(())
@@ -62,8 +64,21 @@ impl Slots {
         self.slots.retain(|slot| slot.id != id);
     }
 
-    pub(super) fn regions(&self) -> impl Iterator<Item = &Region> {
+    pub(super) fn regions(&self) -> impl Iterator<Item = &Region> + Clone {
         self.slots.iter().map(Slot::region)
+    }
+
+    /// Sees to it that pages of every slot can be protected without the rings.
+    pub(super) fn prepare_to_protect(&mut self, kernel: &dyn Kernel) -> Result<(), UnmapError> {
+        for slot in self.slots.iter_mut().filter(|slot| slot.granule.is_none()) {
+            slot.granule = Some(kernel.can_protect(slot.region())?);
+        }
+        Ok(())
+    }
+
+    /// The slots whose pages can be.
+    pub(super) fn protectable(&self) -> impl Iterator<Item = (&Region, Granule)> {
+        self.slots.iter().filter_map(|slot| Some((slot.region(), slot.granule?)))
     }
 
     /// One past the highest page of any slot.
@@ -90,16 +105,7 @@ impl Slots {
     /// Protects every page of every slot and logs writes from then on; none is logged when one was refused. A write in
     /// between is not seen: the pages count as dirty anyway, or have not been read yet.
     pub(super) fn log_anew(&self, kernel: &dyn Kernel) -> Result<(), KvmError> {
-        for (done, region) in self.regions().enumerate() {
-            if let Err(error) = log_anew(kernel, region) {
-                for region in self.regions().take(done) {
-                    // Best effort: the refusal that matters is already being reported.
-                    let _ = kernel.set_dirty_logging(region, false);
-                }
-                return Err(error);
-            }
-        }
-        Ok(())
+        log_these_anew(kernel, self.regions())
     }
 
     /// Ends dirty logging of all slots. All are tried, and the first refusal is returned.
@@ -107,6 +113,24 @@ impl Slots {
         let stop = |region| kernel.set_dirty_logging(region, false);
         self.regions().map(stop).fold(Ok(()), Result::and)
     }
+}
+
+/// The same for some slots.
+pub(super) fn log_these_anew<'a>(
+    kernel: &dyn Kernel,
+    regions: impl IntoIterator<Item = &'a Region> + Clone,
+) -> Result<(), KvmError> {
+    for (done, region) in regions.clone().into_iter().enumerate() {
+        if let Err(error) = log_anew(kernel, region) {
+            // The last one too: it may have been logged before.
+            for region in regions.into_iter().take(done + 1) {
+                // Best effort: the refusal that matters is already being reported.
+                let _ = kernel.set_dirty_logging(region, false);
+            }
+            return Err(error);
+        }
+    }
+    Ok(())
 }
 
 /// Protects every page of one slot and logs writes from then on.

@@ -4,27 +4,40 @@ use super::error::TrackError;
 use super::handle::VcpuHandle;
 use super::redirtied::Redirtied;
 use crate::page_set::PageSet;
-use crate::vm::Settled;
+use crate::vm::{Paused, Settled};
 
 /// What was dirtied since the last harvest, observed without disturbing the guest.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Observed {
-    /// Pages by the vCPU that dirtied them, in the order in which the vCPUs were attached.
+    /// Pages by who dirtied them.
     ///
     /// A page counts once for the vCPU that dirtied it first. With [`observe`](DirtySource::observe), which only counts,
     /// it may count again before the next harvest: if KVM emulates guest instructions, if a ring was recycled early, or
     /// if the host took the page from the guest for a moment (huge pages, compaction, NUMA balancing). With
     /// [`observe_into`](DirtySource::observe_into) it does not, unless two vCPUs named it and a ring of theirs was
-    /// recycled early. After [`take_slot_bitmap`](super::DirtyTracker::take_slot_bitmap), pages of other slots that were
+    /// recycled early. After [`take_slot_bitmap`](super::Session::take_slot_bitmap), pages of other slots that were
     /// taken from the rings meanwhile are divided among the vCPUs as before.
-    PerVcpu(Vec<u64>),
+    PerVcpu {
+        /// By vCPU, in the order in which the vCPUs were attached.
+        vcpus: Vec<u64>,
+        /// Those that none of them dirtied first: device threads, other processes, DMA, as far as their logs were read by now.
+        others: u64,
+    },
     /// Pages, whoever dirtied them.
     Total(u64),
     /// This backend cannot observe without protecting the pages again.
     Unobservable,
 }
 
-/// One place that dirty pages come from.
+impl Observed {
+    /// Pages that vCPUs dirtied and nobody else.
+    pub fn per_vcpu(vcpus: Vec<u64>) -> Self {
+        Self::PerVcpu { vcpus, others: 0 }
+    }
+}
+
+/// One place that dirty pages come from, for one user at a time: so its methods take `&mut self`, although a
+/// [`Session`](super::Session) can do without.
 pub trait DirtySource: Send {
     /// The name that reports show: `ring`, `bitmap`, `pagemap`.
     fn backend(&self) -> &'static str;
@@ -33,6 +46,12 @@ pub trait DirtySource: Send {
     /// none. Each knows its [`index`](VcpuHandle::index) in the VMM.
     fn vcpus(&self) -> Vec<VcpuHandle> {
         Vec::new()
+    }
+
+    /// How many pages of each vCPU an observation, or a harvest while the guest runs, may not see yet: on a host with PML the
+    /// processor keeps up to 512 until the vCPU next leaves the guest.
+    fn unseen_per_vcpu(&self) -> u64 {
+        0
     }
 
     /// Begins tracking: what is dirtied from here on will be harvested.
@@ -84,6 +103,43 @@ pub trait DirtySource: Send {
     /// [`TrackError::NotTracking`], [`TrackError::SetTooSmall`], or what the kernel refused; `dirty` is then as
     /// before, and nothing is lost: the next harvest hands it out.
     fn harvest(&mut self, dirty: &mut PageSet) -> Result<(), TrackError>;
+
+    /// [`harvest`](Self::harvest) of what is write-protected or cheap to protect; `behind` gets the pages that stay dirty and
+    /// unprotected, because a guest wrote more of them than its ring has entries. They feel no tracking until
+    /// [`protect`](Self::protect) hands them out, or a later harvest does.
+    ///
+    /// # Errors
+    ///
+    /// As for `harvest`.
+    fn harvest_protected(&mut self, dirty: &mut PageSet, behind: &mut Redirtied) -> Result<(), TrackError> {
+        let _ = behind;
+        self.harvest(dirty)
+    }
+
+    /// Takes up to `pages` pages out of `behind`, the highest first, write-protects them and adds them to `dirty`. A page that
+    /// is not unprotected any more is not added: it comes with the next harvest, if it is dirty.
+    ///
+    /// # Errors
+    ///
+    /// [`TrackError::NotTracking`], [`TrackError::SetTooSmall`]. When the kernel refuses, no page is added, and the next
+    /// harvest hands out all of memory.
+    fn protect(&mut self, behind: &mut Redirtied, pages: u64, dirty: &mut PageSet) -> Result<(), TrackError> {
+        let _ = (pages, dirty);
+        behind.clear();
+        Ok(())
+    }
+
+    /// [`harvest`](Self::harvest) when the guest stands still, which then needs no protection. Once the guest runs on, nobody
+    /// may read any more what was handed out; the pages that are unprotected come again with the next harvest, the others
+    /// have to be [given back](Self::give_back) if they were not read.
+    ///
+    /// # Errors
+    ///
+    /// As for `harvest`.
+    fn harvest_paused(&mut self, paused: &Paused, dirty: &mut PageSet) -> Result<(), TrackError> {
+        let _ = paused;
+        self.harvest(dirty)
+    }
 
     /// [`harvest`](Self::harvest) when nothing writes guest memory any more, neither a vCPU nor a device nor the saving of
     /// state: the last and complete view. Rings come first, then the logs of other writers, and a bitmap beside the rings

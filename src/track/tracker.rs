@@ -1,7 +1,8 @@
-//! The tracker that a VMM keeps for all of a VM's life: slots and vCPUs come and go, periods of tracking begin and end.
+//! The tracker that a VMM keeps for all of a VM's life: slots and vCPUs come and go, sessions begin and end.
+#![expect(unsafe_code, reason = "a VMM may name a slot's memory by address, and vouches for it")]
 
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use super::bitmap::BitmapLog;
@@ -9,23 +10,33 @@ use super::error::TrackError;
 use super::external::ExternalSource;
 use super::figures::{Figures, VmCounters};
 use super::handle::VcpuHandle;
+use super::others::{ExternalId, Others};
 use super::pending::Pending;
-use super::redirtied::Redirtied;
 use super::rings::Rings;
-use super::shared::{Backend, External, ExternalId, Shared, State};
-use super::slots::{Slots, log_anew};
-use super::source::{DirtySource, Observed};
+use super::session::Session;
+use super::shared::{Backend, Shared, State};
+use super::slots::{Slots, log_these_anew};
 use super::vcpu::Vcpu;
 use crate::kvm::ring::{DirtyRing, VmMark};
-use crate::kvm::{Kernel, KvmError, ManualProtect, RingSize, VmFd, caps};
-use crate::layout::{GuestMemory, PageRun, SlotId};
-use crate::page_set::{AtomicPageSet, PageSet};
+use crate::kvm::{Kernel, KvmError, ManualProtect, RingSize, UnmapError, VmFd, caps};
+use crate::layout::{GuestAddress, GuestMemory, PageRun, Region, SlotId};
+use crate::page_set::AtomicPageSet;
 #[cfg(any(test, feature = "testing"))]
 use crate::testing::FakeKernel;
-use crate::vm::Settled;
 
-/// Dirty tracking of one VM, on KVM's rings or on its bitmap. Cheap to clone: all clones are the same tracker, so
-/// that the VMM keeps one, and lends one to a migration as its [`DirtySource`].
+/// Whether memory that is plugged in while sessions run is dirty for them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Initially {
+    /// What it holds is known to every session, as fresh memory of zeroes is: only what is written from now on is dirty.
+    Clean,
+    /// All of it is dirty.
+    Dirty,
+}
+
+/// Dirty tracking of one VM, on KVM's rings or on its bitmap. Cheap to clone: all clones are the same tracker.
+///
+/// It hands out no pages itself. Whoever wants to know dirty pages has a [`Session`], with a set of its own: a migration,
+/// an incremental backup beside it and a measurement of the dirty rate see each page once, each of them.
 ///
 /// The tracker sets and clears `KVM_MEM_LOG_DIRTY_PAGES` itself, on the slots that it was told of with
 /// [`add_memory`](Self::add_memory): it must be able to do so from any thread and without a lock of the VMM's, to
@@ -37,7 +48,7 @@ pub struct DirtyTracker {
 
 impl DirtyTracker {
     /// Gives every vCPU that is created from now on a dirty ring. It cannot be undone, and from then on KVM refuses
-    /// the bitmap ioctls for this VM: see [`take_slot_bitmap`](Self::take_slot_bitmap). On arm64, before the first
+    /// the bitmap ioctls for this VM: see [`Session::take_slot_bitmap`]. On arm64, before the first
     /// memory slot is created, as there is a bitmap beside the rings there; the final harvest collects it.
     ///
     /// # Errors
@@ -58,6 +69,24 @@ impl DirtyTracker {
         let vm = VmFd::duplicate(vm, ManualProtect::On)?;
         caps::enable_manual_protect(vm.as_fd())?;
         Ok(Self::on(Box::new(vm), Backend::Bitmap(BitmapLog::default())))
+    }
+
+    /// [`enable`](Self::enable), or [`enable_bitmap`](Self::enable_bitmap) where KVM has no rings;
+    /// [`backend`](Self::backend) tells which.
+    ///
+    /// # Errors
+    ///
+    /// [`TrackError::Kvm`]: neither is there, or KVM has rings and refuses these.
+    pub fn enable_or_bitmap(vm: &impl AsRawFd, size: RingSize) -> Result<Self, TrackError> {
+        match Self::enable(vm, size) {
+            Err(TrackError::Kvm(KvmError::RingUnsupported)) => Self::enable_bitmap(vm),
+            enabled => enabled,
+        }
+    }
+
+    /// What it tracks by: `ring` or `bitmap`.
+    pub fn backend(&self) -> &'static str {
+        self.shared.lock().backend.name()
     }
 
     /// Tracks by the rings of a kernel in memory.
@@ -98,17 +127,13 @@ impl DirtyTracker {
     }
 
     pub(super) fn on(kernel: Box<dyn Kernel>, backend: Backend) -> Self {
-        let pending = Pending::new();
         let slots = Slots::default();
         let marks = RwLock::new(AtomicPageSet::new(slots.end()));
         let state = State {
             backend,
             slots,
             vcpus: Vec::new(),
-            externals: Vec::new(),
-            next_external: 0,
-            pending,
-            tracking: false,
+            pending: Pending::new(),
             #[cfg(feature = "offload")]
             lent: None,
         };
@@ -117,13 +142,16 @@ impl DirtyTracker {
             counters: VmCounters::default(),
             tracking: AtomicBool::new(false),
             marks,
+            full_rings: AtomicU32::new(0),
+            others: parking_lot::Mutex::new(Others::new()),
             state: Mutex::new(state),
         };
         Self { shared: Arc::new(shared) }
     }
 
     /// Every region of `memory` is a slot from now on. The VMM calls this once it has created the slots, at start-up
-    /// or when memory is plugged in. While tracking is on, all of the new memory counts as dirty.
+    /// or when memory is plugged in. All of the new memory is dirty for the sessions that run;
+    /// [`add_memory_as`](Self::add_memory_as) and [`add_slot`](Self::add_slot) take it as clean, if it is.
     ///
     /// What system management mode sees is added besides, by
     /// [`in_address_space`](GuestMemory::in_address_space). A page that two slots have then is dirty once, and no longer
@@ -134,46 +162,80 @@ impl DirtyTracker {
     /// [`TrackError::SlotKnown`] for an id that is in use, [`TrackError::Layout`] for pages or host memory that are, or
     /// what KVM refused; no region is added then.
     pub fn add_memory(&self, memory: &GuestMemory) -> Result<(), TrackError> {
+        self.add_memory_as(memory, Initially::Dirty)
+    }
+
+    /// One slot more, for a VMM that knows its memory slot by slot: `len_bytes` of guest memory from `address` on, which
+    /// KVM has as slot `slot` at `host`. All of them are multiples of 4096.
+    ///
+    /// # Safety
+    ///
+    /// `[host, host + len_bytes)` is mapped readable and writable, stays mapped until [`remove_slot`](Self::remove_slot) or until the
+    /// tracker with all its sessions and handles is gone, and no Rust reference to it exists: the guest writes it at any time.
+    ///
+    /// # Errors
+    ///
+    /// As for [`add_memory`](Self::add_memory), and [`TrackError::Layout`] for what cannot be memory of a guest.
+    pub unsafe fn add_slot(
+        &self,
+        slot: SlotId,
+        address: GuestAddress,
+        len_bytes: u64,
+        host: *mut u8,
+        initially: Initially,
+    ) -> Result<(), TrackError> {
+        let region = Region::from_bytes(slot, address, len_bytes, host)?;
+        // SAFETY: what our caller vouches for is what this demands.
+        let memory = unsafe { GuestMemory::new(vec![region]) }?;
+        self.add_memory_as(&memory, initially)
+    }
+
+    /// [`add_memory`](Self::add_memory), and the caller says whether the new memory is dirty for the sessions that run.
+    ///
+    /// # Errors
+    ///
+    /// As for `add_memory`.
+    pub fn add_memory_as(&self, memory: &GuestMemory, initially: Initially) -> Result<(), TrackError> {
+        let mut others = self.shared.others.lock();
         let state = &mut *self.shared.lock();
         state.check_ours()?;
         state.slots.add(memory)?;
-        if state.tracking {
-            let mut refused = Ok(());
-            for region in memory.regions() {
-                refused = refused.and_then(|()| log_anew(&*self.shared.kernel, region));
-            }
-            if let Err(error) = refused {
-                memory.regions().iter().for_each(|region| state.slots.remove(region.slot));
-                return Err(error.into());
-            }
+        if state.pending.is_tracking()
+            && let Err(error) = log_these_anew(&*self.shared.kernel, memory.regions())
+        {
+            memory.regions().iter().for_each(|region| state.slots.remove(region.slot));
+            return Err(error.into());
         }
         let end = state.slots.end();
         state.pending.resize(end);
+        others.resize(end);
         let mut marks = self.shared.marks.write().unwrap_or_else(PoisonError::into_inner);
         if marks.capacity() < end {
-            marks.drain_into(state.pending.pages_mut());
+            marks.drain_into(state.pending.sink());
+            state.pending.distribute(None, 0);
             *marks = AtomicPageSet::new(end);
         }
-        if state.tracking {
-            for region in memory.regions() {
-                state.pending.pages_mut().insert_run(region.pages);
-            }
+        if state.pending.is_tracking() {
+            state.prepare_to_protect(&*self.shared.kernel);
+        }
+        if initially == Initially::Dirty {
+            memory.regions().iter().for_each(|region| state.pending.insert_run(region.pages));
         }
         Ok(())
     }
 
-    /// Forgets a slot. The VMM calls this before it deletes or moves the slot in KVM: entries that still name it are
-    /// recycled first, because KVM would take them for entries of the next slot with this id.
+    /// Forgets a slot; whether the tracker knew it. The VMM calls this before it deletes or moves the slot in KVM: entries that
+    /// still name it are recycled first, because KVM would take them for entries of the next slot with this id.
     ///
     /// # Errors
     ///
-    /// [`TrackError::SlotUnknown`], or what KVM refused; the slot is then still tracked. A slot that the VMM has deleted
-    /// already is forgotten.
-    pub fn remove_slot(&self, slot: SlotId) -> Result<(), TrackError> {
+    /// What KVM refused; the slot is then still tracked. A slot that the VMM has deleted already is forgotten.
+    pub fn remove_slot(&self, slot: SlotId) -> Result<bool, TrackError> {
+        let mut others = self.shared.others.lock();
         let state = &mut *self.shared.lock();
         state.check_ours()?;
-        let region = *state.slots.get(slot).ok_or(TrackError::SlotUnknown(slot))?;
-        if state.tracking {
+        let Some(region) = state.slots.get(slot).copied() else { return Ok(false) };
+        if state.pending.is_tracking() {
             match self.shared.kernel.set_dirty_logging(&region, false) {
                 // The VMM was too early. It can do nothing better now than to have the slot forgotten.
                 Err(KvmError::SlotGone(_)) => {}
@@ -181,14 +243,19 @@ impl DirtyTracker {
             }
         }
         // With logging off, nothing new can name the slot.
-        if let Backend::Ring { rings, .. } = &mut state.backend {
-            rings.recycle(self.shared.context(&state.slots), &mut state.pending)?;
+        if let Backend::Ring { rings, .. } = &mut state.backend
+            && let Err(error) = rings.recycle(self.shared.context(&state.slots), &mut state.pending)
+        {
+            // The slot stays, and nobody logs it: the next harvest has it logged again.
+            state.pending.everything = true;
+            return Err(error);
         }
         state.slots.remove(slot);
         // Not simply its pages: another address space may have them, too.
-        state.pending.remove_runs(state.slots.holes(state.pending.capacity()));
+        state.pending.remove_runs(&state.slots.holes(state.pending.capacity()));
         state.pending.resize(state.slots.end());
-        Ok(())
+        others.resize(state.slots.end());
+        Ok(true)
     }
 
     /// Follows a vCPU, at start-up or when it is plugged in, before it first runs.
@@ -218,6 +285,7 @@ impl DirtyTracker {
             rings.push(ring, Arc::clone(&vcpu));
         }
         state.vcpus.push(Arc::clone(&vcpu));
+        state.pending.vcpu_attached();
         Ok(VcpuHandle::new(Arc::clone(&self.shared), vcpu))
     }
 
@@ -232,63 +300,54 @@ impl DirtyTracker {
         }
     }
 
-    /// What `KVM_GET_DIRTY_LOG` would say of one slot: bit 0 of word 0 is its first page. The pages of other slots
-    /// stay for their own turn.
+    /// From now on the pages that `source` logs are in every harvest. It is started with the first session and stopped with the
+    /// last; while one runs, at once: its writer must not have begun before.
     ///
-    /// # Errors
-    ///
-    /// [`TrackError::SlotUnknown`], and as for [`harvest`](DirtySource::harvest).
-    pub fn take_slot_bitmap(&self, slot: SlotId) -> Result<Vec<u64>, TrackError> {
-        let state = &mut *self.shared.lock();
-        let run = state.slots.get(slot).ok_or(TrackError::SlotUnknown(slot))?.pages;
-        if !state.tracking {
-            return Err(TrackError::NotTracking);
-        }
-        let collected = self.shared.collect(state, false)?;
-        let (words, remainder) = state.pending.hand_out_words(collected, run);
-        if let Backend::Ring { rings, .. } = &mut state.backend {
-            rings.harvested_in_part(remainder);
-        }
-        self.shared.counters.harvests.add(1);
-        Ok(words)
-    }
-
-    /// From now on the pages that `source` logs are in every harvest. It is started and stopped with the tracker; while
-    /// tracking is on, at once: its writer must not have begun before.
+    /// A VMM that has to go on using its source adds an `Arc<Mutex<_>>` of it, and keeps a clone: see
+    /// [`ExternalSource`](super::ExternalSource).
     ///
     /// # Errors
     ///
     /// [`TrackError::External`] if it had to be started and could not; it is not added then.
     pub fn add_external(&self, source: Box<dyn ExternalSource>) -> Result<ExternalId, TrackError> {
-        let state = &mut *self.shared.lock();
-        let mut external = External { id: ExternalId(state.next_external), source };
-        if state.tracking {
-            external.start()?;
-        }
-        state.next_external += 1;
-        let id = external.id;
-        state.externals.push(external);
-        Ok(id)
+        self.shared.others.lock().add(source)
     }
 
     /// Takes a source out again, once its writer has stopped; what it has logged stays dirty. `None` if it is gone
     /// already.
     pub fn remove_external(&self, id: ExternalId) -> Option<Box<dyn ExternalSource>> {
-        let state = &mut *self.shared.lock();
-        let at = state.externals.iter().position(|external| external.id == id)?;
-        let mut source = state.externals.remove(at).source;
-        if state.tracking {
-            source.drain_into(state.pending.pages_mut());
-            source.stop();
-        }
-        Some(source)
+        self.shared.others.lock().remove(id)
+    }
+
+    /// A session that does not run yet: for a migration, which begins it when its peer has agreed.
+    pub fn session(&self) -> Session {
+        Session::new(Arc::clone(&self.shared))
+    }
+
+    /// A session that runs: what is dirtied from here on is in its harvests.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel or an external source refused; the other sessions go on as before.
+    pub fn start(&self) -> Result<Session, TrackError> {
+        let session = self.session();
+        session.start()?;
+        Ok(session)
     }
 
     /// Handles of all vCPUs, in the order of attachment: for whoever throttles.
     pub fn vcpus(&self) -> Vec<VcpuHandle> {
-        let state = self.shared.lock();
-        let handle = |vcpu: &Arc<Vcpu>| VcpuHandle::new(Arc::clone(&self.shared), Arc::clone(vcpu));
-        state.vcpus.iter().map(handle).collect()
+        VcpuHandle::all(&self.shared)
+    }
+
+    /// Whether a full ring is recycled without protecting its pages, as of the last start of tracking.
+    ///
+    /// # Errors
+    ///
+    /// Why each of them is protected, which costs the guest a fault: the backend is the bitmap, or pages cannot be protected
+    /// one by one here.
+    pub fn recycles_without_protecting(&self) -> Result<(), UnmapError> {
+        self.shared.lock().pending.why_none_is_left()
     }
 
     /// What tracking did so far and what it cost.
@@ -296,104 +355,5 @@ impl DirtyTracker {
         let state = self.shared.lock();
         let vcpus = state.vcpus.iter().map(|vcpu| vcpu.figures()).collect();
         self.shared.counters.figures(vcpus)
-    }
-
-    fn observe_and_report(&self, redirtied: Option<&mut Redirtied>) -> Result<Observed, TrackError> {
-        let State { backend, slots, pending, tracking, .. } = &mut *self.shared.lock();
-        match backend {
-            _ if !*tracking => Err(TrackError::NotTracking),
-            Backend::Ring { rings, .. } => {
-                rings.observe(self.shared.context(slots), pending, redirtied).map(Observed::PerVcpu)
-            }
-            Backend::Bitmap(_) => Ok(Observed::Unobservable),
-        }
-    }
-
-    fn harvest_when(&self, quiet: bool, dirty: &mut PageSet) -> Result<(), TrackError> {
-        let state = &mut *self.shared.lock();
-        if !state.tracking {
-            return Err(TrackError::NotTracking);
-        }
-        state.pending.check_fits(dirty)?;
-        let collected = self.shared.collect(state, quiet)?;
-        state.pending.hand_out(collected, dirty);
-        if let Backend::Ring { rings, .. } = &mut state.backend {
-            rings.harvested();
-        }
-        self.shared.counters.harvests.add(1);
-        Ok(())
-    }
-}
-
-impl DirtySource for DirtyTracker {
-    fn backend(&self) -> &'static str {
-        match self.shared.lock().backend {
-            Backend::Ring { .. } => "ring",
-            Backend::Bitmap(_) => "bitmap",
-        }
-    }
-
-    fn vcpus(&self) -> Vec<VcpuHandle> {
-        Self::vcpus(self)
-    }
-
-    fn start(&mut self) -> Result<(), TrackError> {
-        let state = &mut *self.shared.lock();
-        if state.tracking {
-            return Err(TrackError::AlreadyTracking);
-        }
-        state.check_ours()?;
-        if let Backend::Ring { rings, .. } = &mut state.backend {
-            // What an earlier period left behind.
-            rings.recycle(self.shared.context(&state.slots), &mut state.pending)?;
-            rings.harvested();
-        }
-        state.pending.forget();
-        state.start_externals()?;
-        if let Err(error) = state.slots.log_anew(&*self.shared.kernel) {
-            state.stop_externals();
-            return Err(error.into());
-        }
-        state.tracking = true;
-        self.shared.tracking.store(true, Ordering::Relaxed);
-        // Before anybody reads a page: see `mark_dirty`.
-        fence(Ordering::SeqCst);
-        Ok(())
-    }
-
-    fn observe(&mut self) -> Result<Observed, TrackError> {
-        self.observe_and_report(None)
-    }
-
-    fn observe_into(&mut self, redirtied: &mut Redirtied) -> Result<Observed, TrackError> {
-        self.observe_and_report(Some(redirtied))
-    }
-
-    fn harvest(&mut self, dirty: &mut PageSet) -> Result<(), TrackError> {
-        self.harvest_when(false, dirty)
-    }
-
-    fn harvest_final(&mut self, _: &Settled<'_>, dirty: &mut PageSet) -> Result<(), TrackError> {
-        self.harvest_when(true, dirty)
-    }
-
-    fn give_back(&mut self, pages: &PageSet) {
-        self.shared.lock().pending.give_back(pages);
-    }
-
-    fn stop(&mut self) -> Result<(), TrackError> {
-        let state = &mut *self.shared.lock();
-        if !state.tracking {
-            return Ok(());
-        }
-        state.tracking = false;
-        self.shared.tracking.store(false, Ordering::Relaxed);
-        state.stop_externals();
-        let logging_off = state.slots.stop_logging(&*self.shared.kernel);
-        if let Backend::Ring { rings, .. } = &mut state.backend {
-            rings.recycle(self.shared.context(&state.slots), &mut state.pending)?;
-        }
-        state.pending.forget();
-        Ok(logging_off?)
     }
 }

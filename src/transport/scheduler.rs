@@ -34,13 +34,8 @@ use parking_lot::{Condvar, Mutex};
 
 use super::error::TransportError;
 use crate::layout::{PageIndex, PageRun};
-use crate::page_set::PageSet;
+use crate::page_set::{FromTheTop, PageSet};
 use crate::wire::STATE_WINDOW_BYTES;
-
-/// Pages of the set that the first scan covers, and those where there are few: so that the lock is held for
-/// microseconds.
-const WINDOW_PAGES: u64 = 1 << 11;
-const WINDOW_PAGES_MAX: u64 = 1 << 24;
 
 /// A piece of the stream of device state.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -97,11 +92,11 @@ pub(super) enum Waited {
 #[derive(Default)]
 struct State {
     round: u32,
-    /// Pages that were never dealt, all below `cursor`.
+    /// Pages that were never dealt.
     undealt: PageSet,
-    cursor: u64,
-    /// Runs of one scan, kept for their memory.
-    found: Vec<PageRun>,
+    from_the_top: FromTheTop,
+    /// More pages of the round are to come.
+    open: bool,
     /// Pages that came back from dead channels.
     returned: VecDeque<PageRun>,
     /// Pages in frames that are not acknowledged.
@@ -139,7 +134,11 @@ impl State {
     }
 
     fn is_complete(&self) -> bool {
-        !self.has_work_of_round() && self.in_flight == 0 && self.copies_in_flight == 0 && self.retiring == 0
+        !self.open
+            && !self.has_work_of_round()
+            && self.in_flight == 0
+            && self.copies_in_flight == 0
+            && self.retiring == 0
     }
 
     /// When the round is lost, given `grace` for reconnecting: it takes more than a connection to begin to hope again.
@@ -161,12 +160,23 @@ pub(super) struct Scheduler {
 }
 
 impl Scheduler {
-    /// Puts the pages of a round before the channels.
-    pub(super) fn begin(&self, round: u32, pages: PageSet) {
+    /// Puts the pages of a round before the channels; with `open`, more are to come.
+    pub(super) fn begin(&self, round: u32, pages: PageSet, open: bool) {
         let mut state = self.state.lock();
-        state.round = round;
-        state.cursor = pages.capacity().0;
+        (state.round, state.open) = (round, open);
+        state.from_the_top.reach(pages.capacity());
         state.undealt = pages;
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// Puts more pages of the round before the channels; the last ones, unless it stays `open`.
+    pub(super) fn add(&self, pages: &PageSet, open: bool) {
+        let mut state = self.state.lock();
+        debug_assert!(state.open, "only an open round grows");
+        state.undealt.union(pages);
+        state.from_the_top.reach(pages.capacity());
+        state.open = open;
         drop(state);
         self.changed.notify_all();
     }
@@ -215,6 +225,13 @@ impl Scheduler {
         state.returned.drain(..).for_each(|run| recalled.insert_run(run));
         self.notify_if_complete(state);
         recalled
+    }
+
+    /// The round gets no more pages.
+    pub(super) fn close(&self) {
+        let mut state = self.state.lock();
+        state.open = false;
+        self.notify_if_complete(state);
     }
 
     fn notify_if_complete(&self, state: parking_lot::MutexGuard<'_, State>) {
@@ -267,7 +284,8 @@ impl Scheduler {
         let round = state.round;
         let mut pages = take_runs(&mut state.returned, pages_max, runs);
         if pages == 0 {
-            pages = state.deal(pages_max, runs);
+            let State { undealt, from_the_top, .. } = &mut *state;
+            pages = from_the_top.take(undealt, pages_max, runs);
         }
         if pages > 0 {
             state.in_flight += pages;
@@ -309,7 +327,11 @@ impl Scheduler {
         runs: impl Iterator<Item = PageRun>,
     ) -> bool {
         let mut state = self.state.lock();
-        let alone = !state.has_work() && pages > 0 && state.in_flight == pages && state.copies_in_flight == 0;
+        let alone = !state.has_work()
+            && !state.open
+            && pages > 0
+            && state.in_flight == pages
+            && state.copies_in_flight == 0;
         if !alone || state.copied.is_some() || state.live_channels < 2 {
             return false;
         }
@@ -403,6 +425,11 @@ impl Scheduler {
         state.undealt.len() + state.in_flight + state.returned.iter().map(|run| run.pages).sum::<u64>()
     }
 
+    /// Pages of the round that no channel was given yet.
+    pub(super) fn undealt_pages(&self) -> u64 {
+        self.state.lock().undealt.len()
+    }
+
     /// Whether there is something to send.
     pub(super) fn has_work(&self) -> bool {
         self.state.lock().has_work()
@@ -466,35 +493,6 @@ impl State {
             self.copied = None;
             self.copies.clear();
         }
-    }
-
-    /// Deals up to `wanted` pages that were never dealt, the highest first; how many.
-    fn deal(&mut self, wanted: u64, runs: &mut Vec<PageRun>) -> u64 {
-        let (mut dealt, mut window) = (0, WINDOW_PAGES);
-        while dealt < wanted && !self.undealt.is_empty() && self.cursor > 0 {
-            let first = self.cursor.saturating_sub(window);
-            let scan = PageRun { first: PageIndex(first), pages: self.cursor - first };
-            self.found.clear();
-            self.found.extend(self.undealt.runs_within(scan));
-            let mut next = first;
-            while let Some(run) = self.found.pop() {
-                let pages = run.pages.min(wanted - dealt);
-                let highest = PageRun { first: PageIndex(run.end().0 - pages), pages };
-                self.undealt.remove_run(highest);
-                runs.push(highest);
-                dealt += pages;
-                if dealt == wanted {
-                    next = highest.first.0;
-                    break;
-                }
-            }
-            self.cursor = next;
-            // Where there are few pages, the next scan reaches further.
-            window = window.saturating_mul(2).min(WINDOW_PAGES_MAX);
-        }
-        // A frame's runs ascend.
-        runs.reverse();
-        dealt
     }
 }
 

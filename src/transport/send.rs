@@ -151,6 +151,37 @@ impl Sender {
     ///
     /// [`TransportError::RoundUnfinished`] if the round before has not ended, [`TransportError::Cancelled`].
     pub fn begin_round(&mut self, round: u32, pages: PageSet) -> Result<(), TransportError> {
+        self.begin(round, pages, false)
+    }
+
+    /// The same for a round that gets [more pages](Self::add_to_round), and does not end before it has them.
+    ///
+    /// # Errors
+    ///
+    /// As for `begin_round`.
+    pub fn begin_open_round(&mut self, round: u32, pages: PageSet) -> Result<(), TransportError> {
+        self.begin(round, pages, true)
+    }
+
+    /// Puts more pages of an open round before the channels, none of which they were given in this round. `gone` further
+    /// pages are not to be sent after all, and count as struck off. Unless the round stays `open`, these were the last.
+    pub fn add_to_round(&mut self, pages: &PageSet, gone: u64, open: bool) {
+        self.session.counters.pages_struck_off.add(gone);
+        self.session.scheduler.add(pages, open);
+    }
+
+    /// An open round gets no more pages: `gone` pages that were to come count as struck off.
+    pub fn close_round(&mut self, gone: u64) {
+        self.session.counters.pages_struck_off.add(gone);
+        self.session.scheduler.close();
+    }
+
+    /// Pages of the round that no channel was given yet.
+    pub fn undealt_pages(&self) -> u64 {
+        self.session.scheduler.undealt_pages()
+    }
+
+    fn begin(&mut self, round: u32, pages: PageSet, open: bool) -> Result<(), TransportError> {
         if self.session.is_cancelled() {
             return Err(TransportError::Cancelled);
         }
@@ -165,7 +196,7 @@ impl Sender {
             totals_before: counters.totals(),
             losses_before: counters.losses().len(),
         });
-        scheduler.begin(round, pages);
+        scheduler.begin(round, pages, open);
         Ok(())
     }
 

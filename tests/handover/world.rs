@@ -214,7 +214,7 @@ impl DirtySource for TestSource {
     }
 
     fn observe(&mut self) -> Result<Observed, TrackError> {
-        Ok(Observed::PerVcpu(vec![2]))
+        Ok(Observed::per_vcpu(vec![2]))
     }
 
     fn harvest(&mut self, dirty: &mut PageSet) -> Result<(), TrackError> {

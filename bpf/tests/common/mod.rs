@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use bare::{BareVcpu, BareVm, DATA, Kickable, Pages, Privilege, Work, kvm};
 use ringferry::kvm::RingSize;
-use ringferry::track::{DirtyTracker, VcpuHandle};
-use ringferry::{DirtySource, PageIndex, PageSet};
+use ringferry::track::{DirtyTracker, Session, VcpuHandle};
+use ringferry::{PageIndex, PageSet};
 use ringferry_bpf::{Error, Options, Profiler, VcpuCounts};
 
 /// A profiler of this process, or `None` where the machine does not allow one: noted as skipped.
@@ -43,6 +43,7 @@ pub fn counts_of(profiler: &mut Profiler, creator: i32) -> Vec<VcpuCounts> {
 pub struct Guest {
     pub vm: BareVm,
     pub tracker: DirtyTracker,
+    pub session: Session,
     pub vcpu: BareVcpu,
     pub handle: VcpuHandle,
 }
@@ -58,7 +59,7 @@ impl Guest {
         tracker.add_memory(vm.memory()).unwrap();
         let vcpu = vm.create_vcpu(3, privilege).unwrap();
         let handle = tracker.attach_vcpu(3, vcpu.fd()).unwrap();
-        Some(Self { vm, tracker, vcpu, handle })
+        Some(Self { vm, session: tracker.session(), tracker, vcpu, handle })
     }
 
     pub fn write(&mut self, first: u64, pages: u64, stride: u64) {
@@ -72,7 +73,7 @@ impl Guest {
 
     pub fn harvest(&mut self) -> u64 {
         let mut dirty = PageSet::new(self.vm.memory().end());
-        self.tracker.harvest(&mut dirty).unwrap();
+        self.session.harvest(&mut dirty).unwrap();
         dirty.runs().map(|run| run.pages).sum()
     }
 }
@@ -117,17 +118,11 @@ impl Writer {
 }
 
 /// Harvests for a while, as a migration does.
-pub fn harvest_for(
-    tracker: &mut DirtyTracker,
-    vm: &BareVm,
-    rounds: u32,
-    pause: Duration,
-    mut between: impl FnMut(),
-) {
+pub fn harvest_for(session: &Session, vm: &BareVm, rounds: u32, pause: Duration, mut between: impl FnMut()) {
     let mut dirty = PageSet::new(vm.memory().end());
     for _ in 0..rounds {
         std::thread::sleep(pause);
         between();
-        tracker.harvest(&mut dirty).unwrap();
+        session.harvest(&mut dirty).unwrap();
     }
 }

@@ -67,7 +67,7 @@ mod tests {
     use std::sync::Arc;
     use std::sync::atomic::{AtomicU32, Ordering};
 
-    use super::super::{DIRTY, Entry};
+    use super::super::{DIRTY, Entry, Recycle};
     use super::*;
 
     fn ring(flags: &[(usize, u32)], position: u32) -> (Arc<[Entry]>, DirtyRing) {
@@ -87,7 +87,7 @@ mod tests {
         let published = Arc::clone(&seen);
         let mut ring = ring.borrow(move |position| published.store(position, Ordering::Relaxed));
         assert_eq!(seen.load(Ordering::Relaxed), 3);
-        assert_eq!(ring.take(|_, _| {}), 2);
+        assert_eq!(ring.take(Recycle::Protecting, |_, _| {}), 2);
         assert_eq!(seen.load(Ordering::Relaxed), 5);
     }
 
@@ -104,7 +104,7 @@ mod tests {
                 assert!(ring.is_out_of_step(), "nothing is reset yet");
                 (4..7).for_each(|entry| entries[at(entry)].flags.store(EMPTY, Ordering::Relaxed));
                 assert!(!ring.is_out_of_step());
-                assert_eq!(ring.take(|_, _| {}), 2);
+                assert_eq!(ring.take(Recycle::Protecting, |_, _| {}), 2);
             }
         }
     }

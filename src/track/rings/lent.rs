@@ -34,7 +34,6 @@ impl Rings {
         for ring in self.rings.iter_mut().filter(|ring| ring.ring.is_out_of_step()) {
             ring.overflowed("it came back out of step from the process that followed it");
         }
-        self.harvested();
         Ok(())
     }
 

@@ -1,7 +1,9 @@
 //! Slots and memory that come and go, and what else a VMM may do at the edges of tracking.
+#![expect(unsafe_code, reason = "a slot's memory is named by address")]
 
 use super::*;
-use crate::layout::LayoutError;
+use crate::layout::{GuestAddress, LayoutError};
+use crate::testing::{AnonymousRam, Backing};
 
 #[test]
 fn when_the_topmost_memory_is_unplugged_a_set_of_what_is_left_is_large_enough() {
@@ -13,11 +15,11 @@ fn when_the_topmost_memory_is_unplugged_a_set_of_what_is_left_is_large_enough() 
     let left = PageIndex(slot_pages(1).end().0);
     for expected in [1, 0] {
         let mut dirty = PageSet::new(left);
-        model.tracker.harvest(&mut dirty).unwrap();
+        model.session().harvest(&mut dirty).unwrap();
         assert_eq!(dirty.len(), expected);
         model.send(&dirty);
     }
-    let too_small = model.tracker.harvest(&mut PageSet::new(PageIndex(left.0 - 1)));
+    let too_small = model.session().harvest(&mut PageSet::new(PageIndex(left.0 - 1)));
     assert!(matches!(too_small, Err(TrackError::SetTooSmall { needed, .. }) if needed == left));
     model.add_slot(2);
     model.harvest();
@@ -32,7 +34,7 @@ fn an_overflowed_ring_whose_vcpu_idles_makes_all_of_ram_dirty_once() {
     model.emulate(0, 1, &over);
     let harvested = |model: &mut Model| {
         let mut dirty = PageSet::new(end());
-        model.tracker.harvest(&mut dirty).unwrap();
+        model.session().harvest(&mut dirty).unwrap();
         model.send(&dirty);
         dirty.len()
     };
@@ -54,7 +56,7 @@ fn an_interrupted_reset_makes_dirty_again_what_it_may_have_left_unprotected_and_
     let mut model = Model::new(8, 0, 0, false);
     let harvested = |model: &mut Model| {
         let mut dirty = PageSet::new(end());
-        model.tracker.harvest(&mut dirty).unwrap();
+        model.session().harvest(&mut dirty).unwrap();
         model.send(&dirty);
         dirty.runs().flat_map(|run| run.first.0..run.end().0).collect::<Vec<_>>()
     };
@@ -86,7 +88,7 @@ fn pages_that_resets_left_unprotected_are_protected_once_that_is_cheaper() {
     let mut harvested = Vec::new();
     for _ in 0..20 {
         let mut dirty = PageSet::new(end());
-        model.tracker.harvest(&mut dirty).unwrap();
+        model.session().harvest(&mut dirty).unwrap();
         model.send(&dirty);
         harvested.push(dirty.len());
     }
@@ -102,8 +104,8 @@ fn pages_that_resets_left_unprotected_are_protected_once_that_is_cheaper() {
 #[test]
 fn pages_that_were_taken_slot_by_slot_are_observed_no_more() {
     let mut model = Model::new(2, 0, 0, false);
-    let observe = |model: &mut Model| match model.tracker.observe_into(&mut model.redirtied).unwrap() {
-        Observed::PerVcpu(pages) => pages,
+    let observe = |model: &mut Model| match model.observe() {
+        Observed::PerVcpu { vcpus, .. } => vcpus,
         other => panic!("{other:?}"),
     };
     for turn in 1..=3 {
@@ -122,22 +124,22 @@ fn pages_that_were_taken_slot_by_slot_are_observed_no_more() {
     model.write(0, 2, 7);
     model.take_slot_bitmap(1);
     observe(&mut model);
-    assert!(model.redirtied.pages_mut().contains(PageIndex(slot_pages(2).first.0 + 7)));
+    assert!(model.views[0].redirtied.pages_mut().contains(PageIndex(slot_pages(2).first.0 + 7)));
     model.check_nothing_is_lost();
 }
 
 #[test]
 fn a_handle_knows_the_index_that_the_vmm_gave_its_vcpu() {
     let kernel = FakeKernel::new();
-    let mut tracker = DirtyTracker::on_fake_rings(&kernel, RingSize::MIN);
+    let tracker = DirtyTracker::on_fake_rings(&kernel, RingSize::MIN);
     tracker.add_memory(&kernel.create_slot(SlotId(1), slot_pages(1))).unwrap();
     let given = [7, 2, 40];
     for index in given {
         assert_eq!(tracker.attach_fake_vcpu(index, &kernel, 0, 0).unwrap().index(), index);
     }
-    tracker.start().unwrap();
+    let session = tracker.start().unwrap();
     assert!(kernel.write(1, SlotId(1), 5));
-    assert_eq!(tracker.observe().unwrap(), Observed::PerVcpu(vec![0, 1, 0]));
+    assert_eq!(session.observe().unwrap(), Observed::per_vcpu(vec![0, 1, 0]));
     assert_eq!(tracker.vcpus().iter().map(VcpuHandle::index).collect::<Vec<_>>(), given);
     assert_eq!(tracker.snapshot().vcpus.iter().map(|vcpu| vcpu.index).collect::<Vec<_>>(), given);
 }
@@ -152,27 +154,127 @@ fn memory_whose_place_is_taken_is_refused_wherever_it_was_added() {
             matches!(refused, Err(TrackError::Layout(LayoutError::Overlap(page))) if page == taken.first),
             "{slot:?}: {refused:?}"
         );
-        assert!(matches!(model.tracker.remove_slot(slot), Err(TrackError::SlotUnknown(_))));
+        assert!(!model.tracker.remove_slot(slot).unwrap());
     }
 }
 
 /// System management mode has slots of its own over the same memory.
 #[test]
 fn a_page_of_two_address_spaces_stays_dirty_when_one_of_its_slots_goes() {
-    let mut model = Model::new(1, 0, 0, false);
+    let model = Model::new(1, 0, 0, false);
     let pages = PageRun { first: PageIndex(slot_pages(SLOTS - 1).end().0 + 10), pages: 50 };
     let memory = model.kernel.create_slot(SlotId(9), pages);
     let smm = memory.in_address_space(1);
     model.kernel.create_slots(&smm);
     model.tracker.add_memory(&memory).unwrap();
     model.tracker.add_memory(&smm).unwrap();
-    model.tracker.harvest(&mut PageSet::new(pages.end())).unwrap();
+    model.session().harvest(&mut PageSet::new(pages.end())).unwrap();
     for (slot, offset) in [(SlotId(9), 3), (SlotId(0x1_0009), 3), (SlotId(0x1_0009), 4)] {
         assert!(model.kernel.write(0, slot, offset));
     }
     model.tracker.remove_slot(SlotId(0x1_0009)).unwrap();
     let mut dirty = PageSet::new(pages.end());
-    model.tracker.harvest(&mut dirty).unwrap();
+    model.session().harvest(&mut dirty).unwrap();
     let found: Vec<u64> = dirty.runs().flat_map(|run| run.first.0..run.end().0).collect();
     assert_eq!(found, [pages.first.0 + 3, pages.first.0 + 4]);
+}
+
+/// A reset gives KVM's lock back before it flushes the TLBs. Whoever then finds its entries reset has not protected their
+/// pages: a vCPU may go on writing them, and nothing tells of it.
+#[test]
+fn a_reset_of_another_thread_that_has_not_flushed_yet_makes_everything_dirty() {
+    for kept in [0, 3] {
+        let mut model = Model::new(1, 0, 0, false);
+        for offset in 0..150 {
+            model.write(0, 1, offset);
+        }
+        if kept > 0 {
+            // It is interrupted, and ours does the rest.
+            model.kernel.interrupt_a_reset(Interruption { after_entries: kept });
+        }
+        model.kernel.foreign_reset_before_the_next();
+        model.harvest();
+        model.write(0, 1, 5);
+        model.kernel.foreign_flush();
+        model.check_nothing_is_lost();
+        assert_eq!(model.tracker.snapshot().foreign_resets, 1);
+    }
+}
+
+#[test]
+fn memory_of_which_one_slot_cannot_be_logged_is_not_added_and_none_of_it_is_logged() {
+    let mut model = Model::new(1, 0, 0, false);
+    let run = |first| PageRun { first: PageIndex(first), pages: 10 };
+    let ram = AnonymousRam::with_slots(
+        &[(SlotId(7), run(50_000)), (SlotId(8), run(60_000)), (SlotId(9), run(70_000))],
+        Backing::SmallPages,
+    );
+    let ram = ram.unwrap();
+    model.kernel.create_slots(ram.memory());
+    model.kernel.refuse_to_log(SlotId(8));
+    let refused = model.tracker.add_memory(ram.memory());
+    assert!(matches!(refused, Err(TrackError::Kvm(_))), "{refused:?}");
+    for slot in [7, 8, 9].map(SlotId) {
+        assert!(!model.kernel.is_logging(slot), "{slot:?}");
+        assert!(!model.tracker.remove_slot(slot).unwrap(), "{slot:?} was added");
+    }
+    model.write(0, 1, 7);
+    model.check_nothing_is_lost();
+}
+
+#[test]
+fn a_slot_whose_removal_fails_half_way_is_logged_again_and_loses_nothing() {
+    let mut model = Model::new(1, 0, 0, false);
+    model.write(0, 1, 7);
+    model.kernel.fail_the_next_reset();
+    assert!(matches!(model.tracker.remove_slot(SlotId(1)), Err(TrackError::Kvm(_))));
+    // Nobody sees this one.
+    model.write(0, 1, 8);
+    model.harvest();
+    assert!(model.kernel.is_logging(SlotId(1)));
+    model.write(0, 1, 9);
+    model.check_nothing_is_lost();
+    model.remove_slot(1);
+}
+
+#[test]
+fn memory_that_is_plugged_in_clean_is_dirty_where_it_is_written() {
+    let model = Model::new(1, 0, 0, false);
+    let second = model.tracker.start().unwrap();
+    let pages = PageRun { first: PageIndex(50_000), pages: 100 };
+    let memory = model.kernel.create_slot(SlotId(9), pages);
+    let host = memory.regions()[0].host;
+    let add = |address, len| {
+        // SAFETY: the mapping has this length, and `memory` outlives the tracker's use of it.
+        unsafe { model.tracker.add_slot(SlotId(9), address, len, host, Initially::Clean) }
+    };
+    let address = pages.first.address();
+    for (address, len) in [(GuestAddress(address.0 + 8), 4096), (address, 4095)] {
+        assert!(matches!(add(address, len), Err(TrackError::Layout(LayoutError::Unaligned(SlotId(9))))));
+    }
+    add(address, 100 * 4096).unwrap();
+    assert!(model.kernel.write(0, SlotId(9), 3));
+    for session in [model.session(), &second] {
+        let runs: Vec<PageRun> = session.take_slot_runs(SlotId(9)).unwrap().collect();
+        assert_eq!(runs, [PageRun { first: PageIndex(50_003), pages: 1 }]);
+        assert_eq!(session.take_slot_runs(SlotId(9)).unwrap().len(), 0);
+    }
+    assert!(model.tracker.remove_slot(SlotId(9)).unwrap());
+}
+
+/// Of a VMM that takes its dirty log slot by slot, as it did from KVM.
+#[test]
+fn a_slot_is_taken_a_last_time_with_what_no_vcpu_wrote() {
+    let kernel = FakeKernel::new();
+    let tracker = DirtyTracker::on_fake_rings_with_bitmap(&kernel, RingSize::MIN);
+    tracker.add_memory(&kernel.create_slot(SlotId(1), slot_pages(1))).unwrap();
+    tracker.attach_fake_vcpu(0, &kernel, 0, 0).unwrap();
+    let session = tracker.start().unwrap();
+    kernel.write_without_vcpu(SlotId(1), 70);
+    assert!(kernel.write(0, SlotId(1), 5));
+    assert_eq!(session.take_slot_bitmap(SlotId(1)).unwrap()[..2], [1 << 5, 0]);
+    kernel.write_without_vcpu(SlotId(1), 71);
+    let paused = Paused::declare_every_vcpu_is_outside_kvm_run();
+    let settled = paused.declare_nothing_else_writes();
+    assert_eq!(session.take_slot_bitmap_final(&settled, SlotId(1)).unwrap()[..2], [0, 3 << 6]);
 }

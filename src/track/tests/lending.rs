@@ -1,5 +1,6 @@
 //! Rings that another process follows and gives back, in whatever state it dies: what the VMM tracks afterwards is exact.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -9,7 +10,7 @@ use std::time::Duration;
 use super::super::gate::{BeforeRun, Gate};
 use super::super::lent_page::{LentGate, LentPage};
 use super::*;
-use crate::kvm::ring::DirtyRing;
+use crate::kvm::ring::{DirtyRing, Recycle};
 
 const VCPUS: usize = 2;
 const SLOT: SlotId = SlotId(0);
@@ -69,7 +70,7 @@ proptest! {
         periods in prop::collection::vec((prop::collection::vec(event(), 0..150), 0..VCPUS, 0..40_u32), 1..4),
         written in prop::collection::vec((0..VCPUS, 0..SLOT_PAGES), 0..200),
     ) {
-        let mut vmm = Vmm::new(position);
+        let vmm = Vmm::new(position);
         for (events, dying, flagged) in periods {
             let lending = vmm.tracker.lend().unwrap();
             lending.set_dirty_logging(SLOT, true).unwrap();
@@ -84,7 +85,7 @@ proptest! {
                 match event {
                     // A guest with a full ring waits.
                     Event::Write(vcpu, page) => drop(vmm.kernel.write(vcpu, SLOT, page)),
-                    Event::Take(vcpu) => drop(rings[vcpu].take(|_, _| {})),
+                    Event::Take(vcpu) => drop(rings[vcpu].take(Recycle::Protecting, |_, _| {})),
                     Event::Reset => drop(lending.reset_dirty_rings().unwrap()),
                 }
             }
@@ -92,12 +93,12 @@ proptest! {
             vmm.kernel.flag(dying, rings[dying].position(), flagged);
             drop(lending);
         }
-        vmm.tracker.start().unwrap();
+        let session = vmm.tracker.start().unwrap();
         for (vcpu, page) in &written {
             vmm.write(*vcpu, *page);
         }
         let mut harvested = PageSet::new(slot_pages(0).end());
-        vmm.tracker.harvest(&mut harvested).unwrap();
+        session.harvest(&mut harvested).unwrap();
         let expected: BTreeSet<u64> = written.iter().map(|(_, page)| *page).collect();
         let found: BTreeSet<u64> = harvested.runs().flat_map(|run| run.first.0..run.end().0).collect();
         prop_assert_eq!(found, expected);
@@ -108,18 +109,18 @@ proptest! {
 
 #[test]
 fn a_lent_tracker_refuses_what_the_borrower_was_not_told_of_and_is_as_before_once_it_is_back() {
-    let mut vmm = Vmm::new(0);
+    let vmm = Vmm::new(0);
     let lending = vmm.tracker.lend().unwrap();
     let is_lent = |refused: Result<(), TrackError>| matches!(refused, Err(TrackError::Lent));
-    assert!(is_lent(vmm.tracker.start()));
+    assert!(is_lent(vmm.tracker.start().map(drop)));
     assert!(is_lent(vmm.tracker.lend().map(drop)));
-    assert!(is_lent(vmm.tracker.remove_slot(SLOT)));
+    assert!(is_lent(vmm.tracker.remove_slot(SLOT).map(drop)));
     assert!(is_lent(vmm.tracker.add_memory(&vmm.kernel.create_slot(SlotId(1), slot_pages(1)))));
     assert!(is_lent(vmm.tracker.attach_fake_vcpu(7, &vmm.kernel, 0, 0).map(drop)));
     drop(lending);
-    vmm.tracker.start().unwrap();
+    let session = vmm.tracker.start().unwrap();
     assert!(matches!(vmm.tracker.lend(), Err(TrackError::AlreadyTracking)));
-    vmm.tracker.stop().unwrap();
+    session.stop().unwrap();
     drop(vmm.tracker.lend().unwrap());
 }
 

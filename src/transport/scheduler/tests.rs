@@ -178,7 +178,7 @@ proptest! {
         steps in prop::collection::vec((0..3_usize, 0..12_u8, 1..40_u64), 0..400),
     ) {
         let mut model = Model::new();
-        model.scheduler.begin(1, set(pages.iter().copied()));
+        model.scheduler.begin(1, set(pages.iter().copied()), false);
         let (mut struck_off, mut struck, mut chunks) = (BTreeSet::new(), 0, BTreeSet::new());
         let ending = (0..3).cycle().take(3000).map(|channel| (channel, 1_u8, 40));
         for (channel, action, number) in steps.into_iter().chain(ending) {
@@ -222,7 +222,7 @@ proptest! {
 #[test]
 fn a_round_ends_only_when_the_dead_connection_is_retired() {
     let scheduler = scheduler(2);
-    scheduler.begin(1, set(0..10));
+    scheduler.begin(1, set(0..10), false);
     let mut runs = Vec::new();
     assert_eq!(scheduler.take(77, 10, &mut runs), PAGES);
     scheduler.lost(77, Unacknowledged { runs, ..Unacknowledged::default() });
@@ -238,7 +238,7 @@ fn a_round_ends_only_when_the_dead_connection_is_retired() {
 #[test]
 fn a_connection_that_dies_with_nothing_in_flight_needs_no_retirement() {
     let scheduler = scheduler(1);
-    scheduler.begin(1, set([]));
+    scheduler.begin(1, set([]), false);
     scheduler.lost(5, Unacknowledged::default());
     assert_eq!(wait(&scheduler), Waited::Ended);
 }
@@ -246,7 +246,7 @@ fn a_connection_that_dies_with_nothing_in_flight_needs_no_retirement() {
 #[test]
 fn pages_are_dealt_from_the_top_and_those_struck_off_are_not() {
     let scheduler = scheduler(1);
-    scheduler.begin(1, set((0..10).chain(3_000_000..3_000_004)));
+    scheduler.begin(1, set((0..10).chain(3_000_000..3_000_004)), false);
     let mut runs = Vec::new();
     assert_eq!(scheduler.take(1, 6, &mut runs), PAGES);
     assert_eq!(runs, [run(8, 2), run(3_000_000, 4)]);
@@ -258,7 +258,7 @@ fn pages_are_dealt_from_the_top_and_those_struck_off_are_not() {
     assert_eq!(wait(&scheduler), Waited::Ended);
     // The last pages of a round may be struck off, or recalled.
     for recall in [false, true] {
-        scheduler.begin(2, set([1, 2]));
+        scheduler.begin(2, set([1, 2]), false);
         assert_eq!(wait(&scheduler), Waited::NotYet);
         let gone = if recall { scheduler.recall().len() } else { scheduler.strike_off(PageSet::clear) };
         assert_eq!((gone, wait(&scheduler)), (2, Waited::Ended));
@@ -268,7 +268,7 @@ fn pages_are_dealt_from_the_top_and_those_struck_off_are_not() {
 #[test]
 fn the_slow_channels_own_acknowledgement_ends_the_round_without_the_copies() {
     let scheduler = scheduler(2);
-    scheduler.begin(1, set(0..10));
+    scheduler.begin(1, set(0..10), false);
     let mut slow = Vec::new();
     assert_eq!(scheduler.take(1, 10, &mut slow), PAGES);
     assert!(scheduler.begin_copies(1, 10, slow.iter().copied()));
@@ -288,7 +288,7 @@ fn the_slow_channels_own_acknowledgement_ends_the_round_without_the_copies() {
 #[test]
 fn device_state_goes_ahead_of_pages_and_is_sent_again_in_order() {
     let scheduler = scheduler(2);
-    scheduler.begin(1, set(0..10));
+    scheduler.begin(1, set(0..10), false);
     assert!((0..3).all(|offset| scheduler.add_state(chunk(offset))));
     let mut runs = Vec::new();
     assert_eq!(scheduler.take(1, 10, &mut runs), Work::State(chunk(0)));
@@ -317,7 +317,7 @@ fn no_more_device_state_is_taken_than_may_be_on_its_way() {
 #[test]
 fn a_round_waits_for_a_channel_to_come_back_as_long_as_there_is_hope() {
     let scheduler = scheduler(1);
-    scheduler.begin(1, set(0..10));
+    scheduler.begin(1, set(0..10), false);
     scheduler.lost(1, Unacknowledged::default());
     assert_eq!(wait(&scheduler), Waited::NotYet);
     assert_eq!(scheduler.wait(GRACE, Duration::from_millis(20)).unwrap(), Waited::Abandoned);

@@ -106,7 +106,7 @@ impl Machine {
     /// Where dirty pages come from.
     pub fn dirty_source(&self) -> Result<Box<dyn DirtySource>> {
         Ok(match self {
-            Self::Kvm(vm) => Box::new(vm.tracker().context("the VM has no dirty tracking")?.clone()),
+            Self::Kvm(vm) => Box::new(vm.tracker().context("the VM has no dirty tracking")?.session()),
             Self::Threads(vm) => Box::new(vm.track()?),
         })
     }

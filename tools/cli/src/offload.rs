@@ -235,7 +235,7 @@ fn migrate(
     let without_vm = progress.clone();
     lent.when_vmm_ends(move || without_vm.parameters().cancel());
     let mut display = Display::new(output);
-    let source = Source::new(&mut lent.vm, &mut lent.tracker, &lent.memory, options, progress.clone());
+    let source = Source::new(&mut lent.vm, &mut lent.session, &lent.memory, options, progress.clone());
     let outcome = thread::scope(|scope| {
         scope.spawn(|| follow(progress, |update| display.show(update)));
         interrupt::cancelling(interrupted, || progress.parameters().cancel(), || source.run())

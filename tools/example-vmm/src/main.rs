@@ -15,7 +15,7 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use ringferry::kvm::RingSize;
 use ringferry::track::external::RegionLog;
 use ringferry::track::{BeforeRun, DirtyTracker, KVM_EXIT_DIRTY_RING_FULL, Observed, VcpuHandle};
-use ringferry::{DirtySource, PAGE_SIZE, PageIndex, PageRun, PageSet, Region, SlotId};
+use ringferry::{PAGE_SIZE, PageIndex, PageRun, PageSet, Region, SlotId};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MmapRegion};
 
 type GuestRam = vm_memory::GuestMemoryMmap<RegionLog>;
@@ -36,7 +36,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let vm = kvm.create_vm()?;
 
     // 1. After the VM, before the first vCPU: rings for every vCPU to come.
-    let mut tracker = DirtyTracker::enable(&vm, RingSize::MAX)?;
+    let tracker = DirtyTracker::enable(&vm, RingSize::MAX)?;
 
     let ram = Arc::new(GuestRam::from_ranges(&[(GuestAddress(0), RAM_BYTES)])?);
     set_slots(&vm, &ram)?;
@@ -61,14 +61,14 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
 
     // 5. The migration thread: start, observe as often as it likes, harvest once a round.
-    tracker.start()?;
+    let session = tracker.start()?;
     thread::sleep(Duration::from_millis(200));
-    if let Observed::PerVcpu(pages) = tracker.observe()? {
-        println!("observed pages per vCPU: {pages:?}");
+    if let Observed::PerVcpu { vcpus, others } = session.observe()? {
+        println!("observed pages per vCPU: {vcpus:?}, of others: {others}");
     }
     ram.write_obj(1_u64, GuestAddress(0x8000))?; // a device model's write
     let mut dirty = PageSet::new(PageIndex((RAM_BYTES / PAGE_SIZE) as u64));
-    tracker.harvest(&mut dirty)?;
+    session.harvest(&mut dirty)?;
     println!("harvested {} pages; the VMM's own write is in: {}", dirty.len(), dirty.contains(PageIndex(8)));
     for index in 0..VCPUS {
         let first = GuestAddress(working_set(index)).0 / PAGE_SIZE as u64;
@@ -79,7 +79,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     for thread in threads {
         thread.join().map_err(|_| "a vCPU's thread panicked")?.map_err(|error| error.to_string())?;
     }
-    tracker.stop()?;
+    session.stop()?;
     for vcpu in tracker.snapshot().vcpus {
         println!("vCPU {}: {} pages, {} ring-full exits", vcpu.index, vcpu.pages, vcpu.ring_full_exits);
     }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use common::{build, copy_ram, copy_run, counting_config};
 use ringferry::vm::Moment;
-use ringferry::{DirtySource, GuestAddress, PAGE_SIZE, PageRun, PageSet, Quiesced, Vm};
+use ringferry::{GuestAddress, PAGE_SIZE, PageRun, PageSet, Quiesced, Vm};
 use ringferry_testvm::device::{DeviceConfig, DeviceError, QUEUE_ADDRESS, QUEUE_PAGES};
 use ringferry_testvm::{Boot, Config, TestVm, TestVmError, Tracking};
 
@@ -65,14 +65,13 @@ fn the_device_writes_ram_while_vcpus_stand_still_until_it_is_quiesced() {
 #[test]
 fn a_destination_takes_the_device_over_only_with_its_last_write_in_ram() {
     let Some((mut source, mut target)) = pair(DeviceConfig::default()) else { return };
-    let mut tracker = source.tracker().unwrap().clone();
-    tracker.start().unwrap();
+    let session = source.tracker().unwrap().start().unwrap();
     wait_for_writes(&source, source.device_writes().unwrap() + QUEUE_PAGES);
     let mut dirty = PageSet::new(source.memory().end());
     let paused = source.pause().unwrap();
     let quiesced = source.quiesce(&paused).unwrap();
     copy_ram(&source, &target);
-    tracker.harvest(&mut dirty).unwrap();
+    session.harvest(&mut dirty).unwrap();
     assert!(dirty.contains(GuestAddress(QUEUE_ADDRESS).page()), "the device tells the tracker");
     dirty.clear();
     let state = source.save_state(&quiesced).unwrap();
@@ -80,8 +79,8 @@ fn a_destination_takes_the_device_over_only_with_its_last_write_in_ram() {
 
     let refused = device_error(target.restore_state(&state).unwrap_err());
     assert!(matches!(refused, DeviceError::OldQueue { .. }), "{refused}");
-    tracker.harvest_final(&settled, &mut dirty).unwrap();
-    tracker.stop().unwrap();
+    session.harvest_final(&settled, &mut dirty).unwrap();
+    session.stop().unwrap();
     let queue_run = PageRun { first: GuestAddress(QUEUE_ADDRESS).page(), pages: QUEUE_PAGES };
     let flushed: Vec<_> =
         dirty.runs().filter(|run| queue_run.first <= run.first && run.end() <= queue_run.end()).collect();

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use common::{
     assert_consistent, assert_same_ram, build, copy_ram, copy_run, counting_config, counts, wait_for_progress,
 };
-use ringferry::{DirtySource, GuestAddress, PageSet, Quiesced, Vm};
+use ringferry::{GuestAddress, PageSet, Quiesced, Vm};
 use ringferry_testvm::check::check;
 use ringferry_testvm::{Boot, Config, Guest, TestVm, Tracking, guest_image};
 
@@ -18,13 +18,12 @@ fn moves_whole(vcpus: usize, tracking: Tracking) -> Option<TestVm> {
     source.start().expect("a fresh VM starts");
     wait_for_progress(&source, &vec![0; vcpus], 1000);
 
-    let mut tracker = source.tracker().expect("configured").clone();
-    tracker.start().expect("tracking starts");
+    let session = source.tracker().expect("configured").start().expect("tracking starts");
     copy_ram(&source, &target);
     let mut dirty = PageSet::new(source.memory().end());
     for _ in 0..20 {
         let before = counts(&source);
-        tracker.harvest(&mut dirty).expect("a harvest while the guest runs");
+        session.harvest(&mut dirty).expect("a harvest while the guest runs");
         dirty.runs().for_each(|run| copy_run(&source, &target, run));
         dirty.clear();
         wait_for_progress(&source, &before, 1000);
@@ -32,12 +31,12 @@ fn moves_whole(vcpus: usize, tracking: Tracking) -> Option<TestVm> {
     // The VMM's own write is tracked like the guest's.
     source.write_ram(GuestAddress(0x38_0000), b"written by the VMM").expect("inside RAM");
     let paused = source.pause().expect("the guest pauses");
-    tracker
+    session
         .harvest_final(&paused.declare_nothing_else_writes(), &mut dirty)
         .expect("a harvest of the paused guest");
     assert!(dirty.contains(GuestAddress(0x38_0000).page()));
     dirty.runs().for_each(|run| copy_run(&source, &target, run));
-    tracker.stop().expect("tracking stops");
+    session.stop().expect("tracking stops");
 
     assert_same_ram(&source, &target);
     let state = source.save_state(&Quiesced::declare_no_device_writes(&paused)).expect("state is saved");
@@ -85,19 +84,18 @@ fn the_test_guest_proves_that_no_write_was_lost_on_the_way() {
     let told = format!("vcpus=4 tsc_khz={} ", source.tsc_khz());
     assert!(source.console().contains(&told), "CPUID says {told}: {}", source.console());
 
-    let mut tracker = source.tracker().unwrap().clone();
-    tracker.start().unwrap();
+    let session = source.tracker().unwrap().start().unwrap();
     copy_ram(&source, &target);
     let mut dirty = PageSet::new(source.memory().end());
     for _ in 0..5 {
-        tracker.harvest(&mut dirty).unwrap();
+        session.harvest(&mut dirty).unwrap();
         dirty.runs().for_each(|run| copy_run(&source, &target, run));
         dirty.clear();
     }
     let paused = source.pause().unwrap();
-    tracker.harvest_final(&paused.declare_nothing_else_writes(), &mut dirty).unwrap();
+    session.harvest_final(&paused.declare_nothing_else_writes(), &mut dirty).unwrap();
     dirty.runs().for_each(|run| copy_run(&source, &target, run));
-    tracker.stop().unwrap();
+    session.stop().unwrap();
     check(source.memory()).unwrap();
     check(target.memory()).unwrap();
     assert_same_ram(&source, &target);

@@ -5,8 +5,12 @@ use std::io::ErrorKind;
 use std::os::fd::AsFd;
 use std::path::Path;
 
+use anyhow::ensure;
 use kvm_ioctls::{Cap, Kvm};
+use ringferry::PageSet;
 use ringferry::kvm::{Capabilities, RingSize};
+use ringferry::track::DirtyTracker;
+use ringferry_testvm::bare::{BareVm, DATA, Pages, Privilege, Work};
 
 use super::Use::{Demo, Migration, Tracking};
 use super::{Capability, Check};
@@ -25,7 +29,12 @@ pub(super) fn checks() -> Vec<Check> {
     };
     let mut checks = vec![api()];
     match Capabilities::probe(device.as_fd()) {
-        Ok(found) => checks.extend([ring(found), bitmap(found), ring_with_bitmap(found)]),
+        Ok(found) => {
+            checks.extend([ring(found), bitmap(found), ring_with_bitmap(found)]);
+            if found.ring_acq_rel_entries.max(found.ring_tso_entries) > 0 {
+                checks.push(beyond_the_ring());
+            }
+        }
         Err(error) => checks.push(ring_capability().missing(error.to_string(), "see `dmesg | grep -i kvm`")),
     }
     checks.extend([write_tracking(), interrupt_controllers()]);
@@ -114,6 +123,54 @@ fn ring_with_bitmap(found: Capabilities) -> Check {
         (false, true) => capability.limited("not offered", "Linux 6.2 or newer"),
     }
 }
+
+/// A guest that writes more pages than its ring has entries: tried with one.
+fn beyond_the_ring() -> Check {
+    let capability = Capability {
+        name: "beyond the ring",
+        needed_for: "guests that write more pages than a ring has entries, at full speed",
+        uses: &[Tracking, Migration],
+        ..DEVICE
+    };
+    let advice =
+        "the guest then pays a fault for every page each time that its ring is full; or use --backend bitmap";
+    match try_beyond_the_ring() {
+        Ok(()) => capability.ok("rings are recycled without protection (userfaultfd)"),
+        Err(error) => capability.limited(format!("{error:#}"), advice),
+    }
+}
+
+fn try_beyond_the_ring() -> anyhow::Result<()> {
+    let kvm = Kvm::new()?;
+    let vm = BareVm::new(&kvm, &[PROBE_PAGES])?;
+    let tracker = DirtyTracker::enable(vm.fd(), RingSize::from_entries(PROBE_ENTRIES)?)?;
+    tracker.add_memory(vm.memory())?;
+    let mut vcpu = vm.create_vcpu(0, Privilege::User)?;
+    let handle = tracker.attach_vcpu(0, vcpu.fd())?;
+    let session = tracker.start()?;
+    tracker.recycles_without_protecting()?;
+    let mut harvested = PageSet::new(vm.memory().end());
+    let all = Pages { first: DATA, pages: PROBE_PAGES, stride: 1, passes: 2 };
+    for value in 0..2 {
+        vcpu.set_work(&Work::Loop(all), value)?;
+        vcpu.run_to_end(Some(&handle))?;
+        harvested.clear();
+        session.harvest(&mut harvested)?;
+        ensure!(
+            harvested.len() == PROBE_PAGES,
+            "a guest wrote {PROBE_PAGES} pages, {} were seen",
+            harvested.len()
+        );
+    }
+    let entries = tracker.snapshot().entries_reset;
+    // Two passes over memory, twice. The second pass finds every page writable.
+    ensure!(entries < PROBE_PAGES * 3, "KVM protects the pages of entries that name no slot");
+    Ok(())
+}
+
+/// More than a ring has entries, and enough of those for hosts with PML.
+const PROBE_PAGES: u64 = 4096;
+const PROBE_ENTRIES: u32 = 1024;
 
 /// Which implementation of KVM, and how it notices that a page is written: module parameters tell, if any.
 fn write_tracking() -> Check {

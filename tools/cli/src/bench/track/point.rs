@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use kvm_ioctls::Kvm;
 use ringferry::kvm::RingSize;
-use ringferry::track::{DirtyTracker, VcpuHandle};
-use ringferry::{DirtySource, PAGE_SIZE, PageIndex, PageSet};
+use ringferry::track::{self as tracked, DirtyTracker, Session, VcpuHandle};
+use ringferry::{PAGE_SIZE, PageIndex, PageSet};
 use ringferry_testvm::bare::{BareVcpu, BareVm, DATA, Pages, Privilege, Work};
 use serde::Serialize;
 
@@ -33,6 +33,7 @@ pub struct Case {
     pub(super) ring_size: RingSize,
     pub(super) rounds: u32,
     pub(super) guest_time: Duration,
+    pub(super) harvest_every: Option<Duration>,
     pub(super) cross_check: bool,
 }
 
@@ -59,6 +60,7 @@ pub struct Figures {
 struct Rig {
     vm: BareVm,
     tracker: DirtyTracker,
+    session: Session,
     vcpus: Vec<(BareVcpu, VcpuHandle)>,
     /// What each vCPU writes.
     shares: Vec<Pages>,
@@ -85,43 +87,45 @@ fn quantile(values: &[f64], share: f64) -> f64 {
 pub fn measure(kvm: &Kvm, case: &Case) -> anyhow::Result<(Figures, Option<CrossCheck>)> {
     let mut rig = Rig::new(kvm, case)?;
     let profiler = case.cross_check.then(RunningProfiler::start).transpose()?;
-    let untracked_page_writes_per_s = rig.rate(case.guest_time, false)?;
+    let untracked_page_writes_per_s = rig.rate(case.guest_time, None)?;
     let longest_stall_before_us = rig.longest_stall(|_| Ok(()), |_| Ok(()))?;
     let (mut start_us, mut stop_us) = (0.0, 0.0);
     let longest_stall_us = rig.longest_stall(
-        |tracker| {
+        |session| {
             let started = Instant::now();
-            tracker.start()?;
+            session.start()?;
             start_us = us(started.elapsed());
             Ok(())
         },
-        |tracker| {
+        |session| {
             let stopped = Instant::now();
-            tracker.stop()?;
+            session.stop()?;
             stop_us = us(stopped.elapsed());
             Ok(())
         },
     )?;
-    let guest_page_writes_per_s = rig.rate(case.guest_time, true)?;
+    let guest_page_writes_per_s =
+        rig.rate(case.guest_time, Some(case.harvest_every.unwrap_or(Duration::MAX)))?;
     let mut dirty = PageSet::new(rig.vm.memory().end());
-    rig.tracker.harvest(&mut dirty)?;
+    rig.session.harvest(&mut dirty)?;
     let (mut observe, mut harvest, mut reset, mut sync) = (vec![], vec![], vec![], vec![]);
     for round in 0..case.rounds {
         rig.write_once(u64::from(round))?;
         let per_page = 1.0 / case.dirty_pages as f64;
         if case.backend == Backend::Ring {
             let looked = Instant::now();
-            rig.tracker.observe()?;
+            rig.session.observe()?;
             observe.push(looked.elapsed().as_nanos() as f64 * per_page);
         }
         dirty.clear();
         let before = rig.tracker.snapshot();
         let harvested = Instant::now();
-        rig.tracker.harvest(&mut dirty)?;
+        rig.session.harvest(&mut dirty)?;
         sync.push(us(harvested.elapsed()));
         let after = rig.tracker.snapshot();
         harvest.push((after.harvest_ns - before.harvest_ns) as f64 * per_page);
-        reset.push((after.reset_ns - before.reset_ns) as f64 * per_page);
+        let protecting = |figures: &tracked::Figures| figures.reset_ns + figures.protect_ns;
+        reset.push((protecting(&after) - protecting(&before)) as f64 * per_page);
         anyhow::ensure!(
             dirty.len() == case.dirty_pages,
             "{} pages were harvested, the guest wrote {}",
@@ -129,7 +133,7 @@ pub fn measure(kvm: &Kvm, case: &Case) -> anyhow::Result<(Figures, Option<CrossC
             case.dirty_pages
         );
     }
-    rig.tracker.stop()?;
+    rig.session.stop()?;
     let vcpus = rig.tracker.snapshot().vcpus;
     let taken = vcpus.iter().map(|vcpu| (vcpu.index, vcpu.pages + vcpu.duplicate_entries));
     let compared = profiler.map(|profiler| profiler.compare(taken)).transpose()?;
@@ -173,7 +177,7 @@ impl Rig {
             shares.push(Pages { first, pages: to - from, stride, passes: u64::MAX });
             from = to;
         }
-        let mut rig = Self { vm, tracker, vcpus, shares };
+        let mut rig = Self { vm, session: tracker.session(), tracker, vcpus, shares };
         // First touches cost the host a page each: not what is measured.
         rig.write_once(0)?;
         Ok(rig)
@@ -201,9 +205,9 @@ impl Rig {
     fn meanwhile<T>(
         &mut self,
         clocked: bool,
-        watch: impl FnOnce(&BareVm, &mut DirtyTracker) -> anyhow::Result<T>,
+        watch: impl FnOnce(&BareVm, &Session) -> anyhow::Result<T>,
     ) -> anyhow::Result<T> {
-        let Self { vm, tracker, vcpus, shares } = self;
+        let Self { vm, session, vcpus, shares, .. } = self;
         let before: Vec<u64> = (0..vcpus.len()).map(|vcpu| vm.passes(vcpu)).collect();
         thread::scope(|scope| {
             let running: Vec<_> = vcpus
@@ -218,7 +222,7 @@ impl Rig {
                 })
                 .collect();
             wait_for_passes(vm, &before);
-            let watched = watch(vm, tracker);
+            let watched = watch(vm, session);
             (0..running.len()).for_each(|vcpu| vm.stop(vcpu));
             let outcome = running.into_iter().try_for_each(join);
             (0..shares.len()).for_each(|vcpu| vm.unstop(vcpu));
@@ -226,23 +230,30 @@ impl Rig {
         })
     }
 
-    /// Page writes per second of all vCPUs together; with `tracked`, from the moment in which tracking is switched on.
-    /// It stays on.
-    fn rate(&mut self, time: Duration, tracked: bool) -> anyhow::Result<f64> {
+    /// Page writes per second of all vCPUs together; tracked from the moment in which tracking is switched on, if it is to
+    /// be harvested. It stays on.
+    /// `harvest_every` so long.
+    fn rate(&mut self, time: Duration, harvest_every: Option<Duration>) -> anyhow::Result<f64> {
         let shares = self.shares.clone();
-        self.meanwhile(false, |vm, tracker| {
+        self.meanwhile(false, |vm, session| {
             let writes = || -> f64 {
                 shares.iter().enumerate().map(|(i, share)| (vm.passes(i) * share.pages) as f64).sum()
             };
             let (started, before) = (Instant::now(), writes());
-            if tracked {
-                tracker.start()?;
+            let mut dirty = PageSet::new(vm.memory().end());
+            if harvest_every.is_some() {
+                session.start()?;
             }
+            let mut harvested = started;
             // A busy host may let the guest wait.
             while started.elapsed() < time || (writes() <= before && started.elapsed() < GIVEN_UP_AFTER) {
                 thread::sleep(OBSERVE_EVERY);
-                if tracked {
-                    tracker.observe()?;
+                let Some(harvest_every) = harvest_every else { continue };
+                session.observe()?;
+                if harvested.elapsed() >= harvest_every {
+                    dirty.clear();
+                    session.harvest(&mut dirty)?;
+                    harvested = Instant::now();
                 }
             }
             Ok((writes() - before) / started.elapsed().as_secs_f64())
@@ -252,18 +263,18 @@ impl Rig {
     /// The longest time between two writes of any vCPU while one thing is done, and some time later another.
     fn longest_stall(
         &mut self,
-        first: impl FnOnce(&mut DirtyTracker) -> anyhow::Result<()>,
-        second: impl FnOnce(&mut DirtyTracker) -> anyhow::Result<()>,
+        first: impl FnOnce(&Session) -> anyhow::Result<()>,
+        second: impl FnOnce(&Session) -> anyhow::Result<()>,
     ) -> anyhow::Result<f64> {
         let tsc_khz = self.vcpus[0].0.tsc_khz();
         anyhow::ensure!(tsc_khz > 0, "KVM does not say how fast the guest's clock is");
         let vcpus = self.vcpus.len();
-        self.meanwhile(true, |vm, tracker| {
+        self.meanwhile(true, |vm, session| {
             thread::sleep(SETTLE);
             (0..vcpus).for_each(|vcpu| vm.restart_longest_gap(vcpu));
-            first(tracker).context("switching tracking on")?;
+            first(session).context("switching tracking on")?;
             thread::sleep(SETTLE);
-            second(tracker).context("switching tracking off")?;
+            second(session).context("switching tracking off")?;
             thread::sleep(SETTLE);
             let longest = (0..vcpus).map(|vcpu| vm.longest_gap_ticks(vcpu)).max().unwrap_or(0);
             Ok(longest as f64 / f64::from(tsc_khz) * 1000.0)
