@@ -82,6 +82,8 @@ pub mod vm;
 pub mod converge;
 #[cfg(feature = "migrate")]
 pub mod destination;
+#[cfg(feature = "offload")]
+pub mod offload;
 #[cfg(feature = "migrate")]
 pub mod page;
 #[cfg(feature = "migrate")]

@@ -179,6 +179,16 @@ pub trait Vm: Send {
         let _ = discarded;
     }
 
+    /// At the source, while the guest stands still: the next word lets the destination run the VM. From here on it may run
+    /// there, whatever becomes of this process, and only [`resume`](Self::resume) says that it does not.
+    ///
+    /// # Errors
+    ///
+    /// The VMM's own; the VM stays here.
+    fn hand_over(&mut self) -> Result<(), VmError> {
+        Ok(())
+    }
+
     /// At the destination, when the state is restored: takes everything whose taking can fail (locks on images, taps,
     /// backends), so that [`resume`](Self::resume) has nothing left to fail at.
     ///

@@ -8,6 +8,9 @@
 //! anything: `track` does, for all rings at once, and then says so here with [`DirtyRing::confirm`].
 #![expect(unsafe_code, reason = "the ring is memory that KVM writes at any time")]
 
+#[cfg(feature = "offload")]
+mod lent;
+
 use std::fmt;
 use std::io;
 use std::mem::offset_of;
@@ -174,6 +177,9 @@ pub(crate) struct DirtyRing {
     scanned: u32,
     /// The next entry that `report` gives; between `fetch` and `scanned`.
     reported: u32,
+    /// Hears of each new `fetch`, if the ring is another process's.
+    #[cfg(feature = "offload")]
+    published: Option<lent::Publish>,
 }
 
 impl DirtyRing {
@@ -207,7 +213,15 @@ impl DirtyRing {
     }
 
     fn new(memory: RingMemory, position: u32) -> Self {
-        Self { memory, fetch: position, reset: position, scanned: position, reported: position }
+        Self {
+            memory,
+            fetch: position,
+            reset: position,
+            scanned: position,
+            reported: position,
+            #[cfg(feature = "offload")]
+            published: None,
+        }
     }
 
     /// Whether the vCPU, outside the guest now, left because this ring was full.
@@ -243,7 +257,7 @@ impl DirtyRing {
             entry.flags.store(RESET, Ordering::Release);
             self.fetch = self.fetch.wrapping_add(1);
         }
-        (self.scanned, self.reported) = (self.fetch, self.fetch);
+        self.looked_at();
         self.fetch.wrapping_sub(from)
     }
 
@@ -357,7 +371,16 @@ impl DirtyRing {
             self.memory.entry(self.fetch).flags.store(RESET, Ordering::Release);
             self.fetch = self.fetch.wrapping_add(1);
         }
+        self.looked_at();
+    }
+
+    /// Everything before `fetch` has been looked at.
+    fn looked_at(&mut self) {
         (self.scanned, self.reported) = (self.fetch, self.fetch);
+        #[cfg(feature = "offload")]
+        if let Some(publish) = &self.published {
+            publish(self.fetch);
+        }
     }
 
     /// After an overflow, with KVM stuck at a taken entry that it has overwritten: flags these entries again.

@@ -64,6 +64,14 @@ pub(super) fn is_vcpu(fd: RawFd) -> bool {
     answer.is_err_and(|error| error.raw_os_error() == Some(libc::EINVAL))
 }
 
+/// Whether a descriptor is something of KVM's that another process made: it answers every call with `EIO`.
+#[cfg(feature = "offload")]
+pub(super) fn is_of_another_process(fd: RawFd) -> bool {
+    // SAFETY: no device has this number, so that no memory is touched whatever the descriptor is.
+    let answer = outcome(unsafe { libc::ioctl(fd, NO_REQUEST, 0) });
+    answer.is_err_and(|error| error.raw_os_error() == Some(libc::EIO))
+}
+
 /// `KVM_CHECK_EXTENSION`: 0 when `capability` is missing, otherwise what KVM has to say about it.
 pub(super) fn check_extension(vm: BorrowedFd<'_>, capability: u32) -> io::Result<u32> {
     // SAFETY:

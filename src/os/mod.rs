@@ -12,6 +12,7 @@ pub(crate) mod membarrier;
 pub(crate) mod memory;
 pub(crate) mod pagemap;
 pub(crate) mod sched;
+pub(crate) mod shared;
 #[cfg(feature = "migrate")]
 pub(crate) mod tcp;
 pub(crate) mod userfault;

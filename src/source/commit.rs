@@ -41,6 +41,10 @@ pub(super) fn run<V: Vm + ?Sized, D: DirtySource + ?Sized>(
         }
         Err(error) => return Err(prepared.standstill.undo(migration, link, error.into())),
     }
+    if let Err(source) = migration.vm.hand_over() {
+        let error = SourceError::Vm { action: "hand the VM over", source };
+        return Err(prepared.standstill.undo(migration, link, error));
+    }
     if let Err(error) = link.control.send(&Message::Commit, wait) {
         return Err(prepared.standstill.undo(migration, link, error.into()));
     }

@@ -308,6 +308,24 @@ impl FakeKernel {
         inner.flush_tlbs();
     }
 
+    /// The ring of a vCPU once more, as another process maps it.
+    #[cfg(all(test, feature = "offload"))]
+    pub(crate) fn ring_again(&self, vcpu: usize, size: RingSize, position: u32) -> DirtyRing {
+        let inner = self.lock();
+        let ring = &inner.rings[vcpu];
+        DirtyRing::over(Arc::clone(&ring.entries), Arc::clone(&ring.exit_reason), size, position)
+    }
+
+    /// Flags so many dirty entries from `position` on for reset, as a process does that dies before it has said so.
+    #[cfg(all(test, feature = "offload"))]
+    pub(crate) fn flag(&self, vcpu: usize, position: u32, entries: u32) {
+        let inner = self.lock();
+        let from = (0..entries).map(|at| inner.rings[vcpu].entry(position.wrapping_add(at)));
+        for entry in from.take_while(|entry| entry.flags.load(Ordering::Acquire) == DIRTY) {
+            entry.flags.store(RESET, Ordering::Release);
+        }
+    }
+
     /// Creates a vCPU whose ring begins at `position` and whose CPU buffers up to `cpu_log_entries` entries (PML: 512,
     /// none: 0).
     pub(crate) fn create_vcpu(&self, size: RingSize, position: u32, cpu_log_entries: usize) -> DirtyRing {

@@ -20,6 +20,10 @@ pub enum TrackError {
     AlreadyTracking,
     /// The tracker was ended: nothing can be added or started any more.
     Ended,
+    /// Another process follows the rings: nothing can be added, removed or started meanwhile.
+    Lent,
+    /// Only dirty rings can be followed by another process, and this VM has the bitmap, or one beside its rings (arm64).
+    RingsOnly,
     /// Something was asked that only a started tracker can answer.
     NotTracking,
     /// A slot was added that the tracker has already.
@@ -63,6 +67,15 @@ impl fmt::Display for TrackError {
                 )
             }
             Self::Ended => write!(f, "dirty tracking of this VM was ended for good"),
+            Self::Lent => write!(
+                f,
+                "another process migrates this VM and follows its rings: wait until it is done, or end it"
+            ),
+            Self::RingsOnly => write!(
+                f,
+                "another process can follow dirty rings only, and this VM is tracked by a bitmap: migrate it from \
+                 within the VMM"
+            ),
             Self::NotTracking => write!(f, "dirty tracking is off: call `start` first"),
             Self::SlotKnown(slot) => write!(f, "{slot:?} is tracked already: remove it before it is reused"),
             Self::Layout(error) => {

@@ -8,11 +8,18 @@
 //! reads it then misses no later write. `rings` and `bitmap` say how each backend keeps it.
 
 mod bitmap;
+#[cfg(feature = "offload")]
+mod borrowed;
 mod error;
 pub mod external;
 mod figures;
 mod gate;
 mod handle;
+#[cfg(feature = "offload")]
+mod lending;
+#[cfg(feature = "offload")]
+mod lent;
+mod lent_page;
 mod others;
 mod pagemap;
 mod pending;
@@ -29,11 +36,17 @@ mod tracker;
 mod unprotected;
 mod vcpu;
 
+#[cfg(feature = "offload")]
+pub(crate) use self::borrowed::{BorrowedVcpu, serve_full_rings};
 pub use self::error::{PagemapError, TrackError};
 pub use self::external::ExternalSource;
 pub use self::figures::{Figures, VcpuFigures};
 pub use self::gate::{BeforeRun, Gate};
 pub use self::handle::{KVM_EXIT_DIRTY_RING_FULL, VcpuHandle};
+#[cfg(feature = "offload")]
+pub(crate) use self::lending::Lending;
+#[cfg(feature = "offload")]
+pub(crate) use self::lent_page::{LentPage, ring_bell, signs_of_life};
 pub use self::others::ExternalId;
 pub use self::pagemap::PagemapTracker;
 pub use self::redirtied::Redirtied;

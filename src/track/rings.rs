@@ -12,6 +12,9 @@
 //! A ring that overflowed (possible where KVM emulates guest instructions in bulk) is the rest of this file:
 //! `kernel-notes/dirty-ring.md` tells what such a ring looks like and why each step here is right.
 
+#[cfg(feature = "offload")]
+mod lent;
+
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;

@@ -7,6 +7,10 @@ use std::time::Duration;
 use super::bitmap::{AllCleared, BitmapLog};
 use super::error::TrackError;
 use super::figures::VmCounters;
+#[cfg(feature = "offload")]
+use super::lent::Lent;
+#[cfg(feature = "offload")]
+use super::lent_page;
 use super::others::Others;
 use super::pending::{AllReadable, Pending, ProtectedReadable};
 use super::rings::{AllReset, Context, Rings};
@@ -46,6 +50,9 @@ pub(super) struct State {
     pub(super) pending: Pending,
     /// For good.
     pub(super) ended: bool,
+    /// Another process follows the rings.
+    #[cfg(feature = "offload")]
+    pub(super) lent: Option<Lent>,
 }
 
 #[derive(Debug)]
@@ -83,6 +90,23 @@ pub(super) struct AllProtected(());
 impl AllReadable for AllProtected {}
 
 impl State {
+    /// An error while another process follows the rings: what is asked is its business, or changes what it was told.
+    pub(super) fn check_ours(&mut self) -> Result<(), TrackError> {
+        #[cfg(feature = "offload")]
+        match &self.lent {
+            Some(lent) if lent.has_gone() => {
+                // What it still did to the rings after they were taken back, nobody knows.
+                if let Backend::Ring { rings, .. } = &mut self.backend {
+                    rings.distrust();
+                }
+                self.lent = None;
+            }
+            Some(_) => return Err(TrackError::Lent),
+            None => {}
+        }
+        Ok(())
+    }
+
     /// Rings may be recycled without protecting their pages if pages of every slot can be protected later.
     pub(super) fn prepare_to_protect(&mut self, kernel: &dyn Kernel) {
         let prepared = match self.backend {
@@ -118,9 +142,17 @@ impl Shared {
     pub(super) fn ring_full(&self, vcpu: &Arc<Vcpu>) -> Result<(), TrackError> {
         // Relaxed: a hint to who holds the lock.
         self.full_rings.fetch_add(1, Ordering::Relaxed);
-        let state = &mut *self.lock();
+        let mut state = self.lock();
         self.full_rings.fetch_sub(1, Ordering::Relaxed);
-        let State { backend, slots, pending, .. } = state;
+        #[cfg(feature = "offload")]
+        if let Some(Lent::Followed(page)) = &state.lent {
+            let page = Arc::clone(page);
+            let at = state.vcpus.iter().position(|known| Arc::ptr_eq(known, vcpu));
+            drop(state);
+            at.into_iter().for_each(|at| lent_page::wait_for_room(&page, at));
+            return Ok(());
+        }
+        let State { backend, slots, pending, .. } = &mut *state;
         match backend {
             Backend::Ring { rings, .. } => rings.ring_full(vcpu, self.context(slots), pending),
             Backend::Bitmap(_) => Ok(()),
@@ -135,6 +167,7 @@ impl Shared {
     /// meanwhile waits for KVM at most: what comes out of it is the session's. With the lock of the others held, no slot
     /// comes or goes.
     pub(super) fn start_logging(&self, others: &mut Others, key: SessionKey) -> Result<(), TrackError> {
+        self.lock().check_ours()?;
         others.start()?;
         let regions = {
             let state = &mut *self.lock();

@@ -2,6 +2,8 @@
 
 mod edges;
 mod externals;
+#[cfg(feature = "offload")]
+mod lending;
 mod model;
 mod sessions;
 

@@ -43,7 +43,7 @@ pub enum Initially {
 /// protect memory anew after an overflow. The VMM creates and deletes slots, and leaves that flag alone.
 #[derive(Clone, Debug)]
 pub struct DirtyTracker {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
 }
 
 impl DirtyTracker {
@@ -126,10 +126,18 @@ impl DirtyTracker {
         self.attach(index, |size, _| Ok(kernel.create_vcpu(size, position, cpu_log_entries)))
     }
 
-    fn on(kernel: Box<dyn Kernel>, backend: Backend) -> Self {
+    pub(super) fn on(kernel: Box<dyn Kernel>, backend: Backend) -> Self {
         let slots = Slots::default();
         let marks = RwLock::new(AtomicPageSet::new(slots.end()));
-        let state = State { backend, slots, vcpus: Vec::new(), pending: Pending::new(), ended: false };
+        let state = State {
+            backend,
+            slots,
+            vcpus: Vec::new(),
+            pending: Pending::new(),
+            ended: false,
+            #[cfg(feature = "offload")]
+            lent: None,
+        };
         let shared = Shared {
             kernel,
             counters: VmCounters::default(),
@@ -192,6 +200,7 @@ impl DirtyTracker {
         let mut others = self.shared.others.lock();
         let state = &mut *self.shared.lock();
         state.check_not_ended()?;
+        state.check_ours()?;
         state.slots.add(memory)?;
         if state.pending.is_tracking()
             && let Err(error) = log_these_anew(
@@ -229,6 +238,7 @@ impl DirtyTracker {
     pub fn remove_slot(&self, slot: SlotId) -> Result<bool, TrackError> {
         let mut others = self.shared.others.lock();
         let state = &mut *self.shared.lock();
+        state.check_ours()?;
         let Some(region) = state.slots.get(slot).copied() else { return Ok(false) };
         if state.pending.is_tracking() && region.is_logged() {
             match self.shared.kernel.set_dirty_logging(&region, false) {
@@ -271,6 +281,7 @@ impl DirtyTracker {
     ) -> Result<VcpuHandle, TrackError> {
         let state = &mut *self.shared.lock();
         state.check_not_ended()?;
+        state.check_ours()?;
         if state.vcpus.iter().any(|vcpu| vcpu.index == index) {
             return Err(TrackError::VcpuKnown(index));
         }

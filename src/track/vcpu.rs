@@ -16,6 +16,12 @@ impl Vcpu {
         Self { index, gate: Gate::default(), counters: VcpuCounters::default() }
     }
 
+    /// A vCPU of another process, with a gate that both share.
+    #[cfg(feature = "offload")]
+    pub(super) fn borrowed(index: usize, gate: Gate) -> Self {
+        Self { index, gate, counters: VcpuCounters::default() }
+    }
+
     pub(super) fn figures(&self) -> VcpuFigures {
         self.counters.figures(self.index, self.gate.throttled_ns())
     }

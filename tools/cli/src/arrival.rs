@@ -47,7 +47,7 @@ impl Reception<'_> {
     /// Receives the VM, runs it for as long as it may, and checks it.
     pub fn take(&self, incoming: Incoming) -> Arrival {
         let name = incoming.vm_id().to_owned();
-        let (mut host, _reserved) = match self.build(&incoming) {
+        let (mut host, _reserved) = match self.build(incoming.vm_id(), incoming.description(), self.host) {
             Ok(built) => built,
             Err(why) => {
                 self.refuse(incoming, Reason::Unbuildable, why);
@@ -91,15 +91,21 @@ impl Reception<'_> {
     }
 
     /// The VM that the source describes, or why there can be none.
-    fn build(&self, incoming: &Incoming) -> Result<(Host, Reserved<'_>), String> {
-        let description = VmDescription::parse(incoming.description()).map_err(|error| error.to_string())?;
+    pub fn build(
+        &self,
+        vm_id: &str,
+        description: &[u8],
+        host: &HostArgs,
+    ) -> Result<(Host, Reserved<'_>), String> {
+        let description = VmDescription::parse(description).map_err(|error| error.to_string())?;
         let reserved = self.budget.reserve(description.memory_bytes)?;
-        let vm = Machine::new(description.guest, description.config(self.host))
+        let vm = Machine::new(description.guest, description.config(host))
             .map_err(|error| format!("the destination cannot build the VM: {error:#}"))?;
-        Ok((Host { name: incoming.vm_id().to_owned(), description, guest: None, vm }, reserved))
+        Ok((Host { name: vm_id.to_owned(), description, guest: None, vm }, reserved))
     }
 
-    fn run(&self, host: &mut Host) -> Result<()> {
+    /// Runs it for as long as it may, and checks it.
+    pub fn run(&self, host: &mut Host) -> Result<()> {
         let begin = host.seen();
         let since = Instant::now();
         // Relaxed: a flag without data, polled.

@@ -130,6 +130,13 @@ impl Clients {
     }
 }
 
+impl Clients {
+    /// Nobody knows how a migration has ended that no client ordered; somebody may decide it now.
+    pub fn undecided(&self) {
+        *lock(&self.shared.state) = State::Undecided;
+    }
+}
+
 impl Drop for Clients {
     /// The socket file is gone afterwards.
     fn drop(&mut self) {

@@ -1,5 +1,6 @@
 //! A VM about to arrive.
 
+use std::borrow::BorrowMut;
 use std::io::Write;
 
 use ringferry::vm::{Moment, VmError};
@@ -11,25 +12,26 @@ use crate::machine::Machine;
 
 /// The VM that a migration builds up: before it runs, its guest is told that the gap over the pause is no stall.
 #[derive(Debug)]
-pub struct Landing<'h>(pub &'h mut Host);
+pub struct Landing<H>(pub H);
 
-impl Landing<'_> {
+impl<H: BorrowMut<Host>> Landing<H> {
     fn vm(&mut self) -> &mut dyn Vm {
-        self.0.vm.as_vm()
+        self.0.borrow_mut().vm.as_vm()
     }
 }
 
-impl Vm for Landing<'_> {
+impl<H: BorrowMut<Host> + Send> Vm for Landing<H> {
     fn pause(&mut self) -> Result<Paused, VmError> {
         self.vm().pause()
     }
 
     fn resume(&mut self, paused: Paused) -> Result<(), VmError> {
-        let vm: &Machine = &self.0.vm;
+        let host = self.0.borrow_mut();
+        let vm: &Machine = &host.vm;
         // A foreign guest has no mailbox, and nothing that could be told.
-        self.0.guest = Guest::new(vm.memory(), vm.kvm_tracker()).ok().filter(|guest| guest.plan().is_ok());
+        host.guest = Guest::new(vm.memory(), vm.kvm_tracker()).ok().filter(|guest| guest.plan().is_ok());
         // The VM is this side's alone by now: a figure less is no reason not to run it.
-        if let Some(Err(error)) = self.0.guest.as_mut().map(Guest::count_pause_apart) {
+        if let Some(Err(error)) = host.guest.as_mut().map(Guest::count_pause_apart) {
             tracing::warn!(%error, "the guest counts the pause as a stall");
         }
         self.vm().resume(paused)
@@ -44,7 +46,7 @@ impl Vm for Landing<'_> {
     }
 
     fn kick(&self, index: usize) {
-        self.0.vm.kick(index);
+        self.0.borrow().vm.kick(index);
     }
 
     fn quiesce<'p>(&mut self, paused: &'p Paused) -> Result<Quiesced<'p>, VmError> {

@@ -118,6 +118,14 @@ impl Machine {
             .map_or_else(|| (0..self.vcpus()).map(nothing).collect(), |kvm| kvm.snapshot().vcpus)
     }
 
+    /// The VM under KVM, if it is one.
+    pub fn kvm(&self) -> Option<&TestVm> {
+        match self {
+            Self::Kvm(vm) => Some(vm),
+            Self::Threads(_) => None,
+        }
+    }
+
     /// What a migration asks.
     pub fn as_vm(&mut self) -> &mut (dyn Vm + 'static) {
         match self {

@@ -29,6 +29,8 @@ mod machine;
 mod memory_budget;
 mod migrate;
 mod monitor;
+mod offload;
+mod offload_vmm;
 mod output;
 mod printable;
 mod receive;
@@ -78,6 +80,7 @@ enum Command {
     Adjust(adjust::Args),
     Resolve(resolve::Args),
     Receive(receive::Args),
+    Offload(offload::Args),
     Bench(bench::Args),
     Doctor(doctor::Args),
     GuestImage(guest_image::Args),
@@ -113,6 +116,7 @@ fn main() -> ExitCode {
         Command::Adjust(args) => adjust::run(args, output),
         Command::Resolve(args) => resolve::run(&args, output),
         Command::Receive(args) => receive::run(&args, output),
+        Command::Offload(args) => offload::run(args, output),
         Command::Bench(args) => bench::run(args, output),
         Command::Doctor(args) => doctor::run(args, output),
         Command::GuestImage(args) => guest_image::run(args, output),

@@ -133,7 +133,8 @@ impl MigrateArgs {
     ) -> Result<Migrated> {
         let mut tracker = host.vm.dirty_source()?;
         let memory = host.vm.memory().clone();
-        let options = self.options(host, destination)?;
+        let vcpus = u32::try_from(host.vm.vcpus())?;
+        let options = self.options(destination, vcpus, host.name.clone(), host.description.to_bytes()?)?;
         let figures_before = host.vm.figures();
         if let Some(guest) = &mut host.guest {
             guest.restart_longest_gap()?;
@@ -159,7 +160,14 @@ impl MigrateArgs {
         Ok(Migrated::Moved(Box::new(MigrationReport::new(host.vm.kind().name(), *migrated, vcpus))))
     }
 
-    fn options(&self, host: &Host, destination: &str) -> Result<SourceOptions> {
+    /// The library's options of a migration of such a VM.
+    pub fn options(
+        &self,
+        destination: &str,
+        vcpus: u32,
+        vm_id: String,
+        description: Vec<u8>,
+    ) -> Result<SourceOptions> {
         let ours = SourceOptions::default();
         let time = |given: Option<Time>, default| given.map_or(default, |time| time.0);
         Ok(SourceOptions {
@@ -172,9 +180,9 @@ impl MigrateArgs {
                 .collect::<Result<_, ChannelSpecError>>()?,
             verify: self.verify.unwrap_or(ours.verify),
             send: SendOptions { register_memory: self.register_memory, ..ours.send },
-            vcpus: u32::try_from(host.vm.vcpus())?,
-            vm_id: host.name.clone(),
-            description: host.description.to_bytes()?,
+            vcpus,
+            vm_id,
+            description,
             peer_timeout: time(self.peer_timeout, ours.peer_timeout),
             standstill: StandstillLimit {
                 factor: self.standstill_factor.unwrap_or(ours.standstill.factor),

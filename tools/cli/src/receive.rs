@@ -1,6 +1,7 @@
 //! `ringferry receive`: waits for VMs, takes them, runs them, and says how they are.
 
 use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::thread::{self, Scope, ScopedJoinHandle};
 use std::time::{Duration, Instant};
@@ -13,6 +14,7 @@ use crate::arrival::{Arrival, Reception};
 use crate::guest::HostArgs;
 use crate::interrupt;
 use crate::memory_budget::MemoryBudget;
+use crate::offload_vmm;
 use crate::output::Output;
 use crate::sizes::{Size, Time};
 use crate::told::Told;
@@ -43,6 +45,10 @@ pub struct Args {
     /// Listen on an address that other machines can reach, although nothing is encrypted or authenticated
     #[arg(long)]
     insecure: bool,
+
+    /// Wait here for `ringferry offload receive`, which brings one VM, instead of listening for sources
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["listen", "data_listen", "vms"])]
+    offload: Option<PathBuf>,
 
     /// VMs to take, at once or one after the other
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
@@ -80,6 +86,16 @@ fn address(text: &str) -> Result<SocketAddr, String> {
 pub fn run(args: &Args, output: Output) -> Result<ExitCode> {
     let interrupted = interrupt::flag()?;
     interrupt::promise("no VM is taken; one that is on its way stays at the source");
+    let reception = Reception {
+        host: &args.host,
+        budget: MemoryBudget::new(args.memory_max),
+        run_for: args.run_for.map(|limit| limit.0),
+        interrupted,
+        output,
+    };
+    if let Some(path) = &args.offload {
+        return offload_vmm::receive(path, &reception, args.wait.map(|limit| limit.0));
+    }
     let ours = ListenOptions::new(args.listen);
     let destination = Destination::bind(ListenOptions {
         data_addresses: args.data_listen.clone(),
@@ -89,13 +105,6 @@ pub fn run(args: &Args, output: Output) -> Result<ExitCode> {
         ..ours
     })?;
     Told::Listening { address: destination.local_addr()? }.tell(output)?;
-    let reception = Reception {
-        host: &args.host,
-        budget: MemoryBudget::new(args.memory_max),
-        run_for: args.run_for.map(|limit| limit.0),
-        interrupted,
-        output,
-    };
     let all_well = thread::scope(|scope| {
         let places = usize::from(args.vms);
         let mut vms =

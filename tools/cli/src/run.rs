@@ -1,11 +1,15 @@
 //! `ringferry run`: boots a guest and keeps it running until `ringferry send` moves it, or a signal ends it.
 
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, bail};
+use ringferry::offload::Ended;
 use ringferry::source::SourceError;
+use ringferry::vm::Paused;
 use ringferry_testvm::VcpuStatus;
 use serde::Serialize;
 
@@ -14,6 +18,7 @@ use crate::guest::{GuestArgs, Host, Marks};
 use crate::interrupt;
 use crate::migrate::{Decision, Migrated};
 use crate::monitor::{Answer, Monitor, MonitorArg};
+use crate::offload_vmm::{Lender, lend};
 use crate::output::Output;
 use crate::report::{MigrationReport, rate};
 use crate::told::Told;
@@ -44,6 +49,10 @@ pub struct Args {
     #[command(flatten)]
     monitor: MonitorArg,
 
+    /// Wait here for `ringferry offload send`, which moves the guest from a process of its own (RAM is a memfd then)
+    #[arg(long, value_name = "PATH")]
+    offload: Option<PathBuf>,
+
     #[command(flatten)]
     guest: GuestArgs,
 }
@@ -56,10 +65,12 @@ struct ProgressObject {
 }
 
 /// Runs the command.
-pub fn run(args: Args, output: Output) -> Result<ExitCode> {
+pub fn run(mut args: Args, output: Output) -> Result<ExitCode> {
     let interrupted = interrupt::flag()?;
     interrupt::promise(GUEST_ENDS);
     let clients = Clients::of(Monitor::bind(&args.monitor.path())?)?;
+    let lender =
+        args.offload.as_deref().map(|path| Lender::bind(path, &mut args.guest.vm.host)).transpose()?;
     let mut host = args.guest.boot()?;
     if !output.json() {
         output.line("the guest runs; `ringferry send --to ADDRESS:PORT` moves it; Ctrl-C ends it")?;
@@ -77,6 +88,12 @@ pub fn run(args: Args, output: Output) -> Result<ExitCode> {
                     return finish(output, &report);
                 }
                 Served::Dropped => return Ok(ExitCode::SUCCESS),
+            }
+        }
+        if let Some(connection) = lender.as_ref().map(Lender::accept).transpose()?.flatten() {
+            match waiting.lend(connection, &mut host)? {
+                Served::StillHere => pace.skip(&host),
+                Served::Moved(..) | Served::Dropped => return Ok(ExitCode::SUCCESS),
             }
         }
         pace.tell(&host, output)?;
@@ -209,6 +226,55 @@ impl Waiting<'_> {
                 Ok(Served::StillHere)
             }
         }
+    }
+
+    /// Lends the VM to an offload process.
+    fn lend(&self, connection: OwnedFd, host: &mut Host) -> Result<Served> {
+        interrupt::promise("the migration is cancelled, and the guest ends");
+        let vm_id = host.name.clone();
+        let ended = lend(connection, host, self.interrupted);
+        interrupt::promise(GUEST_ENDS);
+        let offloaded = |moved, why| Told::Offloaded { vm_id: vm_id.clone(), moved, why };
+        match ended {
+            Ok(Ended::Moved) => {
+                offloaded(true, String::new()).tell(self.output)?;
+                Ok(Served::Dropped)
+            }
+            Ok(Ended::StaysHere { why }) => {
+                offloaded(false, why).tell(self.output)?;
+                Ok(Served::StillHere)
+            }
+            Ok(Ended::Unconfirmed { paused, why }) => self.resolve_lent(paused, &why, host),
+            Err(error) if host.vm.status().contains(&VcpuStatus::Paused) => bail!(error),
+            Err(error) => {
+                offloaded(false, format!("{error:#}")).tell(self.output)?;
+                Ok(Served::StillHere)
+            }
+        }
+    }
+
+    /// Nobody knows whether the destination runs a VM that an offload process handed over.
+    fn resolve_lent(&self, paused: Paused, why: &str, host: &mut Host) -> Result<Served> {
+        interrupt::promise(VM_IS_HELD);
+        interrupt::forget();
+        let (vm_id, monitor) = (host.name.clone(), self.monitor.option());
+        let message = format!(
+            "the VM was handed over, and nobody confirmed that it runs ({why}). It stays here, stopped. Find out \
+             whether it runs at the destination; if it does not, `ringferry resolve --keep{monitor}` lets it run on \
+             here; if it does, `ringferry resolve --drop{monitor}` ends it here"
+        );
+        Told::Unconfirmed { vm_id: vm_id.clone(), destination: String::new(), message }.tell(self.output)?;
+        self.clients.undecided();
+        let resolution = self.clients.resolution();
+        let decision = resolution.decision;
+        if decision == Decision::Keep {
+            host.vm.as_vm().resume(paused).map_err(|error| anyhow!(error))?;
+        }
+        Told::Resolved { vm_id, decision }.tell(self.output)?;
+        resolution.done().delivered();
+        interrupt::forget();
+        interrupt::promise(GUEST_ENDS);
+        Ok(if decision == Decision::Keep { Served::StillHere } else { Served::Dropped })
     }
 
     /// Says that nobody knows whether the destination runs the VM, and what can be done. From here on it is held until

@@ -46,6 +46,15 @@ pub enum Told {
         /// Why, and what can be done.
         message: String,
     },
+    /// The offload process that migrated the VM has ended.
+    Offloaded {
+        /// Which.
+        vm_id: String,
+        /// Whether the destination runs the VM; if not, it runs on here.
+        moved: bool,
+        /// Why not.
+        why: String,
+    },
     /// Somebody has decided it.
     Resolved {
         /// Which.
@@ -72,6 +81,7 @@ impl Told {
             Self::Refused { vm_id, .. }
             | Self::Checked { vm_id, .. }
             | Self::Unconfirmed { vm_id, .. }
+            | Self::Offloaded { vm_id, .. }
             | Self::Resolved { vm_id, .. } => vm_id,
         }
     }
@@ -91,6 +101,8 @@ impl fmt::Display for Told {
             }
             Self::Checked { found, .. } => found.fmt(f),
             Self::Unconfirmed { message, .. } => f.write_str(message),
+            Self::Offloaded { moved: true, .. } => f.write_str("the guest has moved away"),
+            Self::Offloaded { why, .. } => write!(f, "the guest runs on here: {why}"),
             Self::Resolved { decision, .. } => decision.fmt(f),
         }
     }

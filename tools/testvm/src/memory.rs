@@ -50,6 +50,8 @@ pub fn pc_layout(memory_bytes: u64, regions: usize, unit_bytes: u64) -> Vec<Page
 #[derive(Debug)]
 pub(crate) struct Ram {
     memory: GuestMemory,
+    /// The file of each region, where there are files.
+    files: Vec<File>,
     tracker: Option<DirtyTracker>,
 }
 
@@ -65,9 +67,11 @@ impl Ram {
             }
         }
         let mut mappings = Vec::with_capacity(layout.len());
+        let mut files = Vec::new();
         let mut regions = Vec::with_capacity(layout.len());
         for (slot, pages) in (0u32..).zip(layout) {
-            let mapping = map(pages.pages * PAGE_SIZE as u64, config)?;
+            let (mapping, file) = map(pages.pages * PAGE_SIZE as u64, config)?;
+            files.extend(file);
             regions.push(Region::new(SlotId(slot), pages, mapping.as_mut_ptr()));
             mappings.push(mapping);
         }
@@ -75,11 +79,16 @@ impl Ram {
         // * each region is one mapping of its length, readable and writable, page-aligned by mmap;
         // * the value and its clones keep the mappings, and nobody makes references into them.
         let memory = unsafe { GuestMemory::new(regions) }?.kept_by(Arc::new(mappings));
-        Ok(Self { memory, tracker })
+        Ok(Self { memory, files, tracker })
     }
 
     pub fn memory(&self) -> &GuestMemory {
         &self.memory
+    }
+
+    /// The file of each region of `memory`; none where RAM is anonymous.
+    pub fn files(&self) -> &[File] {
+        &self.files
     }
 
     /// Copies guest RAM from `address` on into `bytes`.
@@ -186,7 +195,7 @@ fn page_run(address: GuestAddress, bytes: usize) -> Option<PageRun> {
     Some(PageRun { first, pages: GuestAddress(last).page().0 - first.0 + 1 })
 }
 
-fn map(bytes: u64, config: &Config) -> Result<MmapRaw, TestVmError> {
+fn map(bytes: u64, config: &Config) -> Result<(MmapRaw, Option<File>), TestVmError> {
     let reserved = config.huge_pages == HugePages::Reserved;
     let (backing, hint) = match (config.backing, reserved) {
         (Backing::Anonymous, false) => {
@@ -204,11 +213,11 @@ fn map(bytes: u64, config: &Config) -> Result<MmapRaw, TestVmError> {
             if reserved {
                 options.huge(Some(21));
             }
-            options.map_anon().map(MmapMut::into)
+            options.map_anon().map(|map: MmapMut| (map.into(), None))
         }
-        Backing::Memfd => memfd(bytes, reserved).and_then(|file| options.map_raw(&file)),
+        Backing::Memfd => memfd(bytes, reserved).and_then(|file| Ok((options.map_raw(&file)?, Some(file)))),
     };
-    let mapping: MmapRaw = mapping.map_err(failed)?;
+    let (mapping, file): (MmapRaw, _) = mapping.map_err(failed)?;
     if config.huge_pages == HugePages::Transparent {
         mapping.advise(Advice::HugePage).map_err(|error| TestVmError::Memory {
             bytes,
@@ -217,7 +226,7 @@ fn map(bytes: u64, config: &Config) -> Result<MmapRaw, TestVmError> {
             hint: "this kernel has none (CONFIG_TRANSPARENT_HUGEPAGE)",
         })?;
     }
-    Ok(mapping)
+    Ok((mapping, file))
 }
 
 fn memfd(bytes: u64, huge: bool) -> io::Result<File> {

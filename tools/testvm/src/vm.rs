@@ -2,8 +2,9 @@
 #![expect(unsafe_code, reason = "KVM takes guest RAM by host address")]
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io::Write;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -80,6 +81,8 @@ pub struct TestVm {
     // The order is that of dropping: threads are joined by `Drop`, then vCPUs, the VM, and last its RAM.
     threads: Vec<JoinHandle<()>>,
     vcpus: Vec<Arc<Vcpu>>,
+    /// A second descriptor of each vCPU, for whoever follows its ring from another process.
+    vcpu_fds: Vec<OwnedFd>,
     vm: VmFd,
     ram: Ram,
     tracker: Option<DirtyTracker>,
@@ -127,6 +130,7 @@ impl TestVm {
         let serial = Arc::new(Mutex::new(Serial::new(config.console.take())));
         let control = Arc::new(RunControl::new(config.vcpus));
         let mut vcpus = Vec::with_capacity(config.vcpus);
+        let mut vcpu_fds = Vec::with_capacity(config.vcpus);
         let mut tsc_khz = 0;
         for index in 0..config.vcpus {
             let fd = create_vcpu(&kvm, &vm, index, &config)?;
@@ -135,11 +139,20 @@ impl TestVm {
                 boot::enter(&fd, entry)?;
             }
             let tracked = tracker.as_ref().map(|tracker| tracker.attach_vcpu(index, &fd)).transpose()?;
+            // SAFETY: the vCPU's descriptor is open as long as `fd` lives, which is beyond this statement.
+            let borrowed = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
+            let second = borrowed.try_clone_to_owned();
+            vcpu_fds.push(second.map_err(|error| TestVmError::Kvm {
+                call: "duplicating a vCPU's descriptor",
+                error,
+                hint: "the limit on open files (ulimit -n) may be reached",
+            })?);
             vcpus.push(Arc::new(Vcpu::new(index, fd, tracked)?));
         }
         let mut built = Self {
             threads: Vec::with_capacity(config.vcpus),
             vcpus,
+            vcpu_fds,
             vm,
             ram,
             tracker,
@@ -197,6 +210,16 @@ impl TestVm {
     /// The tracker of the guest's writes, if the configuration asks for one; a clone is the same tracker.
     pub fn tracker(&self) -> Option<&DirtyTracker> {
         self.tracker.as_ref()
+    }
+
+    /// The file behind each region of guest RAM; `None` where RAM is no memfd.
+    pub fn ram_files(&self) -> Option<&[File]> {
+        (self.ram.files().len() == self.memory().regions().len()).then(|| self.ram.files())
+    }
+
+    /// A descriptor of each vCPU, by index: to map its ring, not to run it.
+    pub fn vcpu_fds(&self) -> &[OwnedFd] {
+        &self.vcpu_fds
     }
 
     /// The VM's file descriptor.

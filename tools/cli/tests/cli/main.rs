@@ -15,6 +15,7 @@ mod links;
 mod lost_output;
 mod migration;
 mod monitor;
+mod offload;
 mod signals;
 mod support;
 mod undecided;

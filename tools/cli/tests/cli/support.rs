@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, PipeReader, PipeWriter, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
@@ -88,6 +89,21 @@ impl Running {
     /// Starts it.
     pub fn start(args: &[&str]) -> Self {
         Self::start_as(Command::new(PROGRAM).args(args))
+    }
+
+    /// Starts it with `inherited` as its descriptor 40, beyond those that starting it takes.
+    #[expect(unsafe_code, reason = "what a child inherits is arranged between fork and exec")]
+    pub fn start_inheriting(args: &[&str], inherited: &impl AsRawFd) -> Self {
+        let mut command = Command::new(PROGRAM);
+        let fd = inherited.as_raw_fd();
+        // SAFETY: one system call with numbers, of which each is an open descriptor or an error.
+        let arrange = move || match unsafe { libc::dup2(fd, 40) } {
+            40 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        };
+        // SAFETY: the call above is all that happens between fork and exec. The descriptor is open as long as the caller has it, which is longer.
+        unsafe { command.pre_exec(arrange) };
+        Self::start_as(command.args(args))
     }
 
     /// Starts it in a network namespace.

@@ -1,0 +1,292 @@
+//! The VMM's end serves what the offload process asks of the VM, in the order that loses nothing, and gets the guest going
+//! again when that process is gone.
+
+use std::io::{self, Write};
+use std::time::Duration;
+
+use super::channel::Channel;
+use super::error::OffloadError;
+use super::protocol::{End, Message, PIECE_BYTES_MAX, RUNS_MAX};
+use crate::layout::PageIndex;
+use crate::page_set::PageSet;
+use crate::vm::{Moment, Paused, Quiesced, Vm, VmError};
+
+/// How long the offload process may take to read a packet. It reads while it waits for an answer; device state waits here for
+/// the destination.
+const READ_LIMIT: Duration = Duration::from_secs(60);
+/// The longest state of the machine that is restored: what a destination holds, and as much again.
+const MACHINE_STATE_BYTES_MAX: usize = 128 << 20;
+
+/// A VM that is being asked about.
+pub(super) struct Serving<'v> {
+    pub(super) channel: Channel,
+    vm: &'v mut dyn Vm,
+    /// Where guest memory ends.
+    end: PageIndex,
+    standing: Standing,
+    machine: Vec<u8>,
+    /// What the VM had taken is given back already.
+    released: bool,
+}
+
+/// What the guest does.
+enum Standing {
+    Runs,
+    Paused(Paused),
+    Quiesced(Paused),
+    /// It may run at the destination.
+    HandedOver(Paused),
+    /// Its destination is here, and it has not run yet.
+    Arriving,
+    /// Its state is restored.
+    Restored(Paused),
+    /// A request is being answered.
+    Changing,
+}
+
+/// Whose the VM is when nobody asks about it any more.
+pub(super) enum Left {
+    /// It runs here, and nowhere else.
+    RunsHere,
+    /// It stands still here, and may run at the destination.
+    MayRunThere(Paused),
+    /// It has not run here, and must not.
+    NeverRan,
+}
+
+impl<'v> Serving<'v> {
+    /// The VM of a source, which runs.
+    pub(super) fn of_source(channel: Channel, vm: &'v mut dyn Vm, end: PageIndex) -> Self {
+        Self { channel, vm, end, standing: Standing::Runs, machine: Vec::new(), released: false }
+    }
+
+    /// The VM of a destination, which is built and has not run.
+    pub(super) fn of_destination(channel: Channel, vm: &'v mut dyn Vm, end: PageIndex) -> Self {
+        Self { channel, vm, end, standing: Standing::Arriving, machine: Vec::new(), released: false }
+    }
+
+    pub(super) fn is_handed_over(&self) -> bool {
+        matches!(self.standing, Standing::HandedOver(_))
+    }
+
+    /// Whether the guest stands still at its source, and runs nowhere else.
+    pub(super) fn stands_still(&self) -> bool {
+        matches!(self.standing, Standing::Paused(_) | Standing::Quiesced(_))
+    }
+
+    /// Answers one message; the end, if it was that.
+    pub(super) fn answer(&mut self, message: Message) -> Result<Option<(End, String)>, OffloadError> {
+        let answer = match message {
+            Message::Kick { index } => {
+                if let Ok(index) = usize::try_from(index) {
+                    self.vm.kick(index);
+                }
+                return Ok(None);
+            }
+            Message::MachineState { piece } => {
+                if self.machine.len() + piece.len() > MACHINE_STATE_BYTES_MAX {
+                    let (what, bytes) = ("the machine's state", self.machine.len() + piece.len());
+                    return Err(OffloadError::TooLong { what, bytes, bytes_max: MACHINE_STATE_BYTES_MAX });
+                }
+                self.machine.extend_from_slice(&piece);
+                return Ok(None);
+            }
+            // Came after the state was written: nobody waits for it.
+            Message::Enough => return Ok(None),
+            Message::Ended { end, text } => {
+                self.say(&Message::Done)?;
+                return Ok(Some((end, text)));
+            }
+            Message::DeviceStateBytesLeft => Message::Bytes(self.vm.device_state_bytes_left()),
+            Message::DiscardedPages => {
+                let mut discarded = PageSet::new(self.end);
+                self.vm.discarded_pages(&mut discarded);
+                return send_runs(&self.channel, &discarded).map(|()| None);
+            }
+            Message::Release => match &self.standing {
+                Standing::Arriving | Standing::Restored(_) => {
+                    self.release();
+                    Message::Done
+                }
+                _ => out_of_order(),
+            },
+            Message::SaveDeviceState { running } => said(self.save_device_state(running)),
+            Message::SaveState => match self.save_state() {
+                Ok(state) => {
+                    for piece in state.chunks(PIECE_BYTES_MAX) {
+                        self.say(&Message::Piece { bytes: piece.to_vec() })?;
+                    }
+                    Message::Done
+                }
+                Err(error) => said(Err(error)),
+            },
+            Message::LoadDeviceState { piece } => match &self.standing {
+                Standing::Arriving => said(self.vm.load_device_state(&piece)),
+                _ => out_of_order(),
+            },
+            Message::Pause
+            | Message::Resume
+            | Message::Quiesce
+            | Message::HandOver
+            | Message::RestoreState
+            | Message::Prepare => said(self.step(&message)),
+            other => return Err(self.channel.unexpected("a request", &other)),
+        };
+        self.say(&answer)?;
+        Ok(None)
+    }
+
+    fn release(&mut self) {
+        if !std::mem::replace(&mut self.released, true) {
+            self.vm.release();
+        }
+    }
+
+    fn say(&self, message: &Message) -> Result<(), OffloadError> {
+        self.channel.send(message, &[], READ_LIMIT)
+    }
+
+    /// Does a step that changes what the guest does.
+    fn step(&mut self, request: &Message) -> Result<(), VmError> {
+        // A panic in the VMM's code leaves `Changing`, in which nothing is done to the VM any more.
+        let before = std::mem::replace(&mut self.standing, Standing::Changing);
+        let (now, done) = match (request, before) {
+            (Message::Pause, Standing::Runs) => match self.vm.pause() {
+                Ok(paused) => (Standing::Paused(paused), Ok(())),
+                Err(error) => (Standing::Runs, Err(error)),
+            },
+            (
+                Message::Resume,
+                Standing::Paused(paused)
+                | Standing::Quiesced(paused)
+                | Standing::HandedOver(paused)
+                | Standing::Restored(paused),
+            ) => match self.vm.resume(paused) {
+                Ok(()) => (Standing::Runs, Ok(())),
+                // `Vm::resume` leaves the VM paused when it fails.
+                Err(error) => (Standing::Paused(Paused::declare_every_vcpu_is_outside_kvm_run()), Err(error)),
+            },
+            (Message::Quiesce, Standing::Paused(paused)) => match self.vm.quiesce(&paused).map(drop) {
+                Ok(()) => (Standing::Quiesced(paused), Ok(())),
+                Err(error) => (Standing::Paused(paused), Err(error)),
+            },
+            (Message::HandOver, Standing::Quiesced(paused)) => match self.vm.hand_over() {
+                Ok(()) => (Standing::HandedOver(paused), Ok(())),
+                Err(error) => (Standing::Quiesced(paused), Err(error)),
+            },
+            (Message::RestoreState, Standing::Arriving) => {
+                let state = std::mem::take(&mut self.machine);
+                match self.vm.restore_state(&state) {
+                    Ok(paused) => (Standing::Restored(paused), Ok(())),
+                    Err(error) => (Standing::Arriving, Err(error)),
+                }
+            }
+            (Message::Prepare, Standing::Restored(paused)) => {
+                let prepared = self.vm.prepare();
+                (Standing::Restored(paused), prepared)
+            }
+            (_, unfit) => (unfit, Err(OUT_OF_ORDER.into())),
+        };
+        self.standing = now;
+        done
+    }
+
+    fn save_device_state(&mut self, running: Option<u64>) -> Result<(), VmError> {
+        let Self { vm, channel, standing, .. } = self;
+        let mut pieces = Pieces { channel, buffer: Vec::new() };
+        match (running, &*standing) {
+            (Some(bytes), Standing::Runs) => {
+                vm.save_device_state(Moment::Running { bytes }, &mut pieces)?;
+            }
+            (None, Standing::Quiesced(paused)) => {
+                let quiesced = Quiesced::declare_no_device_writes(paused);
+                vm.save_device_state(Moment::Stopped(&quiesced), &mut pieces)?;
+            }
+            _ => return Err(OUT_OF_ORDER.into()),
+        }
+        Ok(pieces.flush()?)
+    }
+
+    fn save_state(&mut self) -> Result<Vec<u8>, VmError> {
+        match &self.standing {
+            Standing::Quiesced(paused) => self.vm.save_state(&Quiesced::declare_no_device_writes(paused)),
+            _ => Err(OUT_OF_ORDER.into()),
+        }
+    }
+
+    /// Nobody asks any more. A guest that stands still and is nobody else's runs again.
+    pub(super) fn leave(mut self) -> (Result<Left, OffloadError>, Channel) {
+        let left = match std::mem::replace(&mut self.standing, Standing::Changing) {
+            Standing::Runs => Ok(Left::RunsHere),
+            Standing::HandedOver(paused) => Ok(Left::MayRunThere(paused)),
+            Standing::Arriving | Standing::Restored(_) | Standing::Changing => {
+                self.release();
+                Ok(Left::NeverRan)
+            }
+            Standing::Paused(paused) | Standing::Quiesced(paused) => match self.vm.resume(paused) {
+                Ok(()) => Ok(Left::RunsHere),
+                Err(source) => Err(OffloadError::Vm { action: "resume", source }),
+            },
+        };
+        (left, self.channel)
+    }
+}
+
+const OUT_OF_ORDER: &str = "it was asked out of order";
+
+fn out_of_order() -> Message {
+    Message::Failed { text: OUT_OF_ORDER.to_owned() }
+}
+
+fn said(done: Result<(), VmError>) -> Message {
+    match done {
+        Ok(()) => Message::Done,
+        Err(error) => Message::Failed { text: error.to_string() },
+    }
+}
+
+/// Sends a set of pages, in as many messages as it takes.
+pub(super) fn send_runs(channel: &Channel, pages: &PageSet) -> Result<(), OffloadError> {
+    let mut runs = pages.runs().peekable();
+    loop {
+        let some = runs.by_ref().take(RUNS_MAX).collect();
+        let more = runs.peek().is_some();
+        channel.send(&Message::Runs { more, runs: some }, &[], READ_LIMIT)?;
+        if !more {
+            return Ok(());
+        }
+    }
+}
+
+/// Device state on its way to the offload process, in packets.
+struct Pieces<'c> {
+    channel: &'c mut Channel,
+    buffer: Vec<u8>,
+}
+
+impl Pieces<'_> {
+    fn send(&mut self) -> io::Result<()> {
+        match self.channel.receive_within("Enough", Duration::ZERO).map_err(io::Error::other)? {
+            None => {}
+            Some((Message::Enough, _)) => return Err(io::Error::other("the migration takes no more state")),
+            Some((other, _)) => return Err(io::Error::other(self.channel.unexpected("Enough", &other))),
+        }
+        let bytes = std::mem::take(&mut self.buffer);
+        self.channel.send(&Message::Piece { bytes }, &[], READ_LIMIT).map_err(io::Error::other)
+    }
+}
+
+impl Write for Pieces<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let taken = bytes.len().min(PIECE_BYTES_MAX - self.buffer.len());
+        self.buffer.extend_from_slice(&bytes[..taken]);
+        if self.buffer.len() == PIECE_BYTES_MAX {
+            self.send()?;
+        }
+        Ok(taken)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        if self.buffer.is_empty() { Ok(()) } else { self.send() }
+    }
+}
