@@ -39,8 +39,6 @@ pub(crate) enum Until {
 pub enum UnmapError {
     /// Tracking by bitmap protects every page that it hands out.
     NotAsked,
-    /// Another process follows the rings, and only the VMM's own can protect its pages one by one.
-    OfAnotherProcess,
     /// Neither userfaultfd(2), in the mode that needs no privilege, nor `/dev/userfaultfd` gave a descriptor.
     NoUserfaultfd(Arc<io::Error>),
     /// This kernel's userfaultfd has no asynchronous write protection (Linux 6.7).
@@ -53,9 +51,6 @@ impl fmt::Display for UnmapError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NotAsked => write!(f, "tracking by bitmap protects each page that it hands out"),
-            Self::OfAnotherProcess => {
-                write!(f, "another process follows the rings, and cannot protect pages of the VMM one by one")
-            }
             Self::NoUserfaultfd(error) => write!(
                 f,
                 "userfaultfd: {error}; allow the system call in seccomp, or give access to /dev/userfaultfd"
@@ -78,7 +73,7 @@ impl fmt::Display for UnmapError {
 impl std::error::Error for UnmapError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
-            Self::NotAsked | Self::OfAnotherProcess => None,
+            Self::NotAsked => None,
             Self::NoUserfaultfd(error)
             | Self::NoAsyncWriteProtection(error)
             | Self::NotProtectable(error) => Some(&**error),

@@ -96,7 +96,7 @@ impl BorrowedVm {
         self.rings.vmm.when_it_ends(act);
     }
 
-    /// Whether the VMM has ended, as far as was seen.
+    /// Whether the VMM has ended.
     pub fn has_vmm_ended(&self) -> bool {
         self.rings.vmm.has_ended()
     }
@@ -172,7 +172,7 @@ impl ArrivingVm {
         self.rings.vmm.when_it_ends(act);
     }
 
-    /// Whether the VMM has ended, as far as was seen.
+    /// Whether the VMM has ended.
     pub fn has_vmm_ended(&self) -> bool {
         self.rings.vmm.has_ended()
     }
@@ -231,9 +231,8 @@ fn map_memory(channel: &mut Channel, regions: u32) -> Result<Vec<Mapped>, Offloa
 }
 
 /// Whether the VMM lives, and who wants to know if not.
-#[derive(Default)]
 struct WatchedVmm {
-    ended: AtomicBool,
+    watch: Watch,
     act: Mutex<Option<Box<dyn FnOnce() + Send>>>,
 }
 
@@ -246,14 +245,12 @@ impl WatchedVmm {
         *self.act() = Some(Box::new(act));
     }
 
-    /// SeqCst: the flag is stored before the act is taken.
     fn has_ended(&self) -> bool {
-        self.ended.load(Ordering::SeqCst)
+        self.watch.has_gone()
     }
 
-    fn look(&self, watch: &Watch) {
-        if watch.has_gone() {
-            self.ended.store(true, Ordering::SeqCst);
+    fn look(&self) {
+        if self.has_ended() {
             let act = self.act().take();
             if let Some(act) = act {
                 act();
@@ -264,7 +261,7 @@ impl WatchedVmm {
 
 impl fmt::Debug for WatchedVmm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("WatchedVmm").field("ended", &self.ended).finish_non_exhaustive()
+        f.debug_struct("WatchedVmm").field("watch", &self.watch).finish_non_exhaustive()
     }
 }
 
@@ -280,11 +277,11 @@ struct RingThread {
 impl RingThread {
     fn start(page: Arc<LentPage>, vcpus: Vec<VcpuHandle>, watch: Watch) -> Result<Self, OffloadError> {
         let ends = Arc::new(AtomicBool::new(false));
-        let vmm = Arc::new(WatchedVmm::default());
+        let vmm = Arc::new(WatchedVmm { watch, act: Mutex::default() });
         let (of_thread, its_page, its_vmm) = (Arc::clone(&ends), Arc::clone(&page), Arc::clone(&vmm));
         let thread = std::thread::Builder::new()
             .name("ringferry-rings".to_owned())
-            .spawn(move || serve_full_rings(&its_page, &vcpus, &of_thread, || its_vmm.look(&watch)))
+            .spawn(move || serve_full_rings(&its_page, &vcpus, &of_thread, || its_vmm.look()))
             .map_err(OffloadError::Thread)?;
         Ok(Self { ends, page, vmm, thread: Some(thread) })
     }

@@ -14,7 +14,7 @@ use super::channel::{Channel, OFFLOAD_PROCESS};
 use super::error::OffloadError;
 use super::protocol::{DESCRIPTION_BYTES_MAX, End, Message, NAME_BYTES_MAX, Role, VERSION};
 use super::serving::{Left, Serving, send_runs};
-use crate::kvm::KvmError;
+use crate::kvm::{KvmError, Until};
 use crate::layout::{PageIndex, PageRun, SlotId};
 use crate::os::sched::ShortSlice;
 use crate::track::{DirtyTracker, Lending, signs_of_life};
@@ -305,6 +305,17 @@ fn serve_kernel_request(channel: &Channel, lending: &Lending, request: &Message)
             Err(KvmError::SlotDiffers(_)) => Message::SlotDiffers,
             Err(error) => failed(&error),
         },
+        Message::CanProtect { slot } => match lending.can_protect(*slot) {
+            Ok(granule) => Message::Bytes(granule.get()),
+            Err(error) => failed(&error),
+        },
+        Message::Protect { slot, pages, until_written } => {
+            let until = if *until_written { Until::Written } else { Until::Touched };
+            match lending.protect(*slot, *pages, until) {
+                Ok(()) => Message::Done,
+                Err(error) => failed(&error),
+            }
+        }
         Message::StartWriters => match lending.start_writers() {
             Ok(()) => Message::Done,
             Err(error) => failed(&error),

@@ -80,6 +80,15 @@ impl Failure {
     }
 }
 
+impl Failure {
+    fn of_protection(self) -> UnmapError {
+        UnmapError::NotProtectable(Arc::new(match self {
+            Self::Kvm(error) => io::Error::other(error),
+            Self::Other(error) => error,
+        }))
+    }
+}
+
 impl From<Failure> for VmError {
     fn from(failure: Failure) -> Self {
         match failure {
@@ -121,12 +130,18 @@ impl Kernel for RemoteKernel {
         Err(bitmap_is_not_lent("KVM_CLEAR_DIRTY_LOG"))
     }
 
-    fn can_protect(&self, _: &Region) -> Result<Granule, UnmapError> {
-        Err(UnmapError::OfAnotherProcess)
+    fn can_protect(&self, region: &Region) -> Result<Granule, UnmapError> {
+        let slot = region.slot;
+        let granule = self.ask(&Message::CanProtect { slot }, slot, |answer| match answer {
+            Message::Bytes(pages) => Granule::new(pages),
+            _ => None,
+        });
+        granule.map_err(Failure::of_protection)
     }
 
-    fn protect(&self, _: &Region, _: PageRun, _: Until) -> Result<(), UnmapError> {
-        Err(UnmapError::OfAnotherProcess)
+    fn protect(&self, region: &Region, pages: PageRun, until: Until) -> Result<(), UnmapError> {
+        let (slot, until_written) = (region.slot, until == Until::Written);
+        self.done(&Message::Protect { slot, pages, until_written }, slot).map_err(Failure::of_protection)
     }
 }
 

@@ -109,6 +109,16 @@ pub(super) enum Message {
     },
     SlotGone,
     SlotDiffers,
+    /// Answered by the pages of a granule.
+    CanProtect {
+        slot: SlotId,
+    },
+    /// Until the guest writes them; or until it touches them.
+    Protect {
+        slot: SlotId,
+        pages: PageRun,
+        until_written: bool,
+    },
     StartWriters,
     DrainWriters,
     StopWriters,
@@ -305,6 +315,8 @@ mod kind {
     pub const START_WRITERS: u8 = 21;
     pub const DRAIN_WRITERS: u8 = 22;
     pub const STOP_WRITERS: u8 = 23;
+    pub const CAN_PROTECT: u8 = 24;
+    pub const PROTECT: u8 = 25;
     pub const PAUSE: u8 = 32;
     pub const RESUME: u8 = 33;
     pub const QUIESCE: u8 = 34;
@@ -355,6 +367,10 @@ impl Message {
             Self::SetLogging { slot, enabled } => of(kind::SET_LOGGING).u32(slot.0).u8((*enabled).into()),
             Self::SlotGone => of(kind::SLOT_GONE),
             Self::SlotDiffers => of(kind::SLOT_DIFFERS),
+            Self::CanProtect { slot } => of(kind::CAN_PROTECT).u32(slot.0),
+            Self::Protect { slot, pages, until_written } => {
+                of(kind::PROTECT).u32(slot.0).run(*pages).u8((*until_written).into())
+            }
             Self::StartWriters => of(kind::START_WRITERS),
             Self::DrainWriters => of(kind::DRAIN_WRITERS),
             Self::StopWriters => of(kind::STOP_WRITERS),
@@ -426,6 +442,12 @@ impl Message {
             kind::SET_LOGGING => Self::SetLogging { slot: SlotId(fields.u32()?), enabled: fields.flag()? },
             kind::SLOT_GONE => Self::SlotGone,
             kind::SLOT_DIFFERS => Self::SlotDiffers,
+            kind::CAN_PROTECT => Self::CanProtect { slot: SlotId(fields.u32()?) },
+            kind::PROTECT => Self::Protect {
+                slot: SlotId(fields.u32()?),
+                pages: fields.run()?,
+                until_written: fields.flag()?,
+            },
             kind::START_WRITERS => Self::StartWriters,
             kind::DRAIN_WRITERS => Self::DrainWriters,
             kind::STOP_WRITERS => Self::StopWriters,
@@ -480,6 +502,8 @@ impl Message {
             Self::SetLogging { .. } => "SetLogging",
             Self::SlotGone => "SlotGone",
             Self::SlotDiffers => "SlotDiffers",
+            Self::CanProtect { .. } => "CanProtect",
+            Self::Protect { .. } => "Protect",
             Self::StartWriters => "StartWriters",
             Self::DrainWriters => "DrainWriters",
             Self::StopWriters => "StopWriters",

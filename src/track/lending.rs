@@ -19,7 +19,7 @@ use super::others::Others;
 use super::shared::{Backend, Shared};
 use super::slots::stop_logging;
 use super::tracker::DirtyTracker;
-use crate::kvm::{KvmError, ResetCount, RingSize};
+use crate::kvm::{Granule, KvmError, ResetCount, RingSize, UnmapError, Until};
 use crate::layout::{PageRun, SlotId};
 use crate::page_set::PageSet;
 
@@ -107,6 +107,22 @@ impl Lending {
         self.shared.kernel.set_dirty_logging(region, enabled)
     }
 
+    /// How many pages of a slot can be protected at once at least, without a ring entry that names them.
+    pub(crate) fn can_protect(&self, slot: SlotId) -> Result<Granule, UnmapError> {
+        let state = self.shared.lock();
+        self.shared.kernel.can_protect(state.slots.get(slot).ok_or_else(not_of_the_slot)?)
+    }
+
+    /// Protects pages of a slot, if they are of it.
+    pub(crate) fn protect(&self, slot: SlotId, pages: PageRun, until: Until) -> Result<(), UnmapError> {
+        let state = self.shared.lock();
+        let region = state.slots.get(slot).ok_or_else(not_of_the_slot)?;
+        if pages.pages == 0 || pages.first < region.pages.first || pages.end() > region.pages.end() {
+            return Err(not_of_the_slot());
+        }
+        self.shared.kernel.protect(region, pages, until)
+    }
+
     /// What no ring sees is gathered from now on.
     pub(crate) fn start_writers(&self) -> Result<(), TrackError> {
         let mut others = self.shared.others.lock();
@@ -143,6 +159,10 @@ impl Lending {
         drop(self);
         shared.lock().lent = Some(Lent::Frozen(connection));
     }
+}
+
+fn not_of_the_slot() -> UnmapError {
+    UnmapError::NotProtectable(Arc::new(io::Error::from(io::ErrorKind::InvalidInput)))
 }
 
 fn stop_writers(shared: &Shared, others: &mut Others) {

@@ -50,6 +50,12 @@ fn message() -> impl Strategy<Value = Message> {
         (any::<u32>(), any::<bool>()).prop_map(|(entries, slept)| Message::ResetCount { entries, slept }),
         (any::<u32>(), any::<bool>())
             .prop_map(|(slot, enabled)| Message::SetLogging { slot: SlotId(slot), enabled }),
+        any::<u32>().prop_map(|slot| Message::CanProtect { slot: SlotId(slot) }),
+        (any::<u32>(), run(), any::<bool>()).prop_map(|(slot, pages, until_written)| Message::Protect {
+            slot: SlotId(slot),
+            pages,
+            until_written
+        }),
         any::<Option<u64>>().prop_map(|running| Message::SaveDeviceState { running }),
         any::<u32>().prop_map(|index| Message::Kick { index }),
         bytes().prop_map(|piece| Message::LoadDeviceState { piece }),
