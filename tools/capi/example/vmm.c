@@ -57,7 +57,7 @@ struct vcpu {
     struct kvm_run *run;
     rf_vcpu *tracked;
     rf_gate *gate;
-    uint64_t passes;
+    _Atomic uint64_t passes;
 };
 
 static atomic_bool stop;
@@ -198,7 +198,9 @@ int main(void) {
     /* 5. The migration thread: start, observe as often as it likes, harvest once a round. */
     rf_session *session;
     check("starting", rf_session_start(tracker, &session));
-    sleep_ms(200);
+    uint64_t before[VCPUS] = {vcpus[0].passes, vcpus[1].passes};
+    for (int tries = 0; tries < 5000 && (vcpus[0].passes < before[0] + 2 || vcpus[1].passes < before[1] + 2); tries++)
+        sleep_ms(2);
     rf_vcpu_pages observed[VCPUS];
     size_t count;
     check("observing", rf_session_observe(session, observed, VCPUS, &count));
@@ -244,7 +246,5 @@ int main(void) {
     check("removing RAM", rf_tracker_remove_slot(tracker, 0));
     rf_tracker_free(tracker);
     munmap(ram, RAM_BYTES);
-    close(vm);
-    close(kvm);
-    return 0;
+    return close(vm) | close(kvm);
 }
