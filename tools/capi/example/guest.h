@@ -66,13 +66,9 @@ static void enter_user_mode(int fd, uint32_t index) {
     struct kvm_sregs sregs;
     struct kvm_regs regs = {.rip = CODE, .rflags = 0x3002, .rax = 1};
     struct kvm_segment code = {.limit = 0xffffffff, .selector = 0x33, .type = 11, .present = 1, .dpl = 3, .s = 1, .l = 1, .g = 1};
-    struct kvm_segment data = code;
+    struct kvm_segment data = {.limit = 0xffffffff, .selector = 0x2b, .type = 3, .present = 1, .dpl = 3, .s = 1, .db = 1, .g = 1};
     memset(&sregs, 0, sizeof sregs);
     kvm_ioctl("KVM_GET_SREGS", fd, KVM_GET_SREGS, &sregs);
-    data.selector = 0x2b;
-    data.type = 3;
-    data.l = 0;
-    data.db = 1;
     sregs.cs = code;
     sregs.ds = sregs.es = sregs.fs = sregs.gs = sregs.ss = data;
     sregs.cr0 = 0x80050033;
