@@ -310,3 +310,132 @@ impl Vm for CVm {
 fn below(run: PageRun, end: PageIndex) -> PageRun {
     PageRun { first: run.first.min(end), pages: run.pages.min(end.0.saturating_sub(run.first.0)) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state_out::rf_state_write;
+    use ringferry::PAGE_SIZE;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    const NOTHING: VmCallbacks = VmCallbacks {
+        context: std::ptr::null_mut(),
+        pause: None,
+        resume: None,
+        kick: None,
+        save_state: None,
+        quiesce: None,
+        save_device_state: None,
+        device_state_bytes_left: None,
+        discarded_pages: None,
+        hand_over: None,
+        restore_state: None,
+        load_device_state: None,
+        prepare: None,
+        release: None,
+    };
+
+    /// A VM whose context counts.
+    fn vm(context: &mut u64, vmm: VmCallbacks) -> CVm {
+        let vmm = VmCallbacks { context: (&raw mut *context).cast(), ..vmm };
+        // SAFETY: of this length, and the functions take what they are given.
+        unsafe { CVm::new(&raw const vmm, size_of::<VmCallbacks>()) }
+            .map_err(|failure| failure.to_string())
+            .unwrap()
+    }
+
+    unsafe extern "C" fn count(context: *mut c_void) -> *const c_char {
+        // SAFETY: the tests give a number that nobody else uses meanwhile.
+        unsafe { *context.cast::<u64>() += 1 };
+        std::ptr::null()
+    }
+
+    /// Every second page of 100, however many are asked for at a time.
+    unsafe extern "C" fn every_second(
+        context: *mut c_void,
+        from: u64,
+        runs: *mut Run,
+        capacity: usize,
+    ) -> usize {
+        // SAFETY: as for `count`.
+        unsafe { count(context) };
+        let page = PAGE_SIZE as u64;
+        let all = (0..100).map(|nth| Run { guest_address: 2 * nth * page, bytes: page });
+        let some = all.filter(|run| run.guest_address >= from).take(capacity);
+        // SAFETY: the array has `capacity` elements.
+        some.enumerate().map(|(at, run)| unsafe { runs.add(at).write(run) }).count()
+    }
+
+    #[test]
+    fn discarded_pages_are_asked_for_until_there_are_no_more_and_those_beyond_ram_do_not_count() {
+        let (mut asked, mut discarded) = (0, PageSet::new(PageIndex(151)));
+        vm(&mut asked, VmCallbacks { discarded_pages: Some(every_second), ..NOTHING })
+            .discarded_pages(&mut discarded);
+        assert_eq!((asked, discarded.len()), (2, 76));
+        assert!(discarded.contains(PageIndex(150)) && !discarded.contains(PageIndex(149)));
+    }
+
+    unsafe extern "C" fn the_same_again(_: *mut c_void, _: u64, runs: *mut Run, capacity: usize) -> usize {
+        for at in 0..capacity {
+            // SAFETY: the array has `capacity` elements.
+            unsafe { runs.add(at).write(Run { guest_address: 4096, bytes: 4096 }) };
+        }
+        usize::MAX
+    }
+
+    #[test]
+    fn a_vmm_that_names_the_same_discarded_page_for_ever_is_asked_no_more() {
+        let (mut context, mut discarded) = (0, PageSet::new(PageIndex(16)));
+        vm(&mut context, VmCallbacks { discarded_pages: Some(the_same_again), ..NOTHING })
+            .discarded_pages(&mut discarded);
+        assert_eq!(discarded.len(), 1);
+    }
+
+    unsafe extern "C" fn write_and_say_yes(
+        _: *mut c_void,
+        _: bool,
+        bytes: u64,
+        out: *mut StateOut,
+    ) -> *const c_char {
+        let state = bytes.to_le_bytes();
+        // SAFETY: the handle of this call, and an array.
+        unsafe { rf_state_write(out.cast_const(), state.as_ptr().cast(), state.len()) };
+        std::ptr::null()
+    }
+
+    #[test]
+    fn device_state_reaches_its_writer_and_a_part_that_is_not_taken_is_an_error_whatever_the_vmm_says() {
+        let mut context = 0;
+        let mut vm = vm(&mut context, VmCallbacks { save_device_state: Some(write_and_say_yes), ..NOTHING });
+        let mut taken = Vec::new();
+        vm.save_device_state(Moment::Running { bytes: 7 }, &mut taken).unwrap();
+        assert_eq!(taken, 7_u64.to_le_bytes());
+        let mut full = [0_u8; 4];
+        let refused = vm.save_device_state(Moment::Running { bytes: 7 }, &mut &mut full[..]);
+        assert!(refused.unwrap_err().to_string().contains("not taken"));
+    }
+
+    #[test]
+    fn a_state_that_no_destination_takes_is_refused_where_it_is_written() {
+        let mut whole = Whole(vec![0; STATE_BYTES_MAX - 1]);
+        whole.write_all(&[0]).unwrap();
+        assert!(whole.write_all(&[0]).is_err());
+    }
+
+    #[test]
+    fn a_bug_of_the_librarys_lets_the_guest_run_again_unless_it_was_handed_over() {
+        for (hands_over, resumed) in [(false, 1), (true, 0)] {
+            let mut context = 0;
+            let mut vm = vm(&mut context, VmCallbacks { resume: Some(count), ..NOTHING });
+            let fell = catch_unwind(AssertUnwindSafe(move || {
+                let _paused = vm.pause().unwrap();
+                if hands_over {
+                    vm.hand_over().unwrap();
+                }
+                panic!("the sky fell");
+            }));
+            assert!(fell.is_err());
+            assert_eq!(context, resumed);
+        }
+    }
+}

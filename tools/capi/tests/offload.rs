@@ -11,6 +11,7 @@ use std::sync::atomic::AtomicBool;
 use std::thread;
 
 use gcc::{can_run, compiled, under_valgrind};
+use ringferry::Vm as _;
 use ringferry::destination::{Destination, DestinationOptions, ListenOptions};
 use ringferry::offload::{BorrowedVm, End, Offer, WaitingVmm, connect};
 use ringferry::progress::{Parameters, Progress};
@@ -168,6 +169,24 @@ fn an_offload_process_that_is_gone_leaves_the_guest_of_a_vmm_in_c_running() {
     let why = from.line();
     assert!(why.starts_with("RF_OFFLOAD: ") && why.contains("has ended"), "{why}");
     assert_eq!(from.line(), "goes on: true; whole: true");
+    from.ends_well();
+}
+
+#[test]
+fn an_offload_process_that_is_gone_after_the_handing_over_leaves_a_vm_that_somebody_has_to_decide_on() {
+    if !can_run(&["gcc", "pkg-config"]) {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let example = compiled(EXAMPLE, "ringferry-static", &directory);
+    let mut from = Vmm::start(Command::new(&example), "source", &directory);
+    let mut lent = BorrowedVm::borrow(connect(&from.socket).unwrap()).unwrap();
+    let paused = lent.vm.pause().unwrap();
+    let _ = lent.vm.quiesce(&paused).unwrap();
+    lent.vm.hand_over().unwrap();
+    drop(lent);
+    let said = from.line();
+    assert!(said.starts_with("somebody has to look: ") && said.contains("has ended"), "{said}");
     from.ends_well();
 }
 
