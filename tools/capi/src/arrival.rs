@@ -62,7 +62,8 @@ pub type Build = Option<
 /// Pass `sizeof *vm` as `vm_bytes`; `vm->context` goes to `build`, too; `cancel` may be NULL.
 ///
 /// RF_OK: the VM runs here, as `vm->resume` has let it. After an error the VM is the source's; what was built has not run,
-/// and must not. RF_CALLBACK: `build` refused. RF_INTERNAL: it runs here if `vm->resume` was called.
+/// and must not. Two errors can be different. RF_CALLBACK: `build` refused; or `vm->resume` failed, and then somebody has to look
+/// at the source before the VM runs anywhere. RF_INTERNAL: it runs here if `vm->resume` was called.
 ///
 /// # Safety
 ///
