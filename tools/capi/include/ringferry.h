@@ -22,10 +22,11 @@
  *
  * Threads.  Any thread may call any function, several at once, on the same handles, with two exceptions: an rf_vcpu belongs to
  * one thread at a time, and nobody uses a handle while or after it is freed. A VMM may hold its own locks during a call; only
- * rf_offload_lend() and rf_offload_receive() call back, on their caller's thread, and hold no lock of the library's meanwhile. rf_vcpu_before_run() takes no lock and makes at most one futex call. rf_vcpu_ring_full() takes
- * the tracker's lock, for which it waits no longer than one harvest. The library handles no signal, and starts no thread
- * but one for as long as rf_offload_lend() lasts; it blocks signals on the calling thread for the time of a KVM_RESET_DIRTY_RINGS. A process that forks does not use the
- * library in the child.
+ * rf_offload_lend() and rf_offload_receive() call back, on their caller's thread, and a callback may call the library.
+ * rf_vcpu_before_run() takes no lock and makes at most one futex call. rf_vcpu_ring_full() takes the tracker's lock, for which
+ * it waits no longer than one harvest. The library handles no signal, and starts one thread for as long as rf_offload_lend()
+ * lasts, else none; it blocks signals on the calling thread for the time of a KVM_RESET_DIRTY_RINGS. A process that forks does
+ * not use the library in the child.
  *
  * Undefined is what happens when
  *   - a handle is used after it was freed, or while it is being freed (often found, and then RF_WRONG_HANDLE);
