@@ -1,5 +1,6 @@
 /*
- * Ringferry's tracking layer for VMMs in C: which pages of a KVM guest are dirty, and which vCPU dirtied them.
+ * Ringferry's tracking layer for VMMs in C: which pages of a KVM guest are dirty, and which vCPU dirtied them; and the VMM's
+ * side of a migration by a process beside it.
  *
  * Generated from tools/capi/src; a test says when it is out of date, and how to write it anew.
  *
@@ -11,16 +12,21 @@
  *   4. around each KVM_RUN                                        rf_vcpu_before_run(), rf_vcpu_ring_full()
  *   5. whoever wants to know                                      rf_session_start(), _observe(), _harvest(), _end()
  *
+ * A VMM that a process beside it migrates (`ringferry offload`) has a sixth, shown in tools/capi/example/offload.c:
+ *
+ *   6. whoever is asked to migrate                                rf_offload_lend(), rf_offload_receive()
+ *
  * Errors.  Every function returns an rf_status, except those that return a constant text. A negative status is an error.
  * The text of the last error is kept for each thread by itself: rf_last_error(), on the thread that made the call. No panic of
  * the Rust code leaves the library: it is caught, and becomes RF_INTERNAL.
  *
  * Threads.  Any thread may call any function, several at once, on the same handles, with two exceptions: an rf_vcpu belongs to
- * one thread at a time, and nobody uses a handle while or after it is freed. A VMM may hold its own locks during a call; the
- * library calls nobody back. rf_vcpu_before_run() takes no lock and makes at most one futex call. rf_vcpu_ring_full() takes
- * the tracker's lock, for which it waits no longer than one harvest. The library starts no thread and handles no signal;
- * it blocks signals on the calling thread for the time of a KVM_RESET_DIRTY_RINGS. A process that forks does not use the
- * library in the child.
+ * one thread at a time, and nobody uses a handle while or after it is freed. A VMM may hold its own locks during a call; only
+ * rf_offload_lend() and rf_offload_receive() call back, on their caller's thread, and a callback may call the library.
+ * rf_vcpu_before_run() takes no lock and makes at most one futex call. rf_vcpu_ring_full() takes the tracker's lock, for which
+ * it waits no longer than one harvest. The library handles no signal, and starts one thread for as long as rf_offload_lend()
+ * lasts, else none; it blocks signals on the calling thread for the time of a KVM_RESET_DIRTY_RINGS. A process that forks does
+ * not use the library in the child.
  *
  * Undefined is what happens when
  *   - a handle is used after it was freed, or while it is being freed (often found, and then RF_WRONG_HANDLE);
@@ -38,6 +44,11 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+
+/**
+ * Bytes of the text in an rf_offload_outcome, its end mark included.
+ */
+#define RF_OFFLOAD_WHY_BYTES 512
 
 /**
  * The exit reason for a full dirty ring, KVM_EXIT_DIRTY_RING_FULL.
@@ -154,7 +165,39 @@ typedef enum {
    * Any other error.
    */
   RF_OTHER = -18,
+  /**
+   * The offload process has died, froze, refused, or said what its place does not allow.
+   */
+  RF_OFFLOAD = -19,
+  /**
+   * Cancelled by rf_cancel_set().
+   */
+  RF_CANCELLED = -20,
+  /**
+   * A callback of the VMM failed in a way that nothing could be done about: see the function that returns it.
+   */
+  RF_CALLBACK = -21,
 } rf_status;
+
+/**
+ * Where a VM is when its offload process has done its work.
+ */
+typedef enum {
+  /**
+   * It runs on here; the migration failed.
+   */
+  RF_OFFLOAD_END_STAYS = 0,
+  /**
+   * The destination runs it. It stands still here, for good: free it.
+   */
+  RF_OFFLOAD_END_MOVED = 1,
+  /**
+   * It was handed over, and nobody knows whether the destination runs it. It stands still here until somebody has looked,
+   * and then there are two ways out: if it does not run there, let the vCPUs run again, as `resume` does; if it does,
+   * free the VM. A guess may leave two guests running, or none.
+   */
+  RF_OFFLOAD_END_UNCONFIRMED = 2,
+} rf_offload_end;
 
 /**
  * Memory as it is added while a session is open: whether its content is already known to whoever harvests.
@@ -169,6 +212,11 @@ typedef enum {
    */
   RF_CONTENT_DIRTY = 1,
 } rf_content;
+
+/**
+ * Ends a migration from outside. Any thread may use it, several at once.
+ */
+typedef struct rf_cancel rf_cancel;
 
 /**
  * The gate that a vCPU passes before it enters the guest, for whoever throttles. Any thread may use it, several at once.
@@ -187,6 +235,11 @@ typedef struct rf_session rf_session;
 typedef struct rf_set rf_set;
 
 /**
+ * Takes the state that a callback saves. It is there as long as the callback runs, for the callback's own thread.
+ */
+typedef struct rf_state_out rf_state_out;
+
+/**
  * Dirty tracking of one VM, for all of the VM's life. Any thread may use it, several at once.
  */
 typedef struct rf_tracker rf_tracker;
@@ -196,6 +249,187 @@ typedef struct rf_tracker rf_tracker;
  * rf_vcpu_attach(), allocates nothing.
  */
 typedef struct rf_vcpu rf_vcpu;
+
+/**
+ * Consecutive guest pages.
+ */
+typedef struct {
+  /**
+   * The guest physical address of the first page.
+   */
+  uint64_t guest_address;
+  /**
+   * How many bytes, a multiple of 4096.
+   */
+  uint64_t bytes;
+} rf_run;
+
+/**
+ * What a migration asks of the VMM. Each function is called with `context`, on the thread that called rf_offload_lend() or
+ * rf_offload_receive(), one at a time, and never after that call has returned. It may call this library. It returns: no
+ * longjmp, no C++ exception leaves it.
+ *
+ * Functions that can fail return NULL when they are done, else a text that says why not, in UTF-8: it is copied at once, and
+ * stays the VMM's. Functions that are not needed are NULL.
+ */
+typedef struct {
+  /**
+   * Whatever the VMM wants to be given.
+   */
+  void *context;
+  /**
+   * Stops every vCPU, and returns once all are outside KVM_RUN, those too that wait in rf_vcpu_before_run(). After a failure
+   * the VM runs. A source needs it.
+   */
+  const char *(*pause)(void *context);
+  /**
+   * Lets every vCPU run, and every device that `quiesce` stopped. After a failure the VM stands still. Both sides need it.
+   */
+  const char *(*resume)(void *context);
+  /**
+   * Forces vCPU `index` out of KVM_RUN soon; it must not block. A source needs it.
+   */
+  void (*kick)(void *context, uint32_t index);
+  /**
+   * Writes everything that the guest can observe besides RAM, in the VMM's own format, 64 MiB at most, by rf_state_write().
+   * The guest stands still. It may write guest memory. A source needs it.
+   */
+  const char *(*save_state)(void *context, rf_state_out *out);
+  /**
+   * Stops every device that writes guest memory, while the vCPUs stand still. NULL: there is none.
+   */
+  const char *(*quiesce)(void *context);
+  /**
+   * Writes device state that the destination can load in pieces, before RAM is complete: once a round while the guest runs,
+   * some `bytes` at a time; and a last time, all the rest, with `stopped`. NULL: there is none.
+   */
+  const char *(*save_device_state)(void *context, bool stopped, uint64_t bytes, rf_state_out *out);
+  /**
+   * How many bytes `save_device_state` would write if the guest were stopped now. NULL: 0.
+   */
+  uint64_t (*device_state_bytes_left)(void *context);
+  /**
+   * Pages whose content the guest has given up (balloon, free page reporting), and which are not sent unless they are dirtied
+   * later. It writes up to `capacity` runs at and after the guest physical address `from` to `runs`, in ascending order,
+   * and returns their number. It is called again, from the end of the last run on, as long as it returns `capacity`.
+   * NULL: there are none.
+   */
+  size_t (*discarded_pages)(void *context, uint64_t from, rf_run *runs, size_t capacity);
+  /**
+   * The guest stands still, and from here on it may run at the destination, whatever becomes of this process. NULL: the VMM
+   * need not know. After a failure the VM stays here.
+   */
+  const char *(*hand_over)(void *context);
+  /**
+   * At the destination, where RAM is in place: the inverse of `save_state`. A destination needs it.
+   */
+  const char *(*restore_state)(void *context, const uint8_t *state, size_t bytes);
+  /**
+   * At the destination: the next piece of what `save_device_state` wrote, cut at any place. It must not touch guest memory.
+   * NULL: a VM with such state is refused.
+   */
+  const char *(*load_device_state)(void *context, const uint8_t *piece, size_t bytes);
+  /**
+   * At the destination, when the state is restored: takes everything whose taking can fail (locks on images, taps), so that
+   * `resume` has nothing left to fail at. NULL: there is nothing.
+   */
+  const char *(*prepare)(void *context);
+  /**
+   * At the destination: the VM will not run here. Gives back what `prepare` took. NULL: there is nothing.
+   */
+  void (*release)(void *context);
+} rf_vm;
+
+/**
+ * Memory outside guest-physical space.
+ */
+typedef struct {
+  /**
+   * Its name.
+   */
+  const char *name;
+  /**
+   * Its pages, at the address by which the migration names them.
+   */
+  rf_run pages;
+} rf_offered_block;
+
+/**
+ * A VM that comes, for the VMM to build. What it points to is there as long as the callback runs.
+ */
+typedef struct {
+  /**
+   * Its name; "" if it has none.
+   */
+  const char *vm_id;
+  /**
+   * What the source's VMM says of it: `description_bytes` bytes.
+   */
+  const uint8_t *description;
+  /**
+   * See `description`.
+   */
+  size_t description_bytes;
+  /**
+   * RAM in guest-physical order: `ram_count` elements.
+   */
+  const rf_run *ram;
+  /**
+   * See `ram`.
+   */
+  size_t ram_count;
+  /**
+   * Memory outside guest-physical space: `block_count` elements.
+   */
+  const rf_offered_block *blocks;
+  /**
+   * See `blocks`.
+   */
+  size_t block_count;
+  /**
+   * How many vCPUs it has.
+   */
+  uint32_t vcpus;
+} rf_offer;
+
+/**
+ * A piece of guest memory in a file. Where it is mapped, rf_tracker_add_slot() was told.
+ */
+typedef struct {
+  /**
+   * The memory slot, as rf_tracker_add_slot() was given it; for a block that is none, any number that no slot has.
+   */
+  uint32_t slot;
+  /**
+   * A memfd (or a file on hugetlbfs), which is not cut short while it is lent. It is duplicated.
+   */
+  int32_t fd;
+  /**
+   * The guest physical address of its first page.
+   */
+  uint64_t guest_address;
+  /**
+   * How long it is. All are multiples of 4096.
+   */
+  uint64_t bytes;
+  /**
+   * Where in the file its first page is.
+   */
+  uint64_t file_offset;
+  /**
+   * The name of a block of memory outside guest-physical space (VRAM, ROM); NULL for RAM.
+   */
+  const char *name;
+} rf_lent_region;
+
+/**
+ * Builds the VM that is offered, without running it. Its memory goes to `memory`, an array of `memory_count` elements that
+ * stays the VMM's and is read before anything else is called. NULL, or a text that says why the VM is not taken.
+ */
+typedef const char *(*rf_build)(void *context,
+                                const rf_offer *offer,
+                                const rf_lent_region **memory,
+                                size_t *memory_count);
 
 /**
  * What tracking did. Sums are since the tracker was made.
@@ -282,6 +516,68 @@ typedef struct {
 } rf_vcpu_figures;
 
 /**
+ * A vCPU that is attached to the tracker.
+ */
+typedef struct {
+  /**
+   * Its index, as rf_vcpu_attach() was given it.
+   */
+  uint32_t index;
+  /**
+   * Its descriptor, which is duplicated.
+   */
+  int32_t fd;
+} rf_lent_vcpu;
+
+/**
+ * What a VMM lends.
+ */
+typedef struct {
+  /**
+   * All of guest memory: `memory_count` elements.
+   */
+  const rf_lent_region *memory;
+  /**
+   * See `memory`.
+   */
+  size_t memory_count;
+  /**
+   * Every vCPU that is attached to the tracker: `vcpu_count` elements.
+   */
+  const rf_lent_vcpu *vcpus;
+  /**
+   * See `vcpus`.
+   */
+  size_t vcpu_count;
+  /**
+   * The VM's name among those of its owner; NULL if it has none.
+   */
+  const char *vm_id;
+  /**
+   * What the destination's VMM has to know to build the VM: `description_bytes` bytes.
+   */
+  const uint8_t *description;
+  /**
+   * See `description`.
+   */
+  size_t description_bytes;
+} rf_lent;
+
+/**
+ * How a migration has ended.
+ */
+typedef struct {
+  /**
+   * Where the VM is.
+   */
+  rf_offload_end end;
+  /**
+   * Why, unless it moved.
+   */
+  char why[RF_OFFLOAD_WHY_BYTES];
+} rf_offload_outcome;
+
+/**
  * What one vCPU dirtied.
  */
 typedef struct {
@@ -295,23 +591,57 @@ typedef struct {
   uint64_t pages;
 } rf_vcpu_pages;
 
-/**
- * Consecutive guest pages.
- */
-typedef struct {
-  /**
-   * The guest physical address of the first page.
-   */
-  uint64_t guest_address;
-  /**
-   * How many bytes, a multiple of 4096.
-   */
-  uint64_t bytes;
-} rf_run;
-
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
+
+/**
+ * Waits until the offload process on `connection` (`ringferry offload receive`) has a VM, has it built by `build`, and serves
+ * the process on this thread until the VM runs here. The library owns `connection` from the call on, as rf_offload_lend() does.
+ * Pass `sizeof *vm` as `vm_bytes`; `vm->context` goes to `build`, too; `cancel` may be NULL.
+ *
+ * RF_OK: the VM runs here, as `vm->resume` has let it. After an error the VM is the source's; what was built has not run,
+ * and must not. Two errors can be different. RF_CALLBACK: `build` refused; or `vm->resume` failed, and then somebody has to look
+ * at the source before the VM runs anywhere. RF_INTERNAL: it runs here if `vm->resume` was called.
+ *
+ * The caller sees to it that:
+ *
+ * `connection` is negative or open. `vm` has `vm_bytes` bytes or is NULL; its functions and `build` are as described, or NULL.
+ * `cancel` is a cancel handle or NULL.
+ */
+rf_status rf_offload_receive(int32_t connection,
+                             const rf_vm *vm,
+                             size_t vm_bytes,
+                             rf_build build,
+                             const rf_cancel *cancel);
+
+/**
+ * A cancel handle that has asked for nothing yet. It serves for one migration.
+ *
+ * The caller sees to it that:
+ *
+ * `cancel` can be written.
+ */
+rf_status rf_cancel_new(rf_cancel **cancel);
+
+/**
+ * Ends the migration that was given this handle, within 50 ms plus what the callbacks take. A VM that was handed over is not
+ * called back, and one that has arrived is not ended.
+ *
+ * The caller sees to it that:
+ *
+ * `cancel` is a cancel handle or NULL.
+ */
+rf_status rf_cancel_set(const rf_cancel *cancel);
+
+/**
+ * Frees the handle. NULL is allowed.
+ *
+ * The caller sees to it that:
+ *
+ * The handle is not used any more.
+ */
+rf_status rf_cancel_free(rf_cancel *cancel);
 
 /**
  * The figures of the whole VM. Pass `sizeof *figures` as `bytes`.
@@ -334,6 +664,34 @@ rf_status rf_tracker_vcpu_figures(const rf_tracker *tracker,
                                   size_t nth,
                                   rf_vcpu_figures *figures,
                                   size_t bytes);
+
+/**
+ * Lends a running VM to the offload process (`ringferry offload send`) that is connected on `connection`, a Unix socket of the
+ * type SOCK_SEQPACKET, and serves it on this thread until the migration has ended. Any other thread goes on as before: the
+ * vCPUs' threads call what they always call. Meanwhile no session can be started, no slot and no vCPU comes or goes. The
+ * tracker must be on rings ("ring"), and have no open session.
+ *
+ * The library owns `connection` from the call on and closes it, also after an error. `vm` and `lent` are the VMM's again when
+ * the call returns. Pass `sizeof *vm` as `vm_bytes`; `cancel` may be NULL.
+ *
+ * RF_OK: `outcome` says where the VM is. After an error the VM runs here, tracking is the VMM's again, and `outcome` is not
+ * written. Two errors are different: after RF_CALLBACK the guest stands still here, because `resume` failed; after
+ * RF_INTERNAL it runs here unless `hand_over` was called. A frozen offload process keeps the rings until its socket ends.
+ *
+ * Besides this thread, a second one serves resets while the call lasts. It calls nothing of the VMM's.
+ *
+ * The caller sees to it that:
+ *
+ * `tracker` is a tracker or NULL. `connection` is negative or open. `vm`, what `lent` points to, and the functions of `vm` are
+ * as described, or NULL. `cancel` is a cancel handle or NULL. `outcome` can be written.
+ */
+rf_status rf_offload_lend(const rf_tracker *tracker,
+                          int32_t connection,
+                          const rf_vm *vm,
+                          size_t vm_bytes,
+                          const rf_lent *lent,
+                          const rf_cancel *cancel,
+                          rf_offload_outcome *outcome);
 
 /**
  * Begins a session: what is dirtied from here on will be harvested. Call it on a thread that no vCPU waits for: it
@@ -509,6 +867,18 @@ rf_status rf_set_runs(const rf_set *set,
                       rf_run *runs,
                       size_t capacity,
                       size_t *count);
+
+/**
+ * Writes the next `length` bytes of the state. It may wait while the destination is behind. After an error no more is taken:
+ * the callback returns a text, and its migration ends.
+ *
+ * The caller sees to it that:
+ *
+ * `out` is what the running callback was given, or NULL. `bytes` has `length` bytes.
+ */
+rf_status rf_state_write(const rf_state_out *out,
+                         const void *bytes,
+                         size_t length);
 
 /**
  * The text of the last call that failed on the calling thread: what was tried, what was found, what to do. It has at most

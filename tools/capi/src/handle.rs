@@ -1,11 +1,12 @@
 //! Handles and other pointers that C gives us: what can be checked of them is checked here, and nowhere else.
 #![expect(unsafe_code, reason = "C gives pointers, whose validity the header demands")]
 
+use std::ffi::{CStr, c_char};
 use std::mem::MaybeUninit;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::status::Failure;
+use crate::status::{Failure, Status};
 
 /// What a handle points to: the mark comes first, so that it can be read before anything is believed.
 #[repr(C)]
@@ -123,4 +124,38 @@ pub(crate) unsafe fn array<'a, T>(
     let first = NonNull::new(first).filter(|first| fits && first.is_aligned()).ok_or(Failure::Null(name))?;
     // SAFETY: not NULL, aligned, of a possible length, and nothing is said of the content; the rest is the caller's promise.
     Ok(unsafe { std::slice::from_raw_parts_mut(first.as_ptr().cast(), length) })
+}
+
+/// An array that C lets us read; NULL is one without elements.
+///
+/// # Safety
+///
+/// The pointer is NULL, or `length` elements behind it can be read, and nobody changes them meanwhile.
+pub(crate) unsafe fn elements<'a, T>(
+    first: *const T,
+    length: usize,
+    name: &'static str,
+) -> Result<&'a [T], Failure> {
+    if length == 0 {
+        return Ok(&[]);
+    }
+    let fits = length.checked_mul(size_of::<T>()).is_some_and(|bytes| isize::try_from(bytes).is_ok());
+    let first = NonNull::new(first.cast_mut()).filter(|first| fits && first.is_aligned());
+    let first = first.ok_or(Failure::Null(name))?;
+    // SAFETY: not NULL, aligned, of a possible length; the rest is the caller's promise.
+    Ok(unsafe { std::slice::from_raw_parts(first.as_ptr(), length) })
+}
+
+/// A text of C's; NULL is an empty one.
+///
+/// # Safety
+///
+/// The pointer is NULL, or a text with an end mark is behind it, and nobody changes it meanwhile.
+pub(crate) unsafe fn text<'a>(text: *const c_char, name: &'static str) -> Result<&'a str, Failure> {
+    if text.is_null() {
+        return Ok("");
+    }
+    // SAFETY: the caller's promise.
+    let text = unsafe { CStr::from_ptr(text) }.to_str();
+    text.map_err(|_| Failure::Named(Status::Argument, name, "is not UTF-8"))
 }

@@ -8,6 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use ringferry::TrackError;
 use ringferry::kvm::KvmError;
+use ringferry::offload::OffloadError;
 
 /// What a call says. A negative status is an error, and rf_last_error() has its text; nothing has changed then, unless
 /// the function says otherwise. A later minor version of the ABI may add errors: treat an unknown negative one as an error.
@@ -56,6 +57,12 @@ pub enum Status {
     Internal = -17,
     /// Any other error.
     Other = -18,
+    /// The offload process has died, froze, refused, or said what its place does not allow.
+    Offload = -19,
+    /// Cancelled by rf_cancel_set().
+    Cancelled = -20,
+    /// A callback of the VMM failed in a way that nothing could be done about: see the function that returns it.
+    Callback = -21,
 }
 
 /// Why a call failed.
@@ -68,8 +75,14 @@ pub(crate) enum Failure {
     Here(Status, &'static str),
     /// Found here, with a number that belongs into the text.
     With(Status, &'static str, u64),
+    /// Found here, of an argument: its name, and what is wrong with it.
+    Named(Status, &'static str, &'static str),
+    /// Said by somebody else.
+    Said(Status, String),
     /// Found by the Rust layer.
     Track(TrackError),
+    /// A migration beside the VMM failed.
+    Offload(OffloadError),
 }
 
 impl From<TrackError> for Failure {
@@ -84,13 +97,21 @@ impl From<KvmError> for Failure {
     }
 }
 
+impl From<OffloadError> for Failure {
+    fn from(error: OffloadError) -> Self {
+        Self::Offload(error)
+    }
+}
+
 impl Failure {
     fn status(&self) -> Status {
         match self {
             Self::Null(_) => Status::Null,
             Self::WrongHandle(_) => Status::WrongHandle,
-            Self::Here(status, _) | Self::With(status, ..) => *status,
+            Self::Here(status, _) | Self::With(status, ..) | Self::Named(status, ..) => *status,
+            Self::Said(status, _) => *status,
             Self::Track(error) => of_track_error(error),
+            Self::Offload(error) => of_offload_error(error),
         }
     }
 }
@@ -103,7 +124,22 @@ fn of_track_error(error: &TrackError) -> Status {
         TrackError::Layout(_) => Status::SlotOverlaps,
         TrackError::VcpuKnown(_) => Status::VcpuKnown,
         TrackError::RingLost(_) => Status::RingLost,
+        TrackError::RingsOnly => Status::Unsupported,
         _ => Status::Other,
+    }
+}
+
+fn of_offload_error(error: &OffloadError) -> Status {
+    match error {
+        OffloadError::Cancelled => Status::Cancelled,
+        OffloadError::Vm { .. } => Status::Callback,
+        OffloadError::Track(error) => of_track_error(error),
+        OffloadError::NoFile(_)
+        | OffloadError::NoVcpu(_)
+        | OffloadError::TooLong { .. }
+        | OffloadError::Layout(_) => Status::Argument,
+        OffloadError::Page(_) | OffloadError::Thread(_) => Status::Kernel,
+        _ => Status::Offload,
     }
 }
 
@@ -127,26 +163,29 @@ impl fmt::Display for Failure {
             }
             Self::Here(_, text) => f.write_str(text),
             Self::With(_, text, number) => write!(f, "{text}: {number:#x}"),
+            Self::Named(_, name, text) => write!(f, "{name} {text}"),
+            Self::Said(_, text) => f.write_str(text),
             Self::Track(error) => error.fmt(f),
+            Self::Offload(error) => error.fmt(f),
         }
     }
 }
 
 /// Bytes of a text, the end mark included: what is longer is cut off.
-const TEXT_BYTES: usize = 512;
+pub(crate) const TEXT_BYTES: usize = 512;
 
 /// A text in place: a vCPU's thread does not allocate for it.
-struct Text {
-    bytes: [u8; TEXT_BYTES],
+pub(crate) struct Text {
+    pub(crate) bytes: [u8; TEXT_BYTES],
     len: usize,
 }
 
 impl Text {
-    const fn new() -> Self {
+    pub(crate) const fn new() -> Self {
         Self { bytes: [0; TEXT_BYTES], len: 0 }
     }
 
-    fn set(&mut self, said: fmt::Arguments<'_>) {
+    pub(crate) fn set(&mut self, said: fmt::Arguments<'_>) {
         self.len = 0;
         // It takes every text, and cuts off what is too long.
         let _ = self.write_fmt(said);
@@ -245,6 +284,9 @@ const STATUSES: &[(Status, &CStr)] = &[
     (Status::Abi, c"RF_ABI"),
     (Status::Internal, c"RF_INTERNAL"),
     (Status::Other, c"RF_OTHER"),
+    (Status::Offload, c"RF_OFFLOAD"),
+    (Status::Cancelled, c"RF_CANCELLED"),
+    (Status::Callback, c"RF_CALLBACK"),
 ];
 
 #[cfg(test)]

@@ -1,71 +1,16 @@
 //! C programs that link the library as the README says, compiled by gcc without a warning, run, and run under valgrind.
 #![expect(clippy::unwrap_used, reason = "a test that fails says where")]
 
-use std::ffi::OsString;
+mod gcc;
+
 use std::fs;
 use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Command;
 
-use tempfile::TempDir;
+use gcc::{can_run, compiled, libraries, source, succeeded, under_valgrind};
 
 const EXAMPLE: &str = "example/vmm.c";
 const MISUSE: &str = "tests/misuse.c";
-
-fn source(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
-}
-
-/// Where cargo puts the libraries that belong to this test.
-fn libraries() -> PathBuf {
-    std::env::current_exe().unwrap().parent().unwrap().to_owned()
-}
-
-/// Whether the test can run; it says what is missing.
-fn can_run(tools: &[&str]) -> bool {
-    let has = |tool: &&&str| Command::new(tool).arg("--version").output().is_ok();
-    if let Some(missing) = tools.iter().find(|tool| !has(tool)) {
-        ringferry_testvm::skip(&format!("{missing} is not installed (apt-get install {missing})"));
-        return false;
-    }
-    match fs::File::options().read(true).write(true).open("/dev/kvm") {
-        Ok(_) => true,
-        Err(error) => {
-            ringferry_testvm::skip(&format!("/dev/kvm: {error}"));
-            false
-        }
-    }
-}
-
-fn succeeded(command: &mut Command) -> String {
-    let Output { status, stdout, stderr } = command.output().unwrap();
-    let (stdout, stderr) = (String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr));
-    assert!(status.success(), "{command:?}: {status}\n{stdout}\n{stderr}");
-    stdout.into_owned()
-}
-
-/// Compiles a program with what `pkg-config` says of `package`, warnings being errors.
-fn compiled(program: &str, package: &str, directory: &TempDir) -> PathBuf {
-    let mut libdir = OsString::from("--define-variable=libdir=");
-    libdir.push(libraries());
-    let mut pkg_config = Command::new("pkg-config");
-    pkg_config.env("PKG_CONFIG_PATH", source("")).arg(libdir).args(["--cflags", "--libs", package]);
-    let flags = succeeded(&mut pkg_config);
-    let to = directory.path().join("program");
-    let mut gcc = Command::new("gcc");
-    gcc.args(["-std=c11", "-Wall", "-Wextra", "-Werror", "-g", "-o"]).arg(&to).arg(source(program));
-    succeeded(gcc.args(flags.split_whitespace()));
-    to
-}
-
-/// Memory errors, uninitialised bytes and leaks of the host side end in exit code 9. KVM runs the guest beside valgrind,
-/// which knows nothing of what the guest does.
-fn under_valgrind(program: &Path) -> Command {
-    let mut valgrind = Command::new("valgrind");
-    valgrind.args(["--quiet", "--error-exitcode=9", "--leak-check=full", "--show-leak-kinds=all"]);
-    valgrind.args(["--errors-for-leak-kinds=all", "--track-fds=no"]).arg(program);
-    valgrind
-}
 
 /// What the Rust example says, too.
 fn assert_found_every_page(said: &str) {
@@ -120,7 +65,7 @@ fn valgrind_finds_no_error_and_no_leak_in_the_example() {
     if can_run(&["gcc", "pkg-config", "valgrind"]) {
         let directory = tempfile::tempdir().unwrap();
         let example = compiled(EXAMPLE, "ringferry-static", &directory);
-        assert_found_every_page(&succeeded(&mut under_valgrind(&example)));
+        assert_found_every_page(&succeeded(&mut under_valgrind(&example, "all")));
     }
 }
 
@@ -138,11 +83,12 @@ fn valgrind_finds_no_error_and_no_leak_after_wrong_calls() {
     if can_run(&["gcc", "pkg-config", "valgrind"]) {
         let directory = tempfile::tempdir().unwrap();
         let misuse = compiled(MISUSE, "ringferry-static", &directory);
-        assert_eq!(succeeded(&mut under_valgrind(&misuse)), "every wrong call was refused\n");
+        assert_eq!(succeeded(&mut under_valgrind(&misuse, "all")), "every wrong call was refused\n");
     }
 }
 
 #[test]
 fn the_example_is_short() {
-    assert!(fs::read_to_string(source(EXAMPLE)).unwrap().lines().count() <= 250);
+    let lines = |name| fs::read_to_string(source(name)).unwrap().lines().count();
+    assert!(lines(EXAMPLE) + lines("example/guest.h") <= 250);
 }

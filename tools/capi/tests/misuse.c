@@ -33,6 +33,19 @@ static int new_vm(int kvm, uint8_t *ram) {
     return vm;
 }
 
+static const char *yes(void *context) {
+    return context;
+}
+
+static void kick(void *context, uint32_t index) {
+    (void)context, (void)index;
+}
+
+static const char *save_nothing(void *context, rf_state_out *out) {
+    (void)out;
+    return context;
+}
+
 int main(void) {
     int kvm = open("/dev/kvm", O_RDWR);
     uint8_t *ram = mmap(NULL, SLOT_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -99,6 +112,37 @@ int main(void) {
     EXPECT(rf_vcpu_attach(tracker, 0, fd, &vcpu), RF_VCPU_KNOWN, "index 0");
     EXPECT(rf_vcpu_gate(vcpu, &gate), RF_OK, "");
     EXPECT(rf_gate_throttled_ns(gate, NULL), RF_NULL, "nanoseconds");
+
+    /* Offload: refused before anything is asked of the VM. A connection is the library's, also when it is none. */
+    rf_cancel *cancel = NULL;
+    rf_offload_outcome outcome;
+    rf_lent_region ram_file = {.fd = -1, .bytes = SLOT_BYTES};
+    rf_lent lent = {.memory = &ram_file, .memory_count = 1, .description_bytes = 1};
+    rf_vm asked = {.pause = yes, .resume = yes, .kick = kick};
+    EXPECT(rf_cancel_new(NULL), RF_NULL, "cancel is NULL");
+    EXPECT(rf_cancel_new(&cancel), RF_OK, "");
+    EXPECT(rf_cancel_set((const rf_cancel *)set), RF_WRONG_HANDLE, "cancel");
+    EXPECT(rf_offload_lend(tracker, -1, &asked, sizeof asked, &lent, cancel, &outcome), RF_ARGUMENT, "connection is negative");
+    EXPECT(rf_offload_lend(NULL, dup(kvm), &asked, sizeof asked, &lent, cancel, &outcome), RF_NULL, "tracker");
+    EXPECT(rf_offload_lend(tracker, dup(kvm), NULL, sizeof asked, &lent, cancel, &outcome), RF_NULL, "vm is NULL");
+    EXPECT(rf_offload_lend(tracker, dup(kvm), &asked, sizeof asked + 8, &lent, cancel, &outcome), RF_ABI, "sizeof");
+    EXPECT(rf_offload_lend(tracker, dup(kvm), &asked, sizeof asked, &lent, cancel, &outcome), RF_NULL, "vm->save_state");
+    asked.save_state = save_nothing;
+    EXPECT(rf_offload_lend(tracker, dup(kvm), &asked, 8, &lent, cancel, &outcome), RF_NULL, "vm->pause");
+    EXPECT(rf_offload_lend(tracker, dup(kvm), &asked, sizeof asked, NULL, cancel, &outcome), RF_NULL, "lent is NULL");
+    EXPECT(rf_offload_lend(tracker, dup(kvm), &asked, sizeof asked, &lent, cancel, &outcome), RF_ARGUMENT, "descriptor of a region");
+    ram_file.fd = kvm;
+    ram_file.guest_address = 1;
+    EXPECT(rf_offload_lend(tracker, dup(kvm), &asked, sizeof asked, &lent, cancel, &outcome), RF_ARGUMENT, "guest address");
+    ram_file.guest_address = 0;
+    EXPECT(rf_offload_lend(tracker, dup(kvm), &asked, sizeof asked, &lent, cancel, &outcome), RF_NULL, "lent->description");
+    lent.description_bytes = 0;
+    EXPECT(rf_offload_lend(tracker, dup(kvm), &asked, sizeof asked, &lent, cancel, NULL), RF_NULL, "outcome is NULL");
+    EXPECT(rf_offload_lend(tracker, dup(kvm), &asked, sizeof asked, &lent, cancel, &outcome), RF_OFFLOAD, "");
+    EXPECT(rf_offload_receive(dup(kvm), &asked, sizeof asked, NULL, cancel), RF_NULL, "vm->restore_state");
+    EXPECT(rf_state_write(NULL, "", 1), RF_NULL, "out is NULL");
+    EXPECT(rf_state_write((const rf_state_out *)set, "", 1), RF_WRONG_HANDLE, "out");
+    EXPECT(rf_cancel_free(cancel), RF_OK, "");
 
     /* Sessions. */
     rf_session *second = NULL;
