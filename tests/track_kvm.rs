@@ -345,7 +345,7 @@ fn a_slot_bitmap_says_what_kvm_get_dirty_log_would() {
 fn a_closed_gate_keeps_a_vcpu_out_of_the_guest() {
     let Some(kvm) = kvm() else { return };
     let mut guest = Guest::new(&kvm, Backend::Ring, RingSize::MAX);
-    guest.handle.gate().close_for(std::time::Duration::from_millis(2));
+    guest.tracker.vcpu(0).unwrap().close_for(std::time::Duration::from_millis(2));
     guest.write(&only(0));
     assert!(guest.tracker.snapshot().vcpus[0].throttled_ns > 0);
 }

@@ -11,7 +11,7 @@ use crate::converge::{
 };
 use crate::layout::PAGE_SIZE;
 use crate::progress::{self, Event, Progress};
-use crate::track::{self, DirtySource, Observed, Redirtied, TrackError, VcpuHandle};
+use crate::track::{DirtySource, Observed, Redirtied, TrackError, VcpuThrottle};
 use crate::transport::{SendHandle, Totals};
 use crate::vm::Vm;
 
@@ -33,7 +33,7 @@ pub(super) struct Steering {
 
 #[derive(Debug)]
 struct SteeredVcpu {
-    handle: VcpuHandle,
+    throttle: VcpuThrottle,
     throttled_before: Duration,
     gate: GateState,
     /// When its gate opens by itself, which is no later than 10 ms after it was closed.
@@ -41,18 +41,18 @@ struct SteeredVcpu {
 }
 
 impl SteeredVcpu {
-    fn new(handle: VcpuHandle) -> Self {
+    fn new(throttle: VcpuThrottle) -> Self {
         Self {
-            throttled_before: handle.gate().throttled(),
+            throttled_before: throttle.throttled(),
             gate: GateState::Open,
             opens_at: Duration::ZERO,
-            handle,
+            throttle,
         }
     }
 
     fn close(&mut self, until: Duration, now: Duration) {
-        let wait = until.saturating_sub(now).min(track::Gate::CLOSED_MAX);
-        self.handle.gate().close_for(wait);
+        let wait = until.saturating_sub(now).min(VcpuThrottle::CLOSED_MAX);
+        self.throttle.close_for(wait);
         self.opens_at = now + wait;
     }
 }
@@ -221,28 +221,28 @@ impl Steering {
     pub fn open_gates(&mut self) {
         for vcpu in &mut self.vcpus {
             vcpu.gate = GateState::Open;
-            vcpu.handle.gate().open();
+            vcpu.throttle.open();
         }
     }
 
     /// The vCPUs that there are now, in the order in which they are observed: some may have been plugged in.
-    fn take_up_vcpus(&mut self, handles: Vec<VcpuHandle>) {
-        let known = |at: usize, handle: &VcpuHandle| {
-            self.vcpus.get(at).is_some_and(|vcpu| vcpu.handle.index() == handle.index())
+    fn take_up_vcpus(&mut self, throttles: Vec<VcpuThrottle>) {
+        let known = |at: usize, throttle: &VcpuThrottle| {
+            self.vcpus.get(at).is_some_and(|vcpu| vcpu.throttle.is_same(throttle))
         };
-        if handles.len() == self.vcpus.len()
-            && handles.iter().enumerate().all(|(at, handle)| known(at, handle))
+        if throttles.len() == self.vcpus.len()
+            && throttles.iter().enumerate().all(|(at, throttle)| known(at, throttle))
         {
             return;
         }
         let mut before = std::mem::take(&mut self.vcpus);
-        for handle in handles {
-            let place = before.iter().position(|vcpu| vcpu.handle.index() == handle.index());
+        for throttle in throttles {
+            let place = before.iter().position(|vcpu| vcpu.throttle.is_same(&throttle));
             self.vcpus
-                .push(place.map_or_else(|| SteeredVcpu::new(handle), |place| before.swap_remove(place)));
+                .push(place.map_or_else(|| SteeredVcpu::new(throttle), |place| before.swap_remove(place)));
         }
         // Of those that are gone, nobody waits for an opening.
-        before.iter().for_each(|vcpu| vcpu.handle.gate().open());
+        before.iter().for_each(|vcpu| vcpu.throttle.open());
         tracing::info!(vcpus = self.vcpus.len(), "vCPUs came or went while the guest is steered");
     }
 
@@ -260,7 +260,7 @@ impl Steering {
         self.samples.clear();
         self.samples.extend(self.vcpus.iter().enumerate().map(|(index, vcpu)| VcpuSample {
             dirtied: Pages(per_vcpu.get(index).copied().unwrap_or(0)),
-            throttled: vcpu.handle.gate().throttled().saturating_sub(vcpu.throttled_before),
+            throttled: vcpu.throttle.throttled().saturating_sub(vcpu.throttled_before),
         }));
         let round = totals.since(self.totals_before_round);
         let pages_done = round.pages_sent + round.zero_pages + round.pages_struck_off;
@@ -293,15 +293,15 @@ impl Steering {
                         let has_opened = now >= vcpu.opens_at;
                         vcpu.close(until, now);
                         if has_opened {
-                            vm.kick(vcpu.handle.index());
+                            vm.kick(vcpu.throttle.index());
                         }
                     }
                 }
                 wanted if wanted == vcpu.gate => {}
-                GateState::Open => vcpu.handle.gate().open(),
+                GateState::Open => vcpu.throttle.open(),
                 GateState::ClosedUntil(until) => {
                     vcpu.close(until, now);
-                    vm.kick(vcpu.handle.index());
+                    vm.kick(vcpu.throttle.index());
                 }
             }
             vcpu.gate = *wanted;

@@ -16,6 +16,7 @@ use super::pending::{AllReadable, Pending, ProtectedReadable};
 use super::rings::{AllReset, Context, Rings};
 use super::session_pages::SessionKey;
 use super::slots::{Slots, log_anew, log_these_anew, stop_logging};
+use super::throttle::VcpuThrottle;
 use super::unprotected::{protect_all, protect_step};
 use super::vcpu::Vcpu;
 use crate::kvm::{Kernel, RingSize, UnmapError};
@@ -130,6 +131,11 @@ impl Shared {
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         // A panic elsewhere leaves pages in `pending` or in the rings: taking them again is harmless.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What a throttle holds of each vCPU, in the order of attachment.
+    pub(super) fn throttles(&self) -> Vec<VcpuThrottle> {
+        self.lock().vcpus.iter().map(Arc::clone).map(VcpuThrottle::new).collect()
     }
 
     /// Both locks, with all that external sources have logged found.

@@ -16,6 +16,7 @@ use super::rings::Rings;
 use super::session::Session;
 use super::shared::{Backend, Shared, State};
 use super::slots::{Slots, log_these_anew};
+use super::throttle::VcpuThrottle;
 use super::vcpu::Vcpu;
 use crate::kvm::ring::{DirtyRing, VmMark};
 use crate::kvm::{Kernel, KvmError, ManualProtect, RingSize, UnmapError, VmFd, caps};
@@ -366,9 +367,9 @@ impl DirtyTracker {
         stopped
     }
 
-    /// Handles of all vCPUs, in the order of attachment: for whoever throttles.
-    pub fn vcpus(&self) -> Vec<VcpuHandle> {
-        VcpuHandle::all(&self.shared)
+    /// The gates of all vCPUs, in the order of attachment: for whoever throttles.
+    pub fn vcpus(&self) -> Vec<VcpuThrottle> {
+        self.shared.throttles()
     }
 
     /// Whether a full ring is recycled without protecting its pages, as of the last start of tracking.
@@ -381,9 +382,11 @@ impl DirtyTracker {
         self.shared.lock().pending.why_none_is_left()
     }
 
-    /// The handle of the vCPU that was attached with this index of the VMM's.
-    pub fn vcpu(&self, index: usize) -> Option<VcpuHandle> {
-        VcpuHandle::all(&self.shared).into_iter().find(|vcpu| vcpu.index() == index)
+    /// The gate of the vCPU that was attached with this index of the VMM's.
+    pub fn vcpu(&self, index: usize) -> Option<VcpuThrottle> {
+        let state = self.shared.lock();
+        let vcpu = state.vcpus.iter().find(|vcpu| vcpu.index == index)?;
+        Some(VcpuThrottle::new(Arc::clone(vcpu)))
     }
 
     /// What tracking did so far and what it cost.

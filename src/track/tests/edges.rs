@@ -140,7 +140,7 @@ fn a_handle_knows_the_index_that_the_vmm_gave_its_vcpu() {
     let session = tracker.start().unwrap();
     assert!(kernel.write(1, SlotId(1), 5));
     assert_eq!(session.observe().unwrap(), Observed::per_vcpu(vec![0, 1, 0]));
-    assert_eq!(tracker.vcpus().iter().map(VcpuHandle::index).collect::<Vec<_>>(), given);
+    assert_eq!(tracker.vcpus().iter().map(VcpuThrottle::index).collect::<Vec<_>>(), given);
     assert_eq!(tracker.vcpu(40).map(|vcpu| vcpu.index()), Some(40));
     assert!(tracker.vcpu(1).is_none());
     assert_eq!(tracker.snapshot().vcpus.iter().map(|vcpu| vcpu.index).collect::<Vec<_>>(), given);
