@@ -150,12 +150,15 @@ impl Shared {
         self.full_rings.fetch_add(1, Ordering::Relaxed);
         let mut state = self.lock();
         self.full_rings.fetch_sub(1, Ordering::Relaxed);
+        if state.ended {
+            return Ok(());
+        }
         #[cfg(feature = "offload")]
         if let Some(Lent::Followed(page)) = &state.lent {
             let page = Arc::clone(page);
             let at = state.vcpus.iter().position(|known| Arc::ptr_eq(known, vcpu));
             drop(state);
-            at.into_iter().for_each(|at| lent_page::wait_for_room(&page, at));
+            lent_page::wait_for_room(&page, at.ok_or(TrackError::VcpuUnknown(vcpu.index))?);
             return Ok(());
         }
         let State { backend, slots, pending, .. } = &mut *state;

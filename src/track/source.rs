@@ -20,7 +20,8 @@ pub enum Observed {
     PerVcpu {
         /// By vCPU, in the order in which the vCPUs were attached.
         vcpus: Vec<u64>,
-        /// Those that none of them dirtied first: device threads, other processes, DMA, as far as their logs were read by now.
+        /// Those that none of them dirtied first: device threads, other processes, DMA, as far as their logs were read by now; and
+        /// those of vCPUs that were detached since the last harvest.
         others: u64,
     },
     /// Pages, whoever dirtied them.

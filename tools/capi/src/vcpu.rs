@@ -69,6 +69,18 @@ pub unsafe extern "C" fn rf_vcpu_attach(
     })
 }
 
+/// A vCPU is unplugged: harvests what its ring still holds and forgets it; its index is free. Call it once the vCPU has left
+/// KVM_RUN for good, or until it is attached again. The vCPU's handles stay to be freed.
+///
+/// # Safety
+///
+/// `tracker` is a tracker or NULL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rf_vcpu_detach(tracker: *const Tracker, index: u32) -> Status {
+    // SAFETY: the caller's promise.
+    done(|| Ok(unsafe { borrow(tracker, "tracker") }?.shared.tracker.detach_vcpu(index as usize)?))
+}
+
 /// Call it before each KVM_RUN: RF_OK is the word to enter the guest. It costs a load when nobody throttles, else a futex
 /// wait of at most 10 ms.
 ///
