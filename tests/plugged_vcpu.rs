@@ -169,11 +169,7 @@ fn a_vcpu_that_is_plugged_in_during_a_migration_is_held_back_if_it_writes_too_mu
         drop(ended);
         report
     });
-    let handles = tracker.vcpus();
-    let throttled = |index| {
-        let handle = handles.iter().find(|handle: &&VcpuHandle| handle.index() == index).unwrap();
-        handle.gate().throttled()
-    };
+    let throttled = |index| tracker.vcpu(index).unwrap().throttled();
     assert!(throttled(PLUGGED) > Duration::ZERO, "{report:?}");
     assert_eq!(throttled(0), Duration::ZERO, "the quiet one is not touched");
     assert!(runner.kicks.load(Ordering::SeqCst) > 0, "it was called out by its VMM's index");

@@ -45,6 +45,7 @@ fn nothing_allocates_on_the_vcpu_path() {
     tracker.add_memory(vm.memory()).unwrap();
     let mut vcpu = vm.create_vcpu(0, Privilege::User).unwrap();
     let handle = tracker.attach_vcpu(0, vcpu.fd()).unwrap();
+    let throttle = tracker.vcpu(0).unwrap();
     let session = tracker.start().unwrap();
     let ring_fulls = thread::scope(|scope| {
         let handle = &handle;
@@ -70,7 +71,7 @@ fn nothing_allocates_on_the_vcpu_path() {
         });
         let mut dirty = PageSet::new(vm.memory().end());
         while !vcpu_thread.is_finished() {
-            handle.gate().close_for(Duration::from_micros(50));
+            throttle.close_for(Duration::from_micros(50));
             session.observe().unwrap();
             dirty.clear();
             session.harvest(&mut dirty).unwrap();

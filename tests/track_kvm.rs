@@ -291,6 +291,31 @@ fn what_a_vcpu_wrote_before_it_died_is_harvested() {
 }
 
 #[test]
+fn what_a_vcpu_wrote_before_it_was_unplugged_is_harvested_and_it_goes_on_when_it_is_plugged_in_again() {
+    let Some(kvm) = kvm() else { return };
+    // A ring that is gone through several times.
+    let mut guest = Guest::new(&kvm, Backend::Ring, RingSize::from_entries(4096).unwrap());
+    guest.session.start().unwrap();
+    let mut plugged = guest.vm.create_vcpu(1, Privilege::User).unwrap();
+    for turn in 1..=6 {
+        let handle = guest.tracker.attach_vcpu(1, plugged.fd()).unwrap();
+        let written = every(4, turn % 4);
+        plugged.set_work(&Work::List(written.iter().copied().collect()), turn).unwrap();
+        plugged.run_to_end(Some(&handle)).unwrap();
+        let observed = Observed::per_vcpu(vec![0, written.len() as u64]);
+        assert_eq!(guest.session.observe().unwrap(), observed, "{turn}");
+        guest.tracker.detach_vcpu(1).unwrap();
+        guest.write(&only(2));
+        let observed = guest.session.observe().unwrap();
+        let Observed::PerVcpu { vcpus, others } = observed else { panic!("{observed:?}") };
+        assert_eq!((vcpus.len(), others), (1, written.len() as u64), "{turn}");
+        assert_eq!(guest.harvest(), &written | &only(2), "{turn}");
+        assert_eq!(guest.harvest(), BTreeSet::new(), "{turn}");
+    }
+    assert_eq!(guest.tracker.snapshot().rearms, 0, "its ring was in step each time");
+}
+
+#[test]
 fn a_slot_id_that_is_used_again_tracks_its_new_pages() {
     let Some(kvm) = kvm() else { return };
     for backend in BACKENDS {
@@ -345,7 +370,7 @@ fn a_slot_bitmap_says_what_kvm_get_dirty_log_would() {
 fn a_closed_gate_keeps_a_vcpu_out_of_the_guest() {
     let Some(kvm) = kvm() else { return };
     let mut guest = Guest::new(&kvm, Backend::Ring, RingSize::MAX);
-    guest.handle.gate().close_for(std::time::Duration::from_millis(2));
+    guest.tracker.vcpu(0).unwrap().close_for(std::time::Duration::from_millis(2));
     guest.write(&only(0));
     assert!(guest.tracker.snapshot().vcpus[0].throttled_ns > 0);
 }

@@ -232,6 +232,31 @@ impl Controller {
         self.events.take()
     }
 
+    /// vCPUs came or went. `places` says for each that there is now at which place it was before; what was learned of it, and
+    /// what was decided, goes with it.
+    pub fn vcpus_changed(&mut self, places: &[Option<usize>]) {
+        moved(&mut self.throttles, places, &Throttle::default());
+        moved(&mut self.gates, places, &GateState::Open);
+        moved(&mut self.shares, places, &Share::default());
+        moved(&mut self.stretches, places, &1.0);
+        moved(&mut self.counts, places, &Pages(0));
+        moved(&mut self.throttled_seen, places, &0.0);
+        if !self.round.throttled_at_start.is_empty() {
+            moved(&mut self.round.throttled_at_start, places, &0.0);
+        }
+        if self.settings.per_vcpu {
+            moved(&mut self.model.curves, places, &Curve::default());
+            moved(&mut self.model.overruns, places, &None);
+            if !self.model.held.is_empty() {
+                let held = |place: &Option<usize>| {
+                    place.is_some_and(|at| self.model.held.get(at).is_some_and(|held| *held))
+                };
+                self.model.held = places.iter().map(held).collect();
+            }
+        }
+        self.next_plan = 0.0;
+    }
+
     /// A round starts with so many pages: everything dirty has been harvested and counts start at 0 again.
     pub fn round_started(&mut self, now: Duration, pages_to_send: Pages) {
         let at = now.as_secs_f64();
@@ -438,5 +463,46 @@ impl Controller {
     fn switch_over(&mut self, now: Duration) -> Action {
         self.events.record(now, Change::SwitchOver(Why::Fits));
         Action::SwitchOver(Why::Fits)
+    }
+}
+
+/// What was at the places before, in the new order.
+fn moved<T: Clone>(all: &mut Vec<T>, places: &[Option<usize>], new: &T) {
+    let before = std::mem::take(all);
+    let at = |place: &Option<usize>| place.and_then(|place| before.get(place)).unwrap_or(new).clone();
+    *all = places.iter().map(at).collect();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::converge::VcpuSample;
+
+    #[test]
+    fn what_was_learned_of_a_vcpu_goes_with_it_when_another_before_it_is_gone() {
+        let mut settings = Settings::new(Pages(1 << 20));
+        settings.policy = "dirty-limit".parse().unwrap();
+        let mut controller = Controller::new(settings);
+        controller.round_started(Duration::ZERO, Pages(1 << 20));
+        let sample =
+            |dirtied| VcpuSample { dirtied: Pages(dirtied), throttled: Duration::from_nanos(dirtied) };
+        for ms in 1..50 {
+            let vcpus = [sample(0), sample(ms * 10_000), sample(ms * 3)];
+            let seen = Observation { vcpus: &vcpus, pages_done: Pages(ms), ..Observation::default() };
+            let _ = controller.observed(Duration::from_millis(ms), &seen);
+        }
+        let (gates, curves) = (controller.gates.clone(), controller.model.curves.clone());
+        let throttled = controller.throttled_seen.clone();
+        // The first is unplugged, and a new one comes.
+        controller.vcpus_changed(&[Some(1), Some(2), None]);
+        assert_eq!(controller.gates(), [gates[1], gates[2], GateState::Open]);
+        assert_eq!(controller.counts, [Pages(490_000), Pages(147), Pages(0)]);
+        let last = |curve: &Curve| curve.last();
+        assert_eq!(
+            controller.model.curves.iter().map(last).collect::<Vec<_>>(),
+            [curves[1].last(), curves[2].last(), Curve::default().last()]
+        );
+        assert_eq!(controller.throttled_seen, [throttled[1], throttled[2], 0.0]);
+        assert_eq!(controller.throttles.len(), 3);
     }
 }

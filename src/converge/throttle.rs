@@ -2,7 +2,7 @@
 //! apart by vCPU.
 //!
 //! Nothing waits here. [`Throttle::poll`] says whether the vCPU's gate is open or until when it is closed; the
-//! gate itself, a futex on the vCPU's path, is `track::VcpuHandle`, and the kick that sends an overdrawn vCPU
+//! gate itself, a futex on the vCPU's path, is `track::VcpuThrottle`, and the kick that sends an overdrawn vCPU
 //! there is the VMM's. `fair_share` computes the quotas.
 
 use std::time::Duration;

@@ -8,6 +8,7 @@
 //! anything: `track` does, for all rings at once, and then says so here with [`DirtyRing::confirm`].
 #![expect(unsafe_code, reason = "the ring is memory that KVM writes at any time")]
 
+mod left;
 #[cfg(feature = "offload")]
 mod lent;
 
@@ -177,13 +178,14 @@ pub(crate) struct DirtyRing {
     scanned: u32,
     /// The next entry that `report` gives; between `fetch` and `scanned`.
     reported: u32,
+    left_suspect: bool,
     /// Hears of each new `fetch`, if the ring is another process's.
     #[cfg(feature = "offload")]
     published: Option<lent::Publish>,
 }
 
 impl DirtyRing {
-    /// Maps the ring of a vCPU that was created after the rings were enabled with this size.
+    /// Maps the ring of a vCPU that was created after the rings were enabled with this size, at the position at which it was left.
     pub(crate) fn map(
         vcpu: &impl AsRawFd,
         size: RingSize,
@@ -195,7 +197,8 @@ impl DirtyRing {
         }
         let memory = RingMemory::map(vcpu, size).map_err(KvmError::Map)?;
         check_same_vm(vcpu, mark, is_first)?;
-        Ok(Self::new(memory, 0))
+        let left = memory.left();
+        Ok(Self { left_suspect: left.suspect, ..Self::new(memory, left.position) })
     }
 
     /// A ring over memory of our own, at any position: somebody else plays KVM.
@@ -219,6 +222,7 @@ impl DirtyRing {
             reset: position,
             scanned: position,
             reported: position,
+            left_suspect: false,
             #[cfg(feature = "offload")]
             published: None,
         }

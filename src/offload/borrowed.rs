@@ -85,7 +85,7 @@ impl BorrowedVm {
         let tracker = DirtyTracker::borrowed(Box::new(kernel.clone()), size, &tracked, &borrowed, &page)?;
         let all = memory.regions().iter().map(|region| region.pages).collect();
         tracker.add_external(Box::new(RemoteWriters { kernel, memory: all }))?;
-        let rings = RingThread::start(page, tracker.vcpus(), channel.watch()?)?;
+        let rings = RingThread::start(page, tracker.handles(), channel.watch()?)?;
         let vm = RemoteVm::new(channel);
         let session = tracker.session();
         Ok(Self { vm, session, tracker, memory, vcpus, vm_id, description, rings })

@@ -2,8 +2,7 @@
 //!
 //! Neither process trusts the other to be alive, or to write sense: every bit pattern is a record, and the seals keep
 //! either from shrinking what the other one touches.
-#![cfg_attr(feature = "offload", expect(unsafe_code, reason = "records lie in a mapping, behind a pointer"))]
-#![cfg(feature = "offload")]
+#![expect(unsafe_code, reason = "records lie in a mapping, behind a pointer")]
 
 use std::ffi::CStr;
 use std::fmt;
@@ -13,6 +12,7 @@ use std::marker::PhantomData;
 use std::ops::Deref;
 use std::os::fd::AsRawFd;
 use std::slice;
+use std::sync::atomic::AtomicU64;
 
 use memmap2::{MmapOptions, MmapRaw};
 
@@ -25,6 +25,9 @@ use super::file::memfd_of_fixed_size;
 /// The type is `repr(C)` and consists of atomics only, so that every bit pattern is a value of it, all access is atomic,
 /// and both processes see the same layout. A page holds a whole number of them.
 pub(crate) unsafe trait Record: Sync {}
+
+// SAFETY: an atomic, of which a page holds 512.
+unsafe impl Record for AtomicU64 {}
 
 /// Records in memory that another process may map, too.
 pub(crate) struct Shared<R> {
@@ -87,12 +90,9 @@ impl<R> fmt::Debug for Shared<R> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::sync::atomic::Ordering;
 
     use super::*;
-
-    // SAFETY: an atomic.
-    unsafe impl Record for AtomicU64 {}
 
     #[test]
     fn what_one_mapping_stores_the_other_loads() {

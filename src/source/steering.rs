@@ -11,7 +11,7 @@ use crate::converge::{
 };
 use crate::layout::PAGE_SIZE;
 use crate::progress::{self, Event, Progress};
-use crate::track::{self, DirtySource, Observed, Redirtied, TrackError, VcpuHandle};
+use crate::track::{DirtySource, Observed, Redirtied, TrackError, VcpuThrottle};
 use crate::transport::{SendHandle, Totals};
 use crate::vm::Vm;
 
@@ -33,7 +33,7 @@ pub(super) struct Steering {
 
 #[derive(Debug)]
 struct SteeredVcpu {
-    handle: VcpuHandle,
+    throttle: VcpuThrottle,
     throttled_before: Duration,
     gate: GateState,
     /// When its gate opens by itself, which is no later than 10 ms after it was closed.
@@ -41,22 +41,24 @@ struct SteeredVcpu {
 }
 
 impl SteeredVcpu {
-    fn new(handle: VcpuHandle) -> Self {
+    fn new(throttle: VcpuThrottle) -> Self {
         Self {
-            throttled_before: handle.gate().throttled(),
+            throttled_before: throttle.throttled(),
             gate: GateState::Open,
             opens_at: Duration::ZERO,
-            handle,
+            throttle,
         }
     }
 
     fn close(&mut self, until: Duration, now: Duration) {
-        let wait = until.saturating_sub(now).min(track::Gate::CLOSED_MAX);
-        self.handle.gate().close_for(wait);
+        let wait = until.saturating_sub(now).min(VcpuThrottle::CLOSED_MAX);
+        self.throttle.close_for(wait);
         self.opens_at = now + wait;
     }
 }
 
+/// How often a sample looks again because vCPUs came or went meanwhile; the next sample finds the rest.
+const LOOKS_AGAIN_MAX: u32 = 3;
 /// What a link is taken to carry before it was measured: a gigabit a second.
 const UNKNOWN_BYTES_PER_S: f64 = 1.25e8;
 
@@ -123,21 +125,34 @@ impl Steering {
             });
         }
         let began = Instant::now();
-        let observed = if self.controller.strikes_off_redirtied() {
-            let observed = tracker.observe_into(&mut self.redirtied)?;
-            sender.strike_off(|undealt| self.redirtied.strike_off(undealt));
-            self.redirtied.clear();
-            observed
-        } else {
-            tracker.observe()?
-        };
-        if matches!(&observed, Observed::PerVcpu { vcpus, .. } if vcpus.len() != self.vcpus.len()) {
-            self.take_up_vcpus(tracker.vcpus());
+        let mut observed = self.observe(tracker, sender)?;
+        for _ in 0..LOOKS_AGAIN_MAX {
+            // One vCPU may have gone and another come: the number of them says nothing.
+            let tells_vcpus = matches!(observed, Observed::PerVcpu { .. });
+            if !tells_vcpus || !self.take_up_vcpus(tracker.vcpus()) {
+                break;
+            }
+            // It was before they came or went, or after: that one's order is known.
+            observed = self.observe(tracker, sender)?;
         }
         let action = self.act(&observed, sender.totals(), None);
         self.apply_gates(vm);
         self.samples_took = [self.samples_took[1], began.elapsed()];
         Ok(action)
+    }
+
+    fn observe(
+        &mut self,
+        tracker: &mut (impl DirtySource + ?Sized),
+        sender: &SendHandle,
+    ) -> Result<Observed, TrackError> {
+        if !self.controller.strikes_off_redirtied() {
+            return tracker.observe();
+        }
+        let observed = tracker.observe_into(&mut self.redirtied)?;
+        sender.strike_off(|undealt| self.redirtied.strike_off(undealt));
+        self.redirtied.clear();
+        Ok(observed)
     }
 
     /// The round's pages are in place, and `harvested` pages are dirty.
@@ -148,9 +163,16 @@ impl Steering {
         harvested: u64,
         totals: Totals,
     ) -> Action {
-        // A source that tells nothing per vCPU does not show that there is another one.
-        self.take_up_vcpus(tracker.vcpus());
-        self.act(observed, totals, Some(harvested))
+        // It was in the order of the vCPUs of the last sample, unless it tells of more or fewer, or of none.
+        let is_known = matches!(observed, Observed::PerVcpu { vcpus, .. } if vcpus.len() == self.vcpus.len());
+        if !is_known {
+            self.take_up_vcpus(tracker.vcpus());
+        }
+        let action = self.act(observed, totals, Some(harvested));
+        if is_known {
+            self.take_up_vcpus(tracker.vcpus());
+        }
+        action
     }
 
     /// The guest stands still with exactly `left` pages to send.
@@ -221,29 +243,35 @@ impl Steering {
     pub fn open_gates(&mut self) {
         for vcpu in &mut self.vcpus {
             vcpu.gate = GateState::Open;
-            vcpu.handle.gate().open();
+            vcpu.throttle.open();
         }
     }
 
-    /// The vCPUs that there are now, in the order in which they are observed: some may have been plugged in.
-    fn take_up_vcpus(&mut self, handles: Vec<VcpuHandle>) {
-        let known = |at: usize, handle: &VcpuHandle| {
-            self.vcpus.get(at).is_some_and(|vcpu| vcpu.handle.index() == handle.index())
-        };
-        if handles.len() == self.vcpus.len()
-            && handles.iter().enumerate().all(|(at, handle)| known(at, handle))
-        {
-            return;
+    /// The vCPUs that there are now, in the order in which they are observed: some may have been plugged in or unplugged.
+    /// Whether that changed anything.
+    fn take_up_vcpus(&mut self, throttles: Vec<VcpuThrottle>) -> bool {
+        let is_same = |(throttle, vcpu): (&VcpuThrottle, &SteeredVcpu)| throttle.is_same(&vcpu.throttle);
+        if throttles.len() == self.vcpus.len() && throttles.iter().zip(&self.vcpus).all(is_same) {
+            return false;
         }
-        let mut before = std::mem::take(&mut self.vcpus);
-        for handle in handles {
-            let place = before.iter().position(|vcpu| vcpu.handle.index() == handle.index());
-            self.vcpus
-                .push(place.map_or_else(|| SteeredVcpu::new(handle), |place| before.swap_remove(place)));
+        let mut before: Vec<_> = std::mem::take(&mut self.vcpus).into_iter().map(Some).collect();
+        let mut places = Vec::with_capacity(throttles.len());
+        for throttle in throttles {
+            let is_it = |vcpu: &Option<SteeredVcpu>| {
+                vcpu.as_ref().is_some_and(|vcpu| vcpu.throttle.is_same(&throttle))
+            };
+            let place = before.iter().position(is_it);
+            let known = place.and_then(|place| before[place].take());
+            self.vcpus.push(known.unwrap_or_else(|| SteeredVcpu::new(throttle)));
+            places.push(place);
         }
         // Of those that are gone, nobody waits for an opening.
-        before.iter().for_each(|vcpu| vcpu.handle.gate().open());
+        before.iter().flatten().for_each(|vcpu| vcpu.throttle.open());
+        self.controller.vcpus_changed(&places);
+        let shown = |place: &Option<usize>| place.and_then(|place| self.last_shown.1.get(place)).copied();
+        self.last_shown.1 = places.iter().map(|place| shown(place).unwrap_or(0)).collect();
         tracing::info!(vcpus = self.vcpus.len(), "vCPUs came or went while the guest is steered");
+        true
     }
 
     fn act(&mut self, observed: &Observed, totals: Totals, harvested: Option<u64>) -> Action {
@@ -260,7 +288,7 @@ impl Steering {
         self.samples.clear();
         self.samples.extend(self.vcpus.iter().enumerate().map(|(index, vcpu)| VcpuSample {
             dirtied: Pages(per_vcpu.get(index).copied().unwrap_or(0)),
-            throttled: vcpu.handle.gate().throttled().saturating_sub(vcpu.throttled_before),
+            throttled: vcpu.throttle.throttled().saturating_sub(vcpu.throttled_before),
         }));
         let round = totals.since(self.totals_before_round);
         let pages_done = round.pages_sent + round.zero_pages + round.pages_struck_off;
@@ -293,15 +321,15 @@ impl Steering {
                         let has_opened = now >= vcpu.opens_at;
                         vcpu.close(until, now);
                         if has_opened {
-                            vm.kick(vcpu.handle.index());
+                            vm.kick(vcpu.throttle.index());
                         }
                     }
                 }
                 wanted if wanted == vcpu.gate => {}
-                GateState::Open => vcpu.handle.gate().open(),
+                GateState::Open => vcpu.throttle.open(),
                 GateState::ClosedUntil(until) => {
                     vcpu.close(until, now);
-                    vm.kick(vcpu.handle.index());
+                    vm.kick(vcpu.throttle.index());
                 }
             }
             vcpu.gate = *wanted;

@@ -65,6 +65,11 @@ impl DirtyTracker {
         }
         Ok(tracker.clone())
     }
+
+    /// What recycles the rings, on one thread of this process instead of the vCPUs' own.
+    pub(crate) fn handles(&self) -> Vec<VcpuHandle> {
+        VcpuHandle::all(&self.shared)
+    }
 }
 
 /// How often the VMM is shown that this process lives.

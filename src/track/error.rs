@@ -36,6 +36,8 @@ pub enum TrackError {
     SlotUnknown(SlotId),
     /// A vCPU was attached under an index that is taken.
     VcpuKnown(usize),
+    /// No vCPU is attached under this index: it never was, or it was detached.
+    VcpuUnknown(usize),
     /// The caller's set ends before guest RAM does; nothing was harvested.
     SetTooSmall {
         /// Where the set ends.
@@ -86,6 +88,7 @@ impl fmt::Display for TrackError {
                 "{slot:?} is on guest_memfd, and KVM logs no writes to it: a guest with private memory cannot be tracked"
             ),
             Self::SlotUnknown(slot) => write!(f, "{slot:?} is not tracked: add its memory first"),
+            Self::VcpuUnknown(index) => write!(f, "no vCPU with index {index} is attached: attach it first"),
             Self::VcpuKnown(index) => write!(f, "a vCPU with index {index} is attached already"),
             Self::SetTooSmall { capacity, needed } => write!(
                 f,

@@ -5,6 +5,7 @@
 //! | the VMM's own threads, through vm-memory | [`RegionLog`], a type for vm-memory's `Bitmap` parameter |
 //! | the same, in a VMM that has a bitmap already | [`BitmapSource`] over vm-memory's `AtomicBitmap` or any other |
 //! | vhost-user backends, in their own processes | [`VhostUserLog`], the shared log region of the protocol |
+//! | jailed devices and anything else in another process | [`SharedLog`], in memory that the process marks by a [`SharedLogWriter`] |
 //! | devices, by DMA | [`DmaSource`] over a [`DmaLogging`] that the VMM implements with VFIO or iommufd |
 //!
 //! Each is an [`ExternalSource`]; a [`DirtyTracker`] starts them with itself and ORs them into every harvest. The order in
@@ -14,6 +15,7 @@
 
 mod dma;
 mod region_log;
+mod shared_log;
 #[cfg(test)]
 mod tests;
 mod vhost_user;
@@ -25,6 +27,7 @@ pub use self::dma::{DmaLogging, DmaMapping, DmaSource, IovaRange};
 #[cfg(any(feature = "vm-memory-0-17", feature = "vm-memory-0-18"))]
 pub use self::region_log::RegionLogSlice;
 pub use self::region_log::{RegionLog, RegionSource};
+pub use self::shared_log::{SharedLog, SharedLogWriter};
 pub use self::vhost_user::VhostUserLog;
 use crate::layout::PageIndex;
 use crate::page_set::PageSet;

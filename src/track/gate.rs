@@ -32,9 +32,9 @@ pub enum BeforeRun {
     Interrupted,
 }
 
-/// One vCPU's gate. Any thread may close and open it; while it is lent, any thread of the other process, too.
+/// One vCPU's gate, which `throttle` gives out. Any thread may close and open it; while it is lent, any thread of the other process, too.
 #[derive(Default, Debug)]
-pub struct Gate {
+pub(super) struct Gate {
     words: GateWords,
     #[cfg(feature = "offload")]
     lent: RwLock<Option<LentGate>>,
@@ -42,17 +42,17 @@ pub struct Gate {
 
 impl Gate {
     /// The longest that one closing may last: a vCPU that waits longer looks hung to its guest.
-    pub const CLOSED_MAX: Duration = Duration::from_millis(10);
+    pub(super) const CLOSED_MAX: Duration = Duration::from_millis(10);
 
     /// Keeps the vCPU out of the guest for `wait` from now, 10 ms at most; what was set before no longer counts.
     /// A vCPU that is inside must be kicked to notice.
-    pub fn close_for(&self, wait: Duration) {
+    pub(super) fn close_for(&self, wait: Duration) {
         let wait_ns = u64::try_from(wait.min(Self::CLOSED_MAX).as_nanos()).unwrap_or(u64::MAX);
         self.with(|words, waiters| words.set(monotonic_ns() + wait_ns, waiters));
     }
 
     /// Lets the vCPU into the guest at once.
-    pub fn open(&self) {
+    pub(super) fn open(&self) {
         self.with(|words, waiters| {
             if words.opens_at_ns.load(Ordering::Relaxed) > LONG_PAST {
                 words.set(OPEN, waiters);
@@ -61,7 +61,7 @@ impl Gate {
     }
 
     /// How long vCPUs have waited here altogether.
-    pub fn throttled(&self) -> Duration {
+    pub(super) fn throttled(&self) -> Duration {
         Duration::from_nanos(self.throttled_ns())
     }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::error::TrackError;
-use super::gate::{BeforeRun, Gate};
+use super::gate::BeforeRun;
 use super::shared::Shared;
 use super::vcpu::Vcpu;
 
@@ -11,9 +11,18 @@ use super::vcpu::Vcpu;
 /// `VcpuExit::Unsupported(31)`, and a later version will name it.
 pub const KVM_EXIT_DIRTY_RING_FULL: u32 = kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
 
-/// A vCPU's end of the tracker. It shares no lock with the VMM and may live as long as it likes: what its ring
-/// still holds is harvested after the vCPU and the handle are gone.
-#[derive(Clone, Debug)]
+/// A vCPU's end of the tracker, for the vCPU's own thread: so it cannot be cloned, and it gives its gate to nobody. Whoever
+/// throttles has a [`VcpuThrottle`](super::VcpuThrottle) of the tracker.
+///
+/// It shares no lock with the VMM and may live as long as it likes: what its ring still holds is harvested after the vCPU and
+/// the handle are gone.
+///
+/// ```compile_fail,E0599
+/// # fn f(handle: &ringferry::track::VcpuHandle) {
+/// handle.close_for(std::time::Duration::from_millis(1)); // a vCPU does not hold itself back
+/// # }
+/// ```
+#[derive(Debug)]
 pub struct VcpuHandle {
     shared: Arc<Shared>,
     vcpu: Arc<Vcpu>,
@@ -24,7 +33,8 @@ impl VcpuHandle {
         Self { shared, vcpu }
     }
 
-    /// Handles of all vCPUs, in the order of attachment.
+    /// Handles of all vCPUs, in the order of attachment: for the process that follows another one's rings, on one thread.
+    #[cfg(feature = "offload")]
     pub(super) fn all(shared: &Arc<Shared>) -> Vec<Self> {
         shared.lock().vcpus.iter().map(|vcpu| Self::new(Arc::clone(shared), Arc::clone(vcpu))).collect()
     }
@@ -42,7 +52,7 @@ impl VcpuHandle {
     /// [`BeforeRun::Interrupted`], and the I/O would stay pending.
     ///
     /// A kick that calls a vCPU out for good (to pause or end it) ends the wait at once if it says so to the vCPU's
-    /// thread first, then sends the signal, then opens the [`gate`](Self::gate).
+    /// thread first, then sends the signal, then [opens](super::VcpuThrottle::open) the gate.
     #[inline]
     pub fn before_run(&self) -> BeforeRun {
         self.vcpu.gate.pass()
@@ -57,10 +67,5 @@ impl VcpuHandle {
     pub fn ring_full(&self) -> Result<(), TrackError> {
         self.vcpu.counters.ring_full_exits.add(1);
         self.shared.ring_full(&self.vcpu)
-    }
-
-    /// The gate that `before_run` passes, for whoever throttles.
-    pub fn gate(&self) -> &Gate {
-        &self.vcpu.gate
     }
 }

@@ -1,7 +1,7 @@
 //! Which pages are dirty, and who dirtied them.
 //!
 //! [`DirtyTracker`] is what a VMM links, for all of a VM's life, on KVM's dirty rings or on its bitmap; its vCPU threads hold
-//! a [`VcpuHandle`] each. Whoever wants dirty pages has a [`Session`] of it. What a migration asks is the trait
+//! a [`VcpuHandle`] each, and who throttles them a [`VcpuThrottle`]. Whoever wants dirty pages has a [`Session`] of it. What a migration asks is the trait
 //! [`DirtySource`], which a session implements.
 //!
 //! The one rule of this module: a page is handed out only after it was write-protected again, so that whoever
@@ -32,6 +32,7 @@ mod slots;
 mod source;
 #[cfg(test)]
 mod tests;
+mod throttle;
 mod tracker;
 mod unprotected;
 mod vcpu;
@@ -41,7 +42,7 @@ pub(crate) use self::borrowed::{BorrowedVcpu, serve_full_rings};
 pub use self::error::{PagemapError, TrackError};
 pub use self::external::ExternalSource;
 pub use self::figures::{Figures, VcpuFigures};
-pub use self::gate::{BeforeRun, Gate};
+pub use self::gate::BeforeRun;
 pub use self::handle::{KVM_EXIT_DIRTY_RING_FULL, VcpuHandle};
 #[cfg(feature = "offload")]
 pub(crate) use self::lending::Lending;
@@ -52,4 +53,5 @@ pub use self::pagemap::PagemapTracker;
 pub use self::redirtied::Redirtied;
 pub use self::session::{Leftover, Session};
 pub use self::source::{DirtySource, Observed};
+pub use self::throttle::VcpuThrottle;
 pub use self::tracker::{DirtyTracker, Initially};

@@ -149,6 +149,14 @@ impl Pending {
         self.sessions.iter_mut().for_each(|session| session.vcpus.resize(self.vcpus, Default::default()));
     }
 
+    /// The vCPU at this place is gone, and its ring is empty. Its pages are everybody's now.
+    pub(super) fn vcpu_detached(&mut self, place: usize) {
+        self.vcpus -= 1;
+        for session in &mut self.sessions {
+            session.others += session.vcpus.remove(place).taken;
+        }
+    }
+
     fn sets(&mut self) -> impl Iterator<Item = &mut PageSet> {
         let sets = self.sessions.iter_mut().flat_map(SessionPages::sets);
         sets.chain([&mut self.fresh, &mut self.left_behind, &mut self.unsure, &mut self.unprotected])

@@ -79,6 +79,8 @@ struct Ring {
 #[derive(Default, Debug)]
 pub(super) struct Rings {
     rings: Vec<Ring>,
+    /// There is a ring, or was: the VM is known by its vCPUs.
+    begun: bool,
 }
 
 impl Ring {
@@ -239,7 +241,9 @@ impl Ring {
 
 impl Rings {
     pub(super) fn push(&mut self, ring: DirtyRing, vcpu: Arc<Vcpu>) {
+        self.begun = true;
         self.rings.push(Ring {
+            suspect: ring.was_left_suspect(),
             ring,
             vcpu,
             place: self.rings.len(),
@@ -248,12 +252,34 @@ impl Rings {
             empty_calls: 0,
             passes: None,
             unflagged: Prefix::default(),
-            suspect: false,
         });
     }
 
-    pub(super) fn is_empty(&self) -> bool {
-        self.rings.is_empty()
+    /// Whether no vCPU was attached yet.
+    pub(super) fn none_yet(&self) -> bool {
+        !self.begun
+    }
+
+    /// Takes and resets what a vCPU's ring still holds, and forgets the ring. The vCPU is outside the guest.
+    pub(super) fn detach(
+        &mut self,
+        vcpu: &Arc<Vcpu>,
+        cx: Context<'_>,
+        pending: &mut Pending,
+    ) -> Result<(), TrackError> {
+        let Some(at) = self.rings.iter().position(|ring| Arc::ptr_eq(&ring.vcpu, vcpu)) else {
+            return Ok(());
+        };
+        self.unstick(at, cx, pending)?;
+        self.recycle_these(at..at + 1, pending.recycle_early(), cx, pending)?;
+        if self.rings[at].ring.unconfirmed() > 0 {
+            // KVM may reset them later, and would count them with those of the others.
+            return Err(TrackError::RingLost(vcpu.index));
+        }
+        let Ring { ring, suspect, .. } = self.rings.remove(at);
+        ring.leave(suspect);
+        (0..).zip(&mut self.rings).for_each(|(place, ring)| ring.place = place);
+        Ok(())
     }
 
     /// Takes and resets what is in every ring.
@@ -311,7 +337,7 @@ impl Rings {
         pending: &mut Pending,
     ) -> Result<(), TrackError> {
         let Some(at) = self.rings.iter().position(|ring| Arc::ptr_eq(&ring.vcpu, vcpu)) else {
-            return Ok(());
+            return Err(TrackError::VcpuUnknown(vcpu.index));
         };
         self.unstick(at, cx, pending)?;
         let ring = &mut self.rings[at];

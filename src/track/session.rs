@@ -4,12 +4,12 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use super::error::TrackError;
-use super::handle::VcpuHandle;
 use super::others::Others;
 use super::redirtied::Redirtied;
 use super::session_pages::SessionKey;
 use super::shared::{Backend, Shared, State};
 use super::source::{DirtySource, Observed};
+use super::throttle::VcpuThrottle;
 use super::unprotected::protect_some;
 use crate::kvm::caps;
 use crate::layout::{PageRun, SlotId};
@@ -310,8 +310,8 @@ impl DirtySource for Session {
         self.shared.lock().backend.name()
     }
 
-    fn vcpus(&self) -> Vec<VcpuHandle> {
-        VcpuHandle::all(&self.shared)
+    fn vcpus(&self) -> Vec<VcpuThrottle> {
+        self.shared.throttles()
     }
 
     fn unseen_per_vcpu(&self) -> u64 {

@@ -47,7 +47,7 @@ pub(super) struct SessionPages {
     untold: PageSet,
     /// Pages that were handed out before and did not arrive. They outlast a period of tracking.
     pub(super) given_back: PageSet,
-    /// Pages since the last harvest that no vCPU was the first to dirty.
+    /// Pages since the last harvest that no vCPU was the first to dirty, or one that is gone.
     pub(super) others: u64,
     /// The pause in which it was handed out pages that are unprotected, if it was since.
     pub(super) handed_out_in: Option<u64>,

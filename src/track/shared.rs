@@ -16,6 +16,7 @@ use super::pending::{AllReadable, Pending, ProtectedReadable};
 use super::rings::{AllReset, Context, Rings};
 use super::session_pages::SessionKey;
 use super::slots::{Slots, log_anew, log_these_anew, stop_logging};
+use super::throttle::VcpuThrottle;
 use super::unprotected::{protect_all, protect_step};
 use super::vcpu::Vcpu;
 use crate::kvm::{Kernel, RingSize, UnmapError};
@@ -132,6 +133,11 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// What a throttle holds of each vCPU, in the order of attachment.
+    pub(super) fn throttles(&self) -> Vec<VcpuThrottle> {
+        self.lock().vcpus.iter().map(Arc::clone).map(VcpuThrottle::new).collect()
+    }
+
     /// Both locks, with all that external sources have logged found.
     pub(super) fn lock_all(&self) -> (parking_lot::MutexGuard<'_, Others>, MutexGuard<'_, State>) {
         let mut others = self.others.lock();
@@ -144,12 +150,15 @@ impl Shared {
         self.full_rings.fetch_add(1, Ordering::Relaxed);
         let mut state = self.lock();
         self.full_rings.fetch_sub(1, Ordering::Relaxed);
+        if state.ended {
+            return Ok(());
+        }
         #[cfg(feature = "offload")]
         if let Some(Lent::Followed(page)) = &state.lent {
             let page = Arc::clone(page);
             let at = state.vcpus.iter().position(|known| Arc::ptr_eq(known, vcpu));
             drop(state);
-            at.into_iter().for_each(|at| lent_page::wait_for_room(&page, at));
+            lent_page::wait_for_room(&page, at.ok_or(TrackError::VcpuUnknown(vcpu.index))?);
             return Ok(());
         }
         let State { backend, slots, pending, .. } = &mut *state;

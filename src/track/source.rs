@@ -1,8 +1,8 @@
 //! What a migration asks of dirty tracking, whichever backend it is.
 
 use super::error::TrackError;
-use super::handle::VcpuHandle;
 use super::redirtied::Redirtied;
+use super::throttle::VcpuThrottle;
 use crate::page_set::PageSet;
 use crate::vm::{Paused, Settled};
 
@@ -20,7 +20,8 @@ pub enum Observed {
     PerVcpu {
         /// By vCPU, in the order in which the vCPUs were attached.
         vcpus: Vec<u64>,
-        /// Those that none of them dirtied first: device threads, other processes, DMA, as far as their logs were read by now.
+        /// Those that none of them dirtied first: device threads, other processes, DMA, as far as their logs were read by now; and
+        /// those of vCPUs that were detached since the last harvest.
         others: u64,
     },
     /// Pages, whoever dirtied them.
@@ -102,9 +103,9 @@ pub trait DirtySource: Send {
     /// The name that reports show: `ring`, `bitmap`, `pagemap`.
     fn backend(&self) -> &'static str;
 
-    /// Handles of the vCPUs whose gates a throttle may close, in the order of [`Observed::PerVcpu`]; empty where there are
-    /// none. Each knows its [`index`](VcpuHandle::index) in the VMM.
-    fn vcpus(&self) -> Vec<VcpuHandle> {
+    /// The vCPUs whose gates a throttle may close, in the order of [`Observed::PerVcpu`]; empty where there are
+    /// none. Each knows its [`index`](VcpuThrottle::index) in the VMM.
+    fn vcpus(&self) -> Vec<VcpuThrottle> {
         Vec::new()
     }
 

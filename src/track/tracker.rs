@@ -16,6 +16,7 @@ use super::rings::Rings;
 use super::session::Session;
 use super::shared::{Backend, Shared, State};
 use super::slots::{Slots, log_these_anew};
+use super::throttle::VcpuThrottle;
 use super::vcpu::Vcpu;
 use crate::kvm::ring::{DirtyRing, VmMark};
 use crate::kvm::{Kernel, KvmError, ManualProtect, RingSize, UnmapError, VmFd, caps};
@@ -263,7 +264,8 @@ impl DirtyTracker {
         Ok(true)
     }
 
-    /// Follows a vCPU, at start-up or when it is plugged in, before it first runs.
+    /// Follows a vCPU, at start-up or when it is plugged in, before it first runs. One that was
+    /// [detached](Self::detach_vcpu) may be attached again, under any index, and goes on where it was.
     ///
     /// # Errors
     ///
@@ -272,6 +274,31 @@ impl DirtyTracker {
     pub fn attach_vcpu(&self, index: usize, vcpu: &impl AsRawFd) -> Result<VcpuHandle, TrackError> {
         let mark = VmMark(Arc::as_ptr(&self.shared).addr());
         self.attach(index, |size, is_first| DirtyRing::map(vcpu, size, mark, is_first))
+    }
+
+    /// A vCPU is unplugged: harvests what its ring still holds, for every session, and forgets it. The VMM calls this once the
+    /// vCPU has left `KVM_RUN` for good, or until it is attached again. Its pages since the last harvest count as
+    /// [`others`](super::Observed::PerVcpu); those behind it move up in the order, and the index is free.
+    ///
+    /// Its [`VcpuHandle`] gets [`TrackError::VcpuUnknown`] for a full ring from then on.
+    ///
+    /// # Errors
+    ///
+    /// [`TrackError::VcpuUnknown`]; [`TrackError::Lent`] while another process follows the rings; what KVM refused, or
+    /// [`TrackError::RingLost`]: the vCPU is still attached then.
+    pub fn detach_vcpu(&self, index: usize) -> Result<(), TrackError> {
+        let state = &mut *self.shared.lock();
+        state.check_not_ended()?;
+        state.check_ours()?;
+        let at = state.vcpus.iter().position(|vcpu| vcpu.index == index);
+        let at = at.ok_or(TrackError::VcpuUnknown(index))?;
+        let State { backend, slots, vcpus, pending, .. } = state;
+        if let Backend::Ring { rings, .. } = backend {
+            rings.detach(&vcpus[at], self.shared.context(slots), pending)?;
+        }
+        vcpus.remove(at).gate.open();
+        pending.vcpu_detached(at);
+        Ok(())
     }
 
     fn attach(
@@ -287,7 +314,7 @@ impl DirtyTracker {
         }
         let vcpu = Arc::new(Vcpu::new(index));
         if let Backend::Ring { size, rings, .. } = &mut state.backend {
-            let ring = map(*size, rings.is_empty())?;
+            let ring = map(*size, rings.none_yet())?;
             rings.push(ring, Arc::clone(&vcpu));
         }
         state.vcpus.push(Arc::clone(&vcpu));
@@ -366,9 +393,9 @@ impl DirtyTracker {
         stopped
     }
 
-    /// Handles of all vCPUs, in the order of attachment: for whoever throttles.
-    pub fn vcpus(&self) -> Vec<VcpuHandle> {
-        VcpuHandle::all(&self.shared)
+    /// The gates of all vCPUs, in the order of attachment: for whoever throttles.
+    pub fn vcpus(&self) -> Vec<VcpuThrottle> {
+        self.shared.throttles()
     }
 
     /// Whether a full ring is recycled without protecting its pages, as of the last start of tracking.
@@ -381,9 +408,11 @@ impl DirtyTracker {
         self.shared.lock().pending.why_none_is_left()
     }
 
-    /// The handle of the vCPU that was attached with this index of the VMM's.
-    pub fn vcpu(&self, index: usize) -> Option<VcpuHandle> {
-        VcpuHandle::all(&self.shared).into_iter().find(|vcpu| vcpu.index() == index)
+    /// The gate of the vCPU that was attached with this index of the VMM's.
+    pub fn vcpu(&self, index: usize) -> Option<VcpuThrottle> {
+        let state = self.shared.lock();
+        let vcpu = state.vcpus.iter().find(|vcpu| vcpu.index == index)?;
+        Some(VcpuThrottle::new(Arc::clone(vcpu)))
     }
 
     /// What tracking did so far and what it cost.

@@ -97,6 +97,32 @@ fn an_existing_bitmap_is_an_external_source() {
 }
 
 #[test]
+fn a_shared_log_is_an_external_source() {
+    let mut log = SharedLog::new(PageRun { first: PageIndex(FIRST), pages: PAGES }).unwrap();
+    let writer = SharedLogWriter::open(log.file().try_clone_to_owned().unwrap()).unwrap();
+    test_external_source(&mut log, &|page| writer.mark(PageRun { first: page, pages: 1 }));
+    log.start().unwrap();
+    // Runs of several words, and what the log is not for.
+    for (first, pages) in [(FIRST + 60, 200), (0, FIRST + 1), (FIRST + PAGES - 1, u64::MAX), (0, FIRST)] {
+        writer.mark(PageRun { first: PageIndex(first), pages });
+    }
+    let expected: BTreeSet<u64> = (FIRST + 60..FIRST + 260).chain([FIRST, FIRST + PAGES - 1]).collect();
+    assert_eq!(drained(&mut log), expected);
+}
+
+#[test]
+fn what_is_no_shared_log_is_refused_by_its_writer_and_beyond_all_memory_there_is_none() {
+    let other = VhostUserLog::new(END).unwrap();
+    let refused = SharedLogWriter::open(other.file().try_clone_to_owned().unwrap()).unwrap_err();
+    assert_eq!(refused.kind(), std::io::ErrorKind::InvalidInput, "{refused}");
+    for run in
+        [PageRun { first: PageIndex(u64::MAX), pages: 2 }, PageRun { first: PageIndex(1), pages: 1 << 34 }]
+    {
+        assert_eq!(SharedLog::new(run).unwrap_err().kind(), std::io::ErrorKind::InvalidInput);
+    }
+}
+
+#[test]
 fn a_vhost_user_log_is_an_external_source() {
     let mut log = VhostUserLog::new(END).unwrap();
     let backend = log.backend();

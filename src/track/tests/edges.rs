@@ -1,6 +1,8 @@
 //! Slots and memory that come and go, and what else a VMM may do at the edges of tracking.
 #![expect(unsafe_code, reason = "a slot's memory is named by address")]
 
+use std::time::Duration;
+
 use super::*;
 use crate::layout::{GuestAddress, GuestMemory, LayoutError, RegionKind};
 use crate::testing::{AnonymousRam, Backing};
@@ -140,10 +142,47 @@ fn a_handle_knows_the_index_that_the_vmm_gave_its_vcpu() {
     let session = tracker.start().unwrap();
     assert!(kernel.write(1, SlotId(1), 5));
     assert_eq!(session.observe().unwrap(), Observed::per_vcpu(vec![0, 1, 0]));
-    assert_eq!(tracker.vcpus().iter().map(VcpuHandle::index).collect::<Vec<_>>(), given);
+    assert_eq!(tracker.vcpus().iter().map(VcpuThrottle::index).collect::<Vec<_>>(), given);
     assert_eq!(tracker.vcpu(40).map(|vcpu| vcpu.index()), Some(40));
     assert!(tracker.vcpu(1).is_none());
     assert_eq!(tracker.snapshot().vcpus.iter().map(|vcpu| vcpu.index).collect::<Vec<_>>(), given);
+}
+
+#[test]
+fn a_vcpu_that_is_unplugged_leaves_its_pages_to_every_session_and_its_place_to_the_next() {
+    let kernel = FakeKernel::new();
+    let tracker = DirtyTracker::on_fake_rings(&kernel, RingSize::MIN);
+    tracker.add_memory(&kernel.create_slot(SlotId(1), slot_pages(1))).unwrap();
+    let handles = [7, 2, 40].map(|index| tracker.attach_fake_vcpu(index, &kernel, 0, 0).unwrap());
+    let (session, other) = (tracker.start().unwrap(), tracker.start().unwrap());
+    let throttle = tracker.vcpu(2).unwrap();
+    throttle.close_for(VcpuThrottle::CLOSED_MAX);
+    for (vcpu, offset) in [(0, 1), (1, 2), (1, 3), (2, 4)] {
+        assert!(kernel.write(vcpu, SlotId(1), offset));
+    }
+    assert_eq!(session.observe().unwrap(), Observed::per_vcpu(vec![1, 2, 1]));
+    tracker.detach_vcpu(2).unwrap();
+    assert!(matches!(tracker.detach_vcpu(2), Err(TrackError::VcpuUnknown(2))));
+    assert!(matches!(handles[1].ring_full(), Err(TrackError::VcpuUnknown(2))));
+    assert_eq!(handles[1].before_run(), BeforeRun::Run);
+    assert_eq!(throttle.throttled(), Duration::ZERO, "its gate is open");
+    assert_eq!(tracker.vcpus().iter().map(VcpuThrottle::index).collect::<Vec<_>>(), [7, 40]);
+
+    // Its index is free, and those behind it have moved up.
+    let _plugged = tracker.attach_fake_vcpu(2, &kernel, 0, 0).unwrap();
+    for (vcpu, offset) in [(2, 5), (3, 6), (3, 7), (3, 8)] {
+        assert!(kernel.write(vcpu, SlotId(1), offset));
+    }
+    let expected = Observed::PerVcpu { vcpus: vec![1, 2, 3], others: 2 };
+    assert_eq!(session.observe().unwrap(), expected);
+    for session in [&session, &other] {
+        let mut dirty = PageSet::new(slot_pages(1).end());
+        session.harvest(&mut dirty).unwrap();
+        assert_eq!(dirty.len(), 8, "{dirty:?}");
+    }
+    assert_eq!(session.observe().unwrap(), Observed::per_vcpu(vec![0; 3]));
+    assert!(kernel.write(2, SlotId(1), 4));
+    assert_eq!(session.observe().unwrap(), Observed::per_vcpu(vec![0, 1, 0]), "it was protected again");
 }
 
 #[test]

@@ -143,25 +143,25 @@ fn marks_and_external_writes_are_gathered_while_the_rings_are_lent() {
 #[test]
 fn a_gate_that_is_lent_is_closed_from_the_other_mapping_and_open_once_it_is_back() {
     let vmm = Vmm::new(0);
-    let vcpu = &vmm.vcpus[1];
+    let (vcpu, throttle) = (&vmm.vcpus[1], vmm.tracker.vcpu(1).unwrap());
     let lending = vmm.tracker.lend().unwrap();
     assert_eq!(vcpu.before_run(), BeforeRun::Run);
     let theirs = Gate::borrowed(LentGate::new(&mapped(lending.page_file()), 1).unwrap());
     theirs.close_for(Duration::from_millis(3));
     assert_eq!(vcpu.before_run(), BeforeRun::Run);
-    let throttled = vcpu.gate().throttled();
+    let throttled = throttle.throttled();
     assert!(throttled > Duration::ZERO && theirs.throttled() == throttled);
     theirs.close_for(Gate::CLOSED_MAX);
     // As a pause does.
-    vcpu.gate().open();
+    throttle.open();
     assert_eq!(vcpu.before_run(), BeforeRun::Run);
     theirs.close_for(Gate::CLOSED_MAX);
     drop(lending);
     assert_eq!(vcpu.before_run(), BeforeRun::Run);
     theirs.close_for(Gate::CLOSED_MAX);
-    let before = vcpu.gate().throttled();
+    let before = throttle.throttled();
     assert_eq!(vcpu.before_run(), BeforeRun::Run);
-    assert_eq!(vcpu.gate().throttled(), before, "the other process closes it no more");
+    assert_eq!(throttle.throttled(), before, "the other process closes it no more");
     assert!(before >= throttled);
 }
 

@@ -1007,6 +1007,17 @@ rf_status rf_vcpu_attach(const rf_tracker *tracker,
                          rf_vcpu **vcpu);
 
 /**
+ * A vCPU is unplugged: harvests what its ring still holds and forgets it; its index is free. Call it once the vCPU has left
+ * KVM_RUN for good, or until it is attached again. The vCPU's handles stay to be freed.
+ *
+ * The caller sees to it that:
+ *
+ * `tracker` is a tracker or NULL.
+ */
+rf_status rf_vcpu_detach(const rf_tracker *tracker,
+                         uint32_t index);
+
+/**
  * Call it before each KVM_RUN: RF_OK is the word to enter the guest. It costs a load when nobody throttles, else a futex
  * wait of at most 10 ms.
  *

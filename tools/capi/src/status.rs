@@ -123,6 +123,7 @@ fn of_track_error(error: &TrackError) -> Status {
         TrackError::SlotUnknown(_) => Status::SlotUnknown,
         TrackError::Layout(_) => Status::SlotOverlaps,
         TrackError::VcpuKnown(_) => Status::VcpuKnown,
+        TrackError::VcpuUnknown(_) => Status::VcpuUnknown,
         TrackError::RingLost(_) => Status::RingLost,
         TrackError::RingsOnly => Status::Unsupported,
         _ => Status::Other,

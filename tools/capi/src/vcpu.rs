@@ -4,7 +4,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::Duration;
 
-use ringferry::track::{BeforeRun, VcpuHandle};
+use ringferry::track::{BeforeRun, TrackError, VcpuHandle, VcpuThrottle};
 
 use crate::handle::{Handle, borrow, give, out, take_back};
 use crate::status::{Status, call, done};
@@ -15,6 +15,7 @@ use crate::tracker::Tracker;
 #[derive(Debug)]
 pub struct Vcpu {
     run: VcpuHandle,
+    gate: VcpuThrottle,
 }
 
 // SAFETY: the mark is its own.
@@ -25,7 +26,7 @@ unsafe impl Handle for Vcpu {
 /// The gate that a vCPU passes before it enters the guest, for whoever throttles. Any thread may use it, several at once.
 #[derive(Debug)]
 pub struct Gate {
-    vcpu: VcpuHandle,
+    throttle: VcpuThrottle,
 }
 
 // SAFETY: the mark is its own.
@@ -40,7 +41,7 @@ pub const RF_EXIT_DIRTY_RING_FULL: u32 = 31;
 pub const RF_GATE_CLOSED_MAX_US: u64 = 10_000;
 
 const _: () = assert!(RF_EXIT_DIRTY_RING_FULL == ringferry::track::KVM_EXIT_DIRTY_RING_FULL);
-const _: () = assert!(RF_GATE_CLOSED_MAX_US as u128 == ringferry::track::Gate::CLOSED_MAX.as_micros());
+const _: () = assert!(RF_GATE_CLOSED_MAX_US as u128 == VcpuThrottle::CLOSED_MAX.as_micros());
 
 /// Follows a vCPU, at start-up or when it is plugged in. Call it after KVM_CREATE_VCPU and before the vCPU first runs. `index`
 /// is the VMM's own number of the vCPU.
@@ -59,11 +60,25 @@ pub unsafe extern "C" fn rf_vcpu_attach(
         // SAFETY: the caller's promise.
         let tracker = unsafe { borrow(tracker, "tracker") }?;
         let vcpu = out(vcpu, "vcpu")?;
-        let run = tracker.shared.tracker.attach_vcpu(index as usize, &vcpu_fd)?;
+        let (tracker, index) = (&tracker.shared.tracker, index as usize);
+        let run = tracker.attach_vcpu(index, &vcpu_fd)?;
+        let gate = tracker.vcpu(index).ok_or(TrackError::VcpuUnknown(index))?;
         // SAFETY: the caller's promise.
-        unsafe { give(vcpu, Vcpu { run }) };
+        unsafe { give(vcpu, Vcpu { run, gate }) };
         Ok(())
     })
+}
+
+/// A vCPU is unplugged: harvests what its ring still holds and forgets it; its index is free. Call it once the vCPU has left
+/// KVM_RUN for good, or until it is attached again. The vCPU's handles stay to be freed.
+///
+/// # Safety
+///
+/// `tracker` is a tracker or NULL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rf_vcpu_detach(tracker: *const Tracker, index: u32) -> Status {
+    // SAFETY: the caller's promise.
+    done(|| Ok(unsafe { borrow(tracker, "tracker") }?.shared.tracker.detach_vcpu(index as usize)?))
 }
 
 /// Call it before each KVM_RUN: RF_OK is the word to enter the guest. It costs a load when nobody throttles, else a futex
@@ -126,10 +141,10 @@ pub unsafe extern "C" fn rf_vcpu_free(vcpu: *mut Vcpu) -> Status {
 pub unsafe extern "C" fn rf_vcpu_gate(vcpu: *const Vcpu, gate: *mut *mut Gate) -> Status {
     done(|| {
         // SAFETY: the caller's promise.
-        let vcpu = unsafe { borrow(vcpu, "vcpu") }?.run.clone();
+        let throttle = unsafe { borrow(vcpu, "vcpu") }?.gate.clone();
         let gate = out(gate, "gate")?;
         // SAFETY: the caller's promise.
-        unsafe { give(gate, Gate { vcpu }) };
+        unsafe { give(gate, Gate { throttle }) };
         Ok(())
     })
 }
@@ -145,7 +160,7 @@ pub unsafe extern "C" fn rf_vcpu_gate(vcpu: *const Vcpu, gate: *mut *mut Gate) -
 pub unsafe extern "C" fn rf_gate_close(gate: *const Gate, microseconds: u64) -> Status {
     done(|| {
         // SAFETY: the caller's promise.
-        unsafe { borrow(gate, "gate") }?.vcpu.gate().close_for(Duration::from_micros(microseconds));
+        unsafe { borrow(gate, "gate") }?.throttle.close_for(Duration::from_micros(microseconds));
         Ok(())
     })
 }
@@ -159,7 +174,7 @@ pub unsafe extern "C" fn rf_gate_close(gate: *const Gate, microseconds: u64) -> 
 pub unsafe extern "C" fn rf_gate_open(gate: *const Gate) -> Status {
     done(|| {
         // SAFETY: the caller's promise.
-        unsafe { borrow(gate, "gate") }?.vcpu.gate().open();
+        unsafe { borrow(gate, "gate") }?.throttle.open();
         Ok(())
     })
 }
@@ -173,7 +188,7 @@ pub unsafe extern "C" fn rf_gate_open(gate: *const Gate) -> Status {
 pub unsafe extern "C" fn rf_gate_throttled_ns(gate: *const Gate, nanoseconds: *mut u64) -> Status {
     done(|| {
         // SAFETY: the caller's promise.
-        let throttled = unsafe { borrow(gate, "gate") }?.vcpu.gate().throttled();
+        let throttled = unsafe { borrow(gate, "gate") }?.throttle.throttled();
         let nanoseconds = out(nanoseconds, "nanoseconds")?;
         // SAFETY: the caller's promise.
         unsafe { nanoseconds.put(u64::try_from(throttled.as_nanos()).unwrap_or(u64::MAX)) };

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use parking_lot::{Mutex, MutexGuard};
-use ringferry::track::{BeforeRun, KVM_EXIT_DIRTY_RING_FULL, VcpuHandle};
+use ringferry::track::{BeforeRun, KVM_EXIT_DIRTY_RING_FULL, VcpuHandle, VcpuThrottle};
 
 use crate::config::Console;
 use crate::error::{TestVmError, VcpuError};
@@ -58,6 +58,7 @@ pub(crate) struct Vcpu {
     pub stats: Stats,
     kick: Kick,
     tracked: Option<VcpuHandle>,
+    throttle: Option<VcpuThrottle>,
     counters: Counters,
 }
 
@@ -65,14 +66,19 @@ impl Vcpu {
     /// # Errors
     ///
     /// [`TestVmError`]: `kvm_run` cannot be mapped, or there are no statistics.
-    pub fn new(index: usize, fd: VcpuFd, tracked: Option<VcpuHandle>) -> Result<Self, TestVmError> {
+    pub fn new(
+        index: usize,
+        fd: VcpuFd,
+        tracked: Option<VcpuHandle>,
+        throttle: Option<VcpuThrottle>,
+    ) -> Result<Self, TestVmError> {
         let kick = Kick::new(&fd).map_err(|error| TestVmError::Kvm {
             call: "mapping kvm_run",
             error,
             hint: "the address space of this process may be limited (ulimit -v)",
         })?;
         let stats = Stats::open(&fd)?;
-        Ok(Self { index, fd: Mutex::new(fd), stats, kick, tracked, counters: Counters::default() })
+        Ok(Self { index, fd: Mutex::new(fd), stats, kick, tracked, throttle, counters: Counters::default() })
     }
 
     /// Makes the thread look soon at what is wanted of it.
@@ -84,8 +90,8 @@ impl Vcpu {
     pub fn call_out(&self) {
         self.kick.kick();
         // After the kick: a vCPU that is woken by this sees it.
-        if let Some(tracked) = &self.tracked {
-            tracked.gate().open();
+        if let Some(throttle) = &self.throttle {
+            throttle.open();
         }
     }
 

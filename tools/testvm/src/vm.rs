@@ -139,6 +139,7 @@ impl TestVm {
                 boot::enter(&fd, entry)?;
             }
             let tracked = tracker.as_ref().map(|tracker| tracker.attach_vcpu(index, &fd)).transpose()?;
+            let throttle = tracker.as_ref().and_then(|tracker| tracker.vcpu(index));
             // SAFETY: the vCPU's descriptor is open as long as `fd` lives, which is beyond this statement.
             let borrowed = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
             let second = borrowed.try_clone_to_owned();
@@ -147,7 +148,7 @@ impl TestVm {
                 error,
                 hint: "the limit on open files (ulimit -n) may be reached",
             })?);
-            vcpus.push(Arc::new(Vcpu::new(index, fd, tracked)?));
+            vcpus.push(Arc::new(Vcpu::new(index, fd, tracked, throttle)?));
         }
         let mut built = Self {
             threads: Vec::with_capacity(config.vcpus),

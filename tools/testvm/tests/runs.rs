@@ -140,12 +140,12 @@ fn a_throttled_vcpu_is_called_out_by_a_pause() {
     let Some(mut vm) = build(Config { tracking, ..counting_config(2) }) else { return };
     vm.start().unwrap();
     wait_for_progress(&vm, &[0, 0], 1);
-    let handles = vm.tracker().unwrap().vcpus();
+    let throttles = vm.tracker().unwrap().vcpus();
     let done = AtomicBool::new(false);
     let outcome = std::thread::scope(|scope| {
         scope.spawn(|| {
             while !done.load(Ordering::Relaxed) {
-                handles.iter().for_each(|handle| handle.gate().close_for(Duration::from_secs(1)));
+                throttles.iter().for_each(|throttle| throttle.close_for(Duration::from_secs(1)));
                 std::thread::yield_now();
             }
         });
