@@ -38,6 +38,7 @@ mod receiving_process;
 mod report;
 mod resolve;
 mod run;
+mod sandbox;
 mod scenario;
 mod send;
 mod sizes;

@@ -25,6 +25,7 @@ use crate::interrupt;
 use crate::migrate::MigrateArgs;
 use crate::output::Output;
 use crate::report::{MigrationReport, VcpuReport};
+use crate::sandbox;
 use crate::sizes::Time;
 use crate::told::Told;
 
@@ -150,6 +151,7 @@ impl VmmArgs {
         if let Some((user, group)) = self.user {
             become_user(user, group).with_context(|| format!("becoming user {user}, group {group}"))?;
         }
+        sandbox::enter()?;
         Ok(connection)
     }
 }
