@@ -97,6 +97,8 @@ pub struct Controller {
     /// Since when braking wants longer stalls, or shorter ones again.
     other_stalls_wanted: Option<Duration>,
     called_off: u32,
+    /// Going on with the round was found worth it until then.
+    worth_until: f64,
     /// Rounds that were begun although what was left fitted.
     rounds_for_a_shorter_pause: u32,
     /// Rounds that count against the limit.
@@ -130,6 +132,7 @@ impl Controller {
             longest_stall: LONGEST_STALL,
             other_stalls_wanted: None,
             called_off: 0,
+            worth_until: 0.0,
             rounds_for_a_shorter_pause: 0,
             rounds_spent: 0.0,
         }

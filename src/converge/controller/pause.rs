@@ -25,13 +25,23 @@ const HELD_WEIGHT: f64 = 2.0;
 const AHEAD: u32 = 4;
 /// Rounds that are sent for nothing but a shorter pause: predictions that do not come true end here.
 const ROUNDS_MAX: u32 = 10;
+/// What was found worth waiting for is looked at anew after so long for each vCPU, because a look costs by their number.
+const LOOK_AGAIN_S_PER_VCPU: f64 = 0.1e-3;
 /// A deadline is kept with this share of it in hand.
 const DEADLINE_SHARE: f64 = 0.98;
 
 impl Controller {
     /// Whether the guest had better be stopped later, although the `left` pages that have to be sent fit.
-    pub(super) fn is_worth_going_on(&self, now: Duration, left: f64) -> bool {
-        self.is_worth(now, self.rest_of_the_round(now.as_secs_f64()), left)
+    pub(super) fn is_worth_going_on(&mut self, now: Duration, left: f64) -> bool {
+        let at = now.as_secs_f64();
+        if at < self.worth_until {
+            return true;
+        }
+        let worth = self.is_worth(now, self.rest_of_the_round(at), left);
+        if worth {
+            self.worth_until = at + LOOK_AGAIN_S_PER_VCPU * self.shares.len() as f64;
+        }
+        worth
     }
 
     /// The same when a round has ended, and another one would have to be begun.
