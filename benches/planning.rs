@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
-use ringferry::converge::{Action, Controller, Observation, Pages, Settings, VcpuSample};
+use ringferry::converge::{Action, Controller, LinkSample, Observation, Pages, Settings, VcpuSample};
 
 /// 64 GiB of 256 in use and 200 Gbit/s for 1,024 vCPUs, and as much of that for fewer.
 const PAGES_PER_VCPU: u64 = 16_384;
@@ -63,7 +63,7 @@ impl Rig {
         let seen = Observation {
             vcpus: &self.samples,
             pages_done: Pages(self.pages_sent),
-            bytes_acked: Pages::floor(all).0 * 4096,
+            link: LinkSample { bytes_acked: Pages::floor(all).0 * 4096, ..LinkSample::default() },
             ..Observation::default()
         };
         with(&mut self.controller, self.now, &seen)

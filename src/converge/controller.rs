@@ -325,7 +325,7 @@ impl Controller {
         self.learn(now, seen);
         let at = now.as_secs_f64();
         self.rounds_spent += ((at - self.round.start) / WHOLE_ROUND_S).clamp(0.0, 1.0);
-        self.model.bandwidth.stop(at, seen.bytes_acked);
+        self.model.bandwidth.stop(at, seen.link.bytes_acked);
         let sent = self.round.done - self.round.struck_off;
         if self.round.number > 1 && sent >= 1.0 {
             let bytes = self.bytes_acked.saturating_sub(self.round.bytes_at_start) as f64;
@@ -335,7 +335,7 @@ impl Controller {
         }
         if let Policy::AutoConverge(parameters) = &self.settings.policy {
             let dirtied_bytes = self.dirty_now() * PAGE_SIZE as f64;
-            self.rule.on_sync(at, dirtied_bytes, seen.bytes_acked as f64, parameters);
+            self.rule.on_sync(at, dirtied_bytes, seen.link.bytes_acked as f64, parameters);
         }
         self.plan(now);
         let left = self.dirty_now();
@@ -404,8 +404,8 @@ impl Controller {
         let by_vcpus = !self.settings.per_vcpu && !seen.vcpus.is_empty();
         let running = if by_vcpus { running_of_all / seen.vcpus.len() as f64 } else { elapsed };
         self.model.others.observe(running, seen.others.as_f64());
-        self.model.bandwidth.observe(at, seen.bytes_acked);
-        self.bytes_acked = self.bytes_acked.max(seen.bytes_acked);
+        self.model.bandwidth.observe(at, seen.link.bytes_acked);
+        self.bytes_acked = self.bytes_acked.max(seen.link.bytes_acked);
         self.round.done = seen.pages_done.as_f64();
         self.round.struck_off = seen.pages_struck_off.as_f64().min(self.round.done);
         let sent = self.round.done - self.round.struck_off;

@@ -97,7 +97,7 @@ pub struct VcpuSample {
 }
 
 /// What has been seen.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Debug, Default)]
 pub struct Observation<'a> {
     /// By vCPU index. vCPUs may be added while it runs.
     pub vcpus: &'a [VcpuSample],
@@ -107,8 +107,20 @@ pub struct Observation<'a> {
     pub pages_done: Pages,
     /// Of these, pages that were struck off unsent because they are dirty again.
     pub pages_struck_off: Pages,
-    /// Bytes that the peer's kernel has taken off our hands since the migration's start.
+    /// What has been seen of the link.
+    pub link: LinkSample,
+}
+
+/// What has been seen of the link.
+#[derive(Clone, Copy, PartialEq, Debug, Default)]
+pub struct LinkSample {
+    /// Bytes that the peer's kernel has acknowledged since the migration's start, over all connections.
     pub bytes_acked: u64,
+    /// Bytes per second that the link carries when nothing but itself holds it back, as far as that is known: while
+    /// `max-bandwidth` sets the pace, the growth of `bytes_acked` says nothing of it.
+    pub unpaced_bytes_per_s: Option<f64>,
+    /// The round trip without the queues that we fill ourselves; 0 while unknown.
+    pub round_trip: Duration,
 }
 
 /// Why the guest is switched over.

@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use super::units::{duration, sane, whole};
 use super::{
-    Action, Controller, Event, GateState, LastCheck, Observation, Pages, Prediction, Settings, VcpuSample,
-    Why,
+    Action, Controller, Event, GateState, LastCheck, LinkSample, Observation, Pages, Prediction, Settings,
+    VcpuSample, Why,
 };
 use crate::PAGE_SIZE;
 
@@ -444,7 +444,7 @@ impl Simulation<'_> {
             others: if named { Pages(0) } else { Pages::floor(self.dirty()) },
             pages_done: Pages::floor(self.done),
             pages_struck_off: Pages::floor(self.struck_off),
-            bytes_acked: whole(self.bytes),
+            link: LinkSample { bytes_acked: whole(self.bytes), ..LinkSample::default() },
         };
         let action = if round_is_over {
             self.controller.round_ended(now, &seen)

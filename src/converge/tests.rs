@@ -402,7 +402,7 @@ proptest! {
             now += Duration::from_millis(ms.into());
             let sample = |(dirtied, ms): &(u64, u32)| VcpuSample { dirtied: Pages(*dirtied), throttled: Duration::from_millis((*ms).into()) };
             let vcpus: Vec<VcpuSample> = vcpus.iter().map(sample).collect();
-            let seen = Observation { vcpus: &vcpus, others: Pages(others), pages_done: Pages(pages), pages_struck_off: Pages(others), bytes_acked: bytes };
+            let seen = Observation { vcpus: &vcpus, others: Pages(others), pages_done: Pages(pages), pages_struck_off: Pages(others), link: LinkSample { bytes_acked: bytes, ..LinkSample::default() } };
             match what {
                 0 => controller.round_started(now, Pages(pages)),
                 1 => drop(controller.observed(now, &seen)),
@@ -446,7 +446,7 @@ fn rounds_of_a_millisecond_hardly_count_against_the_limit_of_rounds() {
                 others: Pages(100_000),
                 pages_done: Pages(1000),
                 pages_struck_off: Pages(0),
-                bytes_acked: 0,
+                link: LinkSample::default(),
             };
             if controller.round_ended(now, &seen) != Action::Continue {
                 return round;
@@ -469,7 +469,7 @@ fn a_backlog_is_waited_for_and_never_makes_the_limit_give_way() {
         others: Pages(0),
         pages_done: Pages(1000),
         pages_struck_off: Pages(0),
-        bytes_acked: 4_096_000,
+        link: LinkSample { bytes_acked: 4_096_000, ..LinkSample::default() },
     };
     let round_at = |ms: u64, controller: &mut Controller| {
         controller.round_started(Duration::from_millis(ms), Pages(1000));

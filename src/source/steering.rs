@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use super::migration::Migration;
 use crate::converge::units::whole;
 use crate::converge::{
-    Action, Change, Controller, GateState, LastCheck, Observation, Pages, Prediction, Settings, VcpuSample,
-    Why,
+    Action, Change, Controller, GateState, LastCheck, LinkSample, Observation, Pages, Prediction, Settings,
+    VcpuSample, Why,
 };
 use crate::layout::PAGE_SIZE;
 use crate::progress::{self, Event, Progress};
@@ -297,7 +297,7 @@ impl Steering {
             others: Pages(others),
             pages_done: Pages(pages_done),
             pages_struck_off: Pages(round.pages_struck_off),
-            bytes_acked: totals.bytes_sent,
+            link: LinkSample { bytes_acked: totals.bytes_sent, ..LinkSample::default() },
         };
         let action = match harvested {
             Some(_) => self.controller.round_ended(now, &seen),
