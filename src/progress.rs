@@ -152,6 +152,8 @@ pub enum Event {
     },
     /// No plan keeps the deadline; the fastest one is followed.
     DeadlineOutOfReach,
+    /// The guest dirties faster than the link drains, however it is held back: nobody is held back, unless a limit ends it.
+    CannotHoldGuest,
     /// The downtime limit cannot be kept, because the switchover takes longer even without a page to send.
     DowntimeLimitOutOfReach {
         /// The limit.

@@ -1,23 +1,25 @@
-//! The part that decides: takes what is observed, keeps the model, and says who is held back and when it ends.
+//! The part that decides: takes what is observed, keeps what is known, and says who is held back and when it ends.
 //!
-//! Owns the order of things within a round and what is learned in it; `planning` turns that into quotas, and the
-//! arithmetic is in its neighbours. Before it comes `track`, whose counts it is given; after it `source`, which does what
-//! it says.
-
-mod pause;
-mod planning;
+//! It keeps the order of things within a round, and nothing else: `vcpu` and `bandwidth` learn, `policy` says who is held
+//! back, `pause` when the guest is stopped. Before it comes `track`, whose counts it is given; after it `source`, which does
+//! what it says.
 
 use std::time::Duration;
 
+use super::bandwidth::Bandwidth;
 use super::curve::Curve;
 use super::events::EventLog;
-use super::model::{AIM, Model, Round};
+use super::model::{Conditions, Round, Writers};
+use super::pace::Pace;
+use super::pause::Pause;
+use super::policy::{Decision, Rule, View};
 use super::sampling::Sampling;
-use super::throttle::{LONGEST_STALL, LONGEST_STALL_EVER, Throttle};
-use super::units::whole;
+use super::throttle::LONGEST_STALL_EVER;
+use super::units::{duration, sane, whole};
+use super::vcpu::{Seen, Vcpu};
 use super::{
-    Action, AtTimeout, Change, Event, GateState, LastCheck, Observation, Pages, Policy, Prediction, Settings,
-    Share, Why, auto_converge, stop, switchover,
+    Action, AtTimeout, Change, Event, GateState, LastCheck, Observation, Pages, Prediction, Settings, Share,
+    Why, stop, switchover,
 };
 use crate::PAGE_SIZE;
 
@@ -25,14 +27,6 @@ use crate::PAGE_SIZE;
 const RAW_PAGE_BYTES: f64 = PAGE_SIZE as f64 + 1.0;
 /// Pages that say what a page costs.
 const ENOUGH_PAGES: f64 = 16_384.0;
-/// Weight of the newest overrun of a gate.
-const NEWEST_OVERRUN: f64 = 0.05;
-/// One overrun that is larger than so many usual ones is an accident, and counts no more than those.
-const MOST_OVERRUN: f64 = 5.0;
-/// From the decision to stop the guest to its last write, as measured on a busy host.
-const STOPPING_S: f64 = 0.6e-3;
-/// A vCPU that was held back for no more than this share of a round still teaches how fast it dirties.
-const HARDLY_HELD: f64 = 0.1;
 /// A switchover that had to be called off lowers the next one's limit to this share.
 const CAREFUL: f64 = 0.9;
 /// A downtime limit that is out of reach is exceeded by what it is, and by pages for this share of what the switchover
@@ -41,6 +35,9 @@ const UNREACHABLE_SHARE: f64 = 0.25;
 /// A round of this length counts as one against the limit of rounds, a shorter one in proportion: thirty rounds of a
 /// millisecond say nothing about a guest.
 const WHOLE_ROUND_S: f64 = 20e-3;
+/// Decisions are made this often within a round, or less often for guests whose decisions take long.
+const DECIDE_S: f64 = 0.05;
+const DECIDE_S_PER_VCPU: f64 = 0.1e-3;
 
 /// The current round.
 #[derive(Clone, Debug, Default)]
@@ -50,15 +47,12 @@ struct Current {
     pages: f64,
     done: f64,
     struck_off: f64,
-    /// It is expected to leave markedly less than it began with, with nobody held back.
-    shrinks: bool,
     /// How long the round before went on with nobody held back.
     after_s: f64,
     /// When somebody was first held back in this one.
     braked_at: Option<f64>,
     bytes_at_start: u64,
-    /// Per vCPU, in seconds, when the round started.
-    throttled_at_start: Vec<f64>,
+    unprotected: bool,
 }
 
 impl Current {
@@ -66,41 +60,46 @@ impl Current {
     fn free_s(&self, at: f64) -> f64 {
         (self.braked_at.unwrap_or(at) - self.start).max(0.0)
     }
+
+    /// Pages that are still to be sent.
+    fn unsent(&self) -> f64 {
+        (self.pages - self.done).max(0.0)
+    }
+
+    /// What is left of it.
+    fn rest(&self, at: f64) -> Round {
+        Round {
+            pages: self.unsent(),
+            of: self.pages,
+            current: true,
+            after_s: self.after_s,
+            free_s: self.free_s(at),
+        }
+    }
 }
 
 /// Decides, from what it is told.
 #[derive(Debug)]
 pub struct Controller {
     settings: Settings,
-    model: Model,
+    vcpus: Vec<Vcpu>,
+    others: Curve,
+    bandwidth: Bandwidth,
+    round_trip: Duration,
     round: Current,
-    rule: auto_converge::Rule,
-    throttles: Vec<Throttle>,
-    gates: Vec<GateState>,
-    shares: Vec<Share>,
-    /// By how much the stalls of each vCPU may be longer than the longest.
-    stretches: Vec<f64>,
-    counts: Vec<Pages>,
-    level: Option<Pages>,
-    /// The round is being braked down to this, and so were those before it.
-    target: Option<f64>,
+    pace: Pace,
+    rule: Box<dyn Rule>,
+    /// The last one.
+    decision: Decision,
+    next_decision: f64,
+    prediction: Option<Prediction>,
     /// Bytes on the wire for a dirty page, and for a page of the current round.
     page_bytes: f64,
     round_page_bytes: f64,
     bytes_acked: u64,
-    /// Per vCPU, in seconds, when last seen.
-    throttled_seen: Vec<f64>,
-    next_plan: f64,
-    prediction: Option<Prediction>,
     sampling: Sampling,
-    longest_stall: Duration,
-    /// Since when braking wants longer stalls, or shorter ones again.
-    other_stalls_wanted: Option<Duration>,
+    pause: Pause,
     called_off: u32,
-    /// Going on with the round was found worth it until then.
-    worth_until: f64,
-    /// Rounds that were begun although what was left fitted.
-    rounds_for_a_shorter_pause: u32,
     /// Rounds that count against the limit.
     rounds_spent: f64,
     events: EventLog,
@@ -112,28 +111,22 @@ impl Controller {
         Self {
             events: EventLog::new(settings.limits.downtime),
             sampling: Sampling::new(settings.gate_latency),
+            rule: settings.policy.rule(),
             settings,
-            model: Model::default(),
+            vcpus: Vec::new(),
+            others: Curve::default(),
+            bandwidth: Bandwidth::default(),
+            round_trip: Duration::ZERO,
             round: Current::default(),
-            rule: auto_converge::Rule::default(),
-            throttles: Vec::new(),
-            gates: Vec::new(),
-            shares: Vec::new(),
-            stretches: Vec::new(),
-            counts: Vec::new(),
-            level: None,
-            target: None,
+            pace: Pace::default(),
+            decision: Decision::default(),
+            next_decision: 0.0,
+            prediction: None,
             page_bytes: RAW_PAGE_BYTES,
             round_page_bytes: RAW_PAGE_BYTES,
             bytes_acked: 0,
-            throttled_seen: Vec::new(),
-            next_plan: 0.0,
-            prediction: None,
-            longest_stall: LONGEST_STALL,
-            other_stalls_wanted: None,
+            pause: Pause::default(),
             called_off: 0,
-            worth_until: 0.0,
-            rounds_for_a_shorter_pause: 0,
             rounds_spent: 0.0,
         }
     }
@@ -148,14 +141,14 @@ impl Controller {
         let before = self.settings.clone();
         change(&mut self.settings);
         if self.settings.policy != before.policy {
-            (self.target, self.level) = (None, None);
+            self.rule = self.settings.policy.rule();
             self.events.record(now, Change::Policy(self.settings.policy));
         }
         if self.settings.limits != before.limits {
             self.events.limits_set(self.settings.limits.downtime_at(now));
             self.events.record(now, Change::Limits(self.settings.limits.clone()));
         }
-        self.next_plan = 0.0;
+        self.next_decision = 0.0;
     }
 
     /// What the switchover would take besides, if it came now. It changes all the time, and changes no plan: it is waited
@@ -166,39 +159,28 @@ impl Controller {
 
     /// Where each vCPU's gate is to be, as of the last observation. A closed gate opens by itself; a vCPU that
     /// runs while its gate is closed has to be kicked.
-    pub fn gates(&self) -> &[GateState] {
-        &self.gates
+    pub fn gates(&self) -> impl Iterator<Item = GateState> + '_ {
+        self.vcpus.iter().map(|vcpu| vcpu.gate)
     }
 
     /// Each vCPU's part in this round.
-    pub fn shares(&self) -> &[Share] {
-        &self.shares
+    pub fn shares(&self) -> impl Iterator<Item = Share> + '_ {
+        self.vcpus.iter().map(|vcpu| vcpu.share)
     }
 
-    /// Whether pages of this round that are dirty again should be struck off it: they have to be sent once more in
-    /// any case. So the hottest pages are left for the end.
-    ///
-    /// Not in a round that is not braked and does not shrink by itself: it would end as soon as the guest had dirtied
-    /// all of it again, and another like it would begin, each at the price of a fault per page. And not under the
-    /// older policies, which are there to be compared with.
+    /// Whether pages of this round that are dirty again should be struck off it.
     pub fn strikes_off_redirtied(&self) -> bool {
-        let gets_anywhere = self.round.number <= 1 || self.target.is_some() || self.round.shrinks;
-        matches!(self.settings.policy, Policy::FairShare(_)) && gets_anywhere
+        self.rule.strikes_off_redirtied()
     }
 
-    /// Whether the round is braked down to a target.
+    /// Whether the guest is being held back until the rest fits.
     pub fn is_braking(&self) -> bool {
-        self.target.is_some()
+        self.decision.braking.is_some()
     }
 
     /// How long to wait until the next observation.
     pub fn next_sample(&self) -> Duration {
-        self.sampling.next(&self.shares, &self.throttles, &self.gates)
-    }
-
-    /// λ of the current round, if it is braked.
-    pub fn level(&self) -> Option<Pages> {
-        self.level
+        self.sampling.next(&self.vcpus)
     }
 
     /// What is expected; `None` until the link has been measured.
@@ -208,25 +190,27 @@ impl Controller {
 
     /// The wire's bandwidth in bytes per second, as measured.
     pub fn bandwidth(&self) -> Option<f64> {
-        self.model.bandwidth.mean()
+        self.bandwidth.mean()
     }
 
     /// P*: what fits the downtime limit at this time, with something in hand.
     pub fn fits(&self, now: Duration) -> Pages {
-        let given = self.settings.switchover_bandwidth.map(|given| switchover::careful(given, 0.0));
-        let mean = self.model.bandwidth.mean().unwrap_or(0.0);
-        self.fits_at(now, given.unwrap_or(switchover::careful(mean, self.model.bandwidth.spread())))
+        self.fits_in(self.settings.limits.downtime_at(now))
     }
 
-    fn fits_at(&self, now: Duration, bandwidth: f64) -> Pages {
-        switchover::fit(self.time_left(now), Duration::ZERO, bandwidth, self.page_bytes)
+    fn fits_in(&self, limit: Duration) -> Pages {
+        let in_hand = self.settings.tuning.in_hand;
+        let given = self.settings.switchover_bandwidth.map(|given| switchover::careful(given, 0.0, in_hand));
+        let mean = self.bandwidth.mean().unwrap_or(0.0);
+        let measured = switchover::careful(mean, self.bandwidth.spread(), in_hand);
+        switchover::fit(self.time_left(limit), given.unwrap_or(measured), self.page_bytes)
     }
 
     /// What the downtime limit leaves for pages. A limit that is out of reach gives way to what the switchover takes
     /// whenever it comes; a backlog is waited for.
-    fn time_left(&self, now: Duration) -> Duration {
+    fn time_left(&self, limit: Duration) -> Duration {
         let Settings { switchover_overhead: overhead, switchover_backlog: backlog, .. } = self.settings;
-        let limit = self.settings.limits.downtime_at(now).max(overhead.mul_f64(1.0 + UNREACHABLE_SHARE));
+        let limit = limit.max(overhead.mul_f64(1.0 + UNREACHABLE_SHARE));
         limit.saturating_sub(overhead).saturating_sub(backlog)
     }
 
@@ -238,37 +222,21 @@ impl Controller {
     /// vCPUs came or went. `places` says for each that there is now at which place it was before; what was learned of it, and
     /// what was decided, goes with it.
     pub fn vcpus_changed(&mut self, places: &[Option<usize>]) {
-        moved(&mut self.throttles, places, &Throttle::default());
-        moved(&mut self.gates, places, &GateState::Open);
-        moved(&mut self.shares, places, &Share::default());
-        moved(&mut self.stretches, places, &1.0);
-        moved(&mut self.counts, places, &Pages(0));
-        moved(&mut self.throttled_seen, places, &0.0);
-        if !self.round.throttled_at_start.is_empty() {
-            moved(&mut self.round.throttled_at_start, places, &0.0);
-        }
-        if self.settings.per_vcpu {
-            moved(&mut self.model.curves, places, &Curve::default());
-            moved(&mut self.model.overruns, places, &None);
-            if !self.model.held.is_empty() {
-                let held = |place: &Option<usize>| {
-                    place.is_some_and(|at| self.model.held.get(at).is_some_and(|held| *held))
-                };
-                self.model.held = places.iter().map(held).collect();
-            }
-        }
-        self.next_plan = 0.0;
+        let mut before: Vec<Option<Vcpu>> = std::mem::take(&mut self.vcpus).into_iter().map(Some).collect();
+        let mut at =
+            |place: &Option<usize>| place.and_then(|place| before.get_mut(place)?.take()).unwrap_or_default();
+        self.vcpus = places.iter().map(&mut at).collect();
+        self.next_decision = 0.0;
     }
 
     /// A round starts with so many pages: everything dirty has been harvested and counts start at 0 again.
     pub fn round_started(&mut self, now: Duration, pages_to_send: Pages) {
         let at = now.as_secs_f64();
         let free_s = self.round.free_s(at);
-        self.model.curves.iter_mut().for_each(Curve::recycled);
-        self.model.others.recycled();
-        self.model.bandwidth.start(at, self.bytes_acked);
-        self.counts.fill(Pages(0));
-        self.throttles.iter_mut().for_each(Throttle::recycled);
+        self.pace.round_ended(self.adds_in_round());
+        self.vcpus.iter_mut().for_each(Vcpu::recycled);
+        self.others.recycled();
+        self.bandwidth.start(at, self.bytes_acked);
         self.sampling.round_started(now);
         self.round = Current {
             number: self.round.number.saturating_add(1),
@@ -278,16 +246,12 @@ impl Controller {
             after_s: if self.round.number == 0 { f64::INFINITY } else { free_s },
             ..Current::default()
         };
-        // The depth of a plan is that of its first braked round; those that follow it go straight down.
-        let aim = self.fits(now).as_f64() * AIM;
-        self.target = self.target.map(|target| target.min(aim));
-        self.model.held.clear();
         self.round_page_bytes = self.page_bytes;
         let (limit, overhead) = (self.settings.limits.downtime_at(now), self.settings.switchover_overhead);
         if limit <= overhead {
             self.events.downtime_out_of_reach(now, limit, overhead);
         }
-        self.plan(now);
+        self.decide(now);
     }
 
     /// Something has been seen in the middle of a round.
@@ -297,24 +261,17 @@ impl Controller {
         if let Some(action) = self.must_end(now) {
             return action;
         }
-        let at = now.as_secs_f64();
-        if at >= self.next_plan {
-            self.plan(now);
+        if now.as_secs_f64() >= self.next_decision {
+            self.decide(now);
         }
-        for (index, (throttle, gate)) in self.throttles.iter_mut().zip(&mut self.gates).enumerate() {
-            let longest = self.longest_stall.mul_f64(self.stretches[index]).min(LONGEST_STALL_EVER);
-            *gate = throttle.poll(now, self.counts[index], longest);
-            if let (Some(pages), Some(vcpu)) = (throttle.take_overrun(), self.model.overruns.get_mut(index)) {
-                let mean =
-                    vcpu.unwrap_or_else(|| self.model.curves[index].overrun_in(self.sampling.gate_s()));
-                let pages = pages.as_f64().min(MOST_OVERRUN * mean.max(1.0));
-                *vcpu = Some(mean + NEWEST_OVERRUN * (pages - mean));
-            }
-        }
-        self.sampling.ends(now, &self.shares, &self.throttles, &self.gates);
+        let longest = self.decision.longest_stall.mul_f64(self.decision.stretch).min(LONGEST_STALL_EVER);
+        let (gate_s, after_a_stall) = (self.sampling.gate_s(), self.settings.tuning.after_a_stall);
+        self.vcpus.iter_mut().for_each(|vcpu| vcpu.poll(now, longest, gate_s, after_a_stall));
+        self.sampling.ends(now, &self.vcpus);
         self.events.downtime_limit(now, self.settings.limits.downtime_at(now));
-        let left = (self.round.pages - self.round.done).max(0.0) + self.dirty_now();
-        if !self.fits_now(now, left + self.dirtied_until_stopped()) || self.is_worth_going_on(now, left) {
+        let left = self.round.unsent() + self.dirty_now();
+        let until_stopped = self.dirtied_until_stopped();
+        if !self.fits_now(now, left + until_stopped) || self.had_better_wait(now, left, false) {
             return Action::Continue;
         }
         self.switch_over(now)
@@ -325,7 +282,7 @@ impl Controller {
         self.learn(now, seen);
         let at = now.as_secs_f64();
         self.rounds_spent += ((at - self.round.start) / WHOLE_ROUND_S).clamp(0.0, 1.0);
-        self.model.bandwidth.stop(at, seen.link.bytes_acked);
+        self.bandwidth.stop(at, seen.link.bytes_acked);
         let sent = self.round.done - self.round.struck_off;
         if self.round.number > 1 && sent >= 1.0 {
             let bytes = self.bytes_acked.saturating_sub(self.round.bytes_at_start) as f64;
@@ -333,14 +290,10 @@ impl Controller {
             let seen = (bytes / sent).clamp(64.0, 2.0 * RAW_PAGE_BYTES);
             self.page_bytes += weight * (seen - self.page_bytes);
         }
-        if let Policy::AutoConverge(parameters) = &self.settings.policy {
-            let dirtied_bytes = self.dirty_now() * PAGE_SIZE as f64;
-            self.rule.on_sync(at, dirtied_bytes, seen.link.bytes_acked as f64, parameters);
-        }
-        self.plan(now);
         let left = self.dirty_now();
-        if self.fits_now(now, left + self.dirtied_until_stopped()) && !self.is_worth_another_round(now, left)
-        {
+        self.rule.round_ended(now, left * PAGE_SIZE as f64, self.bytes_acked as f64);
+        self.decide(now);
+        if self.fits_now(now, left + self.dirtied_until_stopped()) && !self.had_better_wait(now, left, true) {
             return self.switch_over(now);
         }
         self.must_end(now).unwrap_or(Action::Continue)
@@ -352,8 +305,9 @@ impl Controller {
         if matches!(why, Why::Limit(_)) {
             return LastCheck::GoOn;
         }
-        let bandwidth = self.settings.switchover_bandwidth.or(self.model.bandwidth.mean()).unwrap_or(0.0);
-        let fits = self.fits_at(now, bandwidth);
+        let bandwidth = self.settings.switchover_bandwidth.or(self.bandwidth.mean()).unwrap_or(0.0);
+        let limit = self.settings.limits.downtime_at(now);
+        let fits = switchover::fit(self.time_left(limit), bandwidth, self.page_bytes);
         let check = switchover::last_check(left, fits, self.called_off);
         if check == LastCheck::CallOff {
             self.called_off += 1;
@@ -364,47 +318,19 @@ impl Controller {
 
     fn learn(&mut self, now: Duration, seen: &Observation<'_>) {
         let at = now.as_secs_f64();
-        let vcpus = seen.vcpus.len().max(self.gates.len());
-        self.throttles.resize(vcpus, Throttle::default());
-        self.gates.resize(vcpus, GateState::Open);
-        self.shares.resize(vcpus, Share::default());
-        self.stretches.resize(vcpus, 1.0);
-        self.counts.resize(vcpus, Pages(0));
-        if self.settings.per_vcpu {
-            self.model.curves.resize(vcpus, Curve::default());
-            self.model.overruns.resize(vcpus, None);
-        }
-        let elapsed = (at - self.round.start).max(0.0);
-        // Of the time that a vCPU has been throttled before it is first seen in a round, this much can be of it.
-        for (new, vcpu) in seen.vcpus.iter().enumerate().skip(self.round.throttled_at_start.len()) {
-            let before = self.throttled_seen.get(new).copied().unwrap_or(0.0);
-            let throttled = vcpu.throttled.as_secs_f64();
-            self.round.throttled_at_start.push((throttled - elapsed).max(before.min(throttled)));
-        }
-        self.throttled_seen.clear();
-        self.throttled_seen.extend(seen.vcpus.iter().map(|vcpu| vcpu.throttled.as_secs_f64()));
-        let held_by_pages = matches!(self.settings.policy, Policy::FairShare(_) | Policy::DirtyLimit(_));
-        let mut running_of_all = 0.0;
-        for (index, vcpu) in seen.vcpus.iter().enumerate() {
-            let throttled = vcpu.throttled.as_secs_f64();
-            let throttled = throttled - self.round.throttled_at_start[index];
-            let running = (elapsed - throttled.max(0.0)).max(0.0);
-            running_of_all += running;
-            if self.settings.per_vcpu {
-                self.counts[index] = vcpu.dirtied;
-                let curve = &mut self.model.curves[index];
-                if held_by_pages && throttled > elapsed * HARDLY_HELD {
-                    curve.observe_held(running, vcpu.dirtied.as_f64());
-                } else {
-                    curve.observe(running, vcpu.dirtied.as_f64());
-                }
-            }
-        }
+        let elapsed_s = (at - self.round.start).max(0.0);
+        self.vcpus.resize_with(seen.vcpus.len().max(self.vcpus.len()), Vcpu::default);
+        self.round.unprotected |= seen.unprotected > Pages(0);
+        let per_vcpu = self.settings.per_vcpu;
+        let how = Seen { elapsed_s, per_vcpu, unprotected: self.round.unprotected };
+        let ran = self.vcpus.iter_mut().zip(seen.vcpus).map(|(vcpu, sample)| vcpu.learn(sample, how));
+        let running_of_all: f64 = ran.sum();
         // Writers that nobody can name are slowed down with the vCPUs only if they are the vCPUs.
-        let by_vcpus = !self.settings.per_vcpu && !seen.vcpus.is_empty();
-        let running = if by_vcpus { running_of_all / seen.vcpus.len() as f64 } else { elapsed };
-        self.model.others.observe(running, seen.others.as_f64());
-        self.model.bandwidth.observe(at, seen.link.bytes_acked);
+        let by_vcpus = !per_vcpu && !seen.vcpus.is_empty();
+        let running = if by_vcpus { running_of_all / seen.vcpus.len() as f64 } else { elapsed_s };
+        self.others.observe(running, seen.others.as_f64());
+        self.bandwidth.observe(at, seen.link.bytes_acked);
+        self.round_trip = seen.link.round_trip;
         self.bytes_acked = self.bytes_acked.max(seen.link.bytes_acked);
         self.round.done = seen.pages_done.as_f64();
         self.round.struck_off = seen.pages_struck_off.as_f64().min(self.round.done);
@@ -414,22 +340,32 @@ impl Controller {
         if sent >= ENOUGH_PAGES {
             self.round_page_bytes = (bytes / sent).clamp(1.0, 2.0 * RAW_PAGE_BYTES);
         }
+        self.pace.observe(at, self.adds_in_round(), self.settings.tuning.pace_s);
+    }
+
+    /// Pages that were added in this round to what is left: those that are dirty, but for those that it has not sent yet.
+    fn adds_in_round(&self) -> f64 {
+        self.counted() - self.round.struck_off
+    }
+
+    fn counted(&self) -> f64 {
+        self.vcpus.iter().map(|vcpu| vcpu.curve.last().1).sum::<f64>() + self.others.last().1
     }
 
     fn dirty_now(&self) -> f64 {
-        let unseen = self.settings.unseen_per_vcpu.as_f64() * self.model.curves.len() as f64;
-        let counted: f64 = self.model.curves.iter().map(|curve| curve.last().1).sum();
-        (counted + self.model.others.last().1 + unseen).min(self.settings.ram.as_f64())
+        let vcpus = if self.settings.per_vcpu { self.vcpus.len() } else { 0 };
+        let unseen = self.settings.unseen_per_vcpu.as_f64() * vcpus as f64;
+        (self.counted() + unseen).min(self.settings.ram.as_f64())
     }
 
     /// What will be dirtied between the decision to stop the guest and its standing still, which takes as long as
     /// closing a gate, or as stopping a vCPU that knows of nothing.
     fn dirtied_until_stopped(&self) -> f64 {
         let round = Round { current: true, ..Round::coming(0.0, 0.0) };
-        let all = self.model.curves.iter().chain([&self.model.others]);
-        let more =
-            |curve: &Curve| curve.by_the_end(round, self.sampling.gate_s().max(STOPPING_S)) - curve.last().1;
-        all.map(more).sum::<f64>().max(0.0)
+        let seconds = self.sampling.gate_s().max(self.settings.tuning.stopping_s);
+        let more = |curve: &Curve| curve.by_the_end(round, seconds) - curve.last().1;
+        let all: f64 = self.vcpus.iter().map(|vcpu| more(&vcpu.curve)).sum();
+        (all + more(&self.others)).max(0.0)
     }
 
     fn must_end(&mut self, now: Duration) -> Option<Action> {
@@ -445,21 +381,10 @@ impl Controller {
         Some(Action::SwitchOver(Why::Limit(reached)))
     }
 
-    /// What is left of the current round.
-    fn rest_of_the_round(&self, at: f64) -> Round {
-        Round {
-            pages: (self.round.pages - self.round.done).max(0.0),
-            of: self.round.pages,
-            current: true,
-            after_s: self.round.after_s,
-            free_s: self.round.free_s(at),
-        }
-    }
-
     fn fits_now(&self, now: Duration, left: f64) -> bool {
         // A controller that was wrong before leaves more room.
         let room = CAREFUL.powi(i32::try_from(self.called_off).unwrap_or(i32::MAX));
-        let late = self.time_left(now).is_zero();
+        let late = self.time_left(self.settings.limits.downtime_at(now)).is_zero();
         !late && (left <= 0.0 || left <= self.fits(now).as_f64() * room)
     }
 
@@ -467,13 +392,91 @@ impl Controller {
         self.events.record(now, Change::SwitchOver(Why::Fits));
         Action::SwitchOver(Why::Fits)
     }
-}
 
-/// What was at the places before, in the new order.
-fn moved<T: Clone>(all: &mut Vec<T>, places: &[Option<usize>], new: &T) {
-    let before = std::mem::take(all);
-    let at = |place: &Option<usize>| place.and_then(|place| before.get(place)).unwrap_or(new).clone();
-    *all = places.iter().map(at).collect();
+    /// The rest fits. Whether the guest had better be stopped later all the same.
+    fn had_better_wait(&mut self, now: Duration, left: f64, round_is_over: bool) -> bool {
+        if !round_is_over && self.pause.was_worth_waiting(now) {
+            return true;
+        }
+        let Some(conditions) = self.conditions(now) else { return false };
+        let at = now.as_secs_f64();
+        let round =
+            if round_is_over { Round::coming(left, self.round.free_s(at)) } else { self.round.rest(at) };
+        let all = self.all();
+        let writers = Writers { vcpus: &self.vcpus, others: &self.others, all: &all };
+        let braking = self.decision.braking;
+        self.pause.is_worth_waiting(now, &self.settings, writers, &conditions, round, left, braking)
+    }
+
+    /// All writers together.
+    fn all(&self) -> Curve {
+        let curves = self.vcpus.iter().map(|vcpu| &vcpu.curve).chain([&self.others]);
+        let ran = curves.clone().map(|curve| curve.last().0).fold(0.0, f64::max);
+        Curve::sum(curves, ran)
+    }
+
+    /// Asks the policy, and does what it says.
+    fn decide(&mut self, now: Duration) {
+        let at = now.as_secs_f64();
+        self.next_decision = at + DECIDE_S.max(DECIDE_S_PER_VCPU * self.vcpus.len() as f64);
+        let conditions = self.conditions(now);
+        let all = self.all();
+        let writers = Writers { vcpus: &self.vcpus, others: &self.others, all: &all };
+        let round = self.round.rest(at);
+        let view = View {
+            now,
+            settings: &self.settings,
+            writers,
+            round,
+            number: self.round.number,
+            elapsed_s: at - self.round.start,
+            adds_per_s: self.pace.adds_per_s(),
+            gate_s: self.sampling.gate_s(),
+        };
+        let decision = self.rule.decide(&view, conditions.as_ref());
+        let free = conditions.as_ref().map(|conditions| writers.free(conditions, round).is_some());
+        if decision.braking.is_some() && self.round.braked_at.is_none() {
+            self.round.braked_at = Some(at);
+        }
+        for (index, vcpu) in self.vcpus.iter_mut().enumerate() {
+            vcpu.hold(decision.quotas.get(index).copied().flatten(), now);
+            if let Some(conditions) = &conditions {
+                vcpu.share.predicted = Pages::floor(vcpu.curve.by_the_end(round, conditions.seconds(round)));
+            }
+        }
+        self.events.decided(now, &decision, &self.vcpus);
+        if let Some(converges_unthrottled) = free {
+            let forecast = decision.forecast;
+            let prediction = Prediction {
+                converges: forecast.is_some(),
+                converges_unthrottled,
+                total: forecast.map(|f| duration(at + f.finish_s)),
+                downtime: forecast.map_or(self.settings.limits.downtime_at(now), |f| duration(f.downtime_s)),
+                lost: forecast.map(|f| duration(f.lost_s)),
+                bytes: forecast.map(|f| self.bytes_acked.saturating_add(whole(f.pages * self.page_bytes))),
+                rounds: forecast.map(|f| self.round.number.saturating_add(f.rounds)),
+                spread: self.bandwidth.spread(),
+            };
+            self.prediction = Some(prediction);
+            self.events.prediction(now, prediction);
+        }
+        self.decision = decision;
+    }
+
+    fn conditions(&self, now: Duration) -> Option<Conditions> {
+        let bandwidth = self.bandwidth.mean().filter(|mean| *mean > 0.0)?;
+        let switch = self.settings.switchover_bandwidth.map_or(bandwidth, sane);
+        Some(Conditions {
+            pages_per_s: bandwidth / self.page_bytes,
+            current_pages_per_s: bandwidth / self.round_page_bytes,
+            strikes_off: self.rule.strikes_off_redirtied(),
+            switch_pages_per_s: switch / self.page_bytes,
+            fits: self.fits_in(self.settings.limits.aim_at(now)).as_f64(),
+            overhead_s: self.settings.switchover_overhead.as_secs_f64(),
+            round_overhead_s: self.settings.tuning.round_s + self.round_trip.as_secs_f64(),
+            ram: self.settings.ram.as_f64(),
+        })
+    }
 }
 
 #[cfg(test)]
@@ -494,18 +497,15 @@ mod tests {
             let seen = Observation { vcpus: &vcpus, pages_done: Pages(ms), ..Observation::default() };
             let _ = controller.observed(Duration::from_millis(ms), &seen);
         }
-        let (gates, curves) = (controller.gates.clone(), controller.model.curves.clone());
-        let throttled = controller.throttled_seen.clone();
+        let before = controller.vcpus.clone();
         // The first is unplugged, and a new one comes.
         controller.vcpus_changed(&[Some(1), Some(2), None]);
-        assert_eq!(controller.gates(), [gates[1], gates[2], GateState::Open]);
-        assert_eq!(controller.counts, [Pages(490_000), Pages(147), Pages(0)]);
-        let last = |curve: &Curve| curve.last();
-        assert_eq!(
-            controller.model.curves.iter().map(last).collect::<Vec<_>>(),
-            [curves[1].last(), curves[2].last(), Curve::default().last()]
-        );
-        assert_eq!(controller.throttled_seen, [throttled[1], throttled[2], 0.0]);
-        assert_eq!(controller.throttles.len(), 3);
+        let gates: Vec<GateState> = controller.gates().collect();
+        assert_eq!(gates, [before[1].gate, before[2].gate, GateState::Open]);
+        let counted: Vec<Pages> = controller.vcpus.iter().map(|vcpu| vcpu.counted).collect();
+        assert_eq!(counted, [Pages(490_000), Pages(147), Pages(0)]);
+        let last: Vec<(f64, f64)> = controller.vcpus.iter().map(|vcpu| vcpu.curve.last()).collect();
+        assert_eq!(last, [before[1].curve.last(), before[2].curve.last(), Curve::default().last()]);
+        assert_eq!(controller.vcpus[0].throttled_s, before[1].throttled_s);
     }
 }

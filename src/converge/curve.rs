@@ -143,14 +143,28 @@ impl Curve {
         self.last = (if at.is_finite() { at } else { self.last.0 }, pages);
     }
 
-    /// Whether anything has been observed.
-    pub fn is_known(&self) -> bool {
-        self.end.0 > 0.0
-    }
-
     /// Pages observed since the recycle, and after how much running.
     pub fn last(&self) -> (f64, f64) {
         self.last
+    }
+
+    /// The curve of several writers together, `t` seconds of running after the recycle. Its knots are theirs.
+    pub fn sum<'a>(curves: impl Iterator<Item = &'a Self> + Clone, t: f64) -> Self {
+        let known = curves.clone().map(|curve| curve.known).max().unwrap_or(0);
+        let mut sum = Self { known, ..Self::default() };
+        let mut end_s = 0.0f64;
+        for curve in curves.clone() {
+            for (k, pages) in sum.pages[..known].iter_mut().enumerate() {
+                *pages += if k < curve.known { curve.pages[k] } else { curve.at(KNOT_S[k]) };
+            }
+            end_s = end_s.max(curve.end.0);
+            sum.last.1 += curve.last.1;
+        }
+        let at_end = curves.map(|curve| curve.at(end_s)).sum();
+        sum.set_end((end_s, at_end));
+        sum.last.0 = t;
+        sum.seen = sum.last;
+        sum
     }
 
     fn set_end(&mut self, (t, pages): (f64, f64)) {
@@ -243,6 +257,22 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn the_sum_of_curves_is_the_curve_of_the_sum(
+            writers in prop::collection::vec((1.0..100_000.0f64, 1.0..50_000.0f64, 0.01..3.0f64), 0..6), t in 0.0..10.0f64,
+        ) {
+            let curve = |(rate, set, seconds): &(f64, f64, f64)| {
+                let mut curve = Curve::default();
+                observe_round(&mut curve, *seconds, |t| (rate * t).min(*set));
+                curve
+            };
+            let curves: Vec<Curve> = writers.iter().map(curve).collect();
+            let sum = Curve::sum(curves.iter(), 1.0);
+            let each: f64 = curves.iter().map(|curve| curve.at(t)).sum();
+            prop_assert!((sum.at(t) - each).abs() <= 0.35 * each + 1e-6, "{} of {}", sum.at(t), each);
+            prop_assert_eq!(sum.last().1, curves.iter().map(|curve| curve.last().1).sum::<f64>());
+        }
+
         #[test]
         fn a_curve_never_falls_and_its_inverse_is_its_inverse(
             rounds in prop::collection::vec(

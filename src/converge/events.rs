@@ -3,8 +3,11 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use super::policy::Decision;
+use super::throttle::LONGEST_STALL;
 use super::units::whole;
-use super::{Change, Event, FairShare, Pages, Prediction, Quota, Share};
+use super::vcpu::Vcpu;
+use super::{Change, Event, FairShare, Pages, Prediction, Quota};
 
 /// Events kept for a caller that does not take them.
 const MOST_EVENTS: usize = 1024;
@@ -21,7 +24,9 @@ pub(super) struct EventLog {
     downtime: Duration,
     late: bool,
     unreachable: bool,
+    cannot_hold: bool,
     min_share: f64,
+    longest_stall: Duration,
 }
 
 impl EventLog {
@@ -35,6 +40,8 @@ impl EventLog {
             downtime,
             late: false,
             unreachable: false,
+            cannot_hold: false,
+            longest_stall: LONGEST_STALL,
             min_share: FairShare::USUAL_MIN_SHARE,
         }
     }
@@ -71,19 +78,28 @@ impl EventLog {
         }
     }
 
-    /// It only ever goes down.
-    pub(super) fn min_share(&mut self, at: Duration, min_share: f64) {
-        if min_share < self.min_share {
+    /// What the policy has decided, as far as it is new.
+    pub(super) fn decided(&mut self, at: Duration, decision: &Decision, vcpus: &[Vcpu]) {
+        // It only ever goes down.
+        if let Some(min_share) = decision.min_share.filter(|min_share| *min_share < self.min_share) {
             self.min_share = min_share;
             self.record(at, Change::MinShare(min_share));
         }
-    }
-
-    pub(super) fn deadline_out_of_reach(&mut self, at: Duration) {
-        if !self.late {
+        if decision.braking.is_some() && decision.longest_stall != self.longest_stall {
+            self.longest_stall = decision.longest_stall;
+            self.record(at, Change::LongestStall(decision.longest_stall));
+        }
+        if decision.misses_deadline && !self.late {
             self.late = true;
             self.record(at, Change::DeadlineOutOfReach);
         }
+        if decision.cannot_hold != self.cannot_hold {
+            self.cannot_hold = decision.cannot_hold;
+            if self.cannot_hold {
+                self.record(at, Change::CannotHold);
+            }
+        }
+        self.throttling(at, vcpus, decision.level);
     }
 
     /// What the switchover takes besides pages is more than the whole limit.
@@ -95,8 +111,8 @@ impl EventLog {
     }
 
     /// Who is held back: recorded when their number changes, or the level by a doubling.
-    pub(super) fn throttling(&mut self, at: Duration, shares: &[Share], level: Option<Pages>) {
-        let throttled = shares.iter().filter_map(|share| share.quota);
+    fn throttling(&mut self, at: Duration, vcpus: &[Vcpu], level: Option<Pages>) {
+        let throttled = vcpus.iter().filter_map(|vcpu| vcpu.share.quota);
         let vcpus = throttled.clone().count();
         let time_share = throttled.clone().find_map(|quota| match quota {
             Quota::Time(share) | Quota::QemuTime(share) => Some(share),

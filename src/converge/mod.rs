@@ -12,34 +12,35 @@
 //! 3. [`round_ended`](Controller::round_ended) when its pages are done; then harvest and 1, or switch over;
 //! 4. [`last_check`](Controller::last_check) when the guest stands still and what is left is known exactly.
 //!
-//! `curve` and `bandwidth` measure, `model` predicts, `plan` and `fair_share` decide; `sampling` says when to sample the
-//! vCPUs and `throttle` turns a decision into gates; `switchover` and `stop` end it; `events` is the log for those who
-//! watch; `auto_converge` is the older rule, `policy` has all the names; `controller` ties them together.
+//! `vcpu`, `curve`, `pace` and `bandwidth` learn, `model` predicts, `policy` decides who is held back; `sampling` says when to
+//! sample the vCPUs and `throttle` turns a decision into gates; `pause`, `switchover` and `stop` end it; `events` is the log
+//! for those who watch; `tuning` has the constants; `controller` ties them together.
 
-pub mod auto_converge;
 pub mod bandwidth;
 mod controller;
 pub mod curve;
 mod events;
-pub mod fair_share;
 mod model;
-mod plan;
+mod pace;
+mod pause;
 pub mod policy;
-mod redirtied;
 mod sampling;
 pub mod simulate;
 pub mod stop;
 pub mod switchover;
 pub mod throttle;
+mod tuning;
 pub mod units;
+mod vcpu;
 
 use std::time::Duration;
 
 pub use controller::Controller;
-pub use policy::{AutoConverge, DirtyLimit, FairShare, POLICY_NAMES, Policy, UnknownPolicy};
+pub use policy::{AutoConverge, DirtyLimit, FairShare, Nobody, POLICY_NAMES, Policy, UnknownPolicy};
 pub use stop::{AtTimeout, ConvergenceTimeout, Limits};
 pub use switchover::LastCheck;
 pub use throttle::{GateState, PagesPerSlice, Quota};
+pub use tuning::Tuning;
 pub use units::Pages;
 
 /// What the controller is told before the start; all of it may be changed while it runs.
@@ -67,6 +68,8 @@ pub struct Settings {
     pub per_vcpu: bool,
     /// Pages per vCPU that may be dirty and not yet visible: 512 on hosts with PML, 0 elsewhere.
     pub unseen_per_vcpu: Pages,
+    /// The constants.
+    pub tuning: Tuning,
 }
 
 impl Settings {
@@ -83,6 +86,7 @@ impl Settings {
             ram,
             per_vcpu: true,
             unseen_per_vcpu: Pages(0),
+            tuning: Tuning::TABLE,
         }
     }
 }
@@ -107,6 +111,8 @@ pub struct Observation<'a> {
     pub pages_done: Pages,
     /// Of these, pages that were struck off unsent because they are dirty again.
     pub pages_struck_off: Pages,
+    /// Pages of this round that are dirty and not protected, so that nobody sees them dirtied again.
+    pub unprotected: Pages,
     /// What has been seen of the link.
     pub link: LinkSample,
 }
@@ -198,6 +204,8 @@ pub enum Change {
     LongestStall(Duration),
     /// The migration would not end if those who are held back kept the usual minimum share: now they keep this one.
     MinShare(f64),
+    /// The guest dirties faster than the link drains, however it is held back: nobody is, unless a limit ends it.
+    CannotHold,
     /// No plan keeps the deadline; the fastest one is followed.
     DeadlineOutOfReach,
     /// The downtime limit is shorter than what the switchover takes besides pages: it cannot be kept, and as little as

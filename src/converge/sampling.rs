@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use super::throttle::{SHORTEST_RUN, Throttle};
-use super::{GateState, Quota, Share};
+use super::throttle::SHORTEST_RUN;
+use super::vcpu::Vcpu;
+use super::{GateState, Quota};
 
 /// Time between two samples, and while vCPUs are held back by pages.
 const INTERVAL: Duration = Duration::from_millis(1);
@@ -50,31 +51,24 @@ impl Sampling {
     }
 
     /// It was taken, with these gates.
-    pub(super) fn ends(
-        &mut self,
-        now: Duration,
-        shares: &[Share],
-        throttles: &[Throttle],
-        gates: &[GateState],
-    ) {
+    pub(super) fn ends(&mut self, now: Duration, vcpus: &[Vcpu]) {
         self.last = now;
-        self.due = now + self.next(shares, throttles, gates);
+        self.due = now + self.next(vcpus);
     }
 
     /// How long to wait until the next one. While a vCPU is held back by pages, what it overdraws is what it dirties
     /// between two samples.
-    pub(super) fn next(&self, shares: &[Share], throttles: &[Throttle], gates: &[GateState]) -> Duration {
-        let of_vcpu = |((share, throttle), gate): ((&Share, &Throttle), &GateState)| match (share.quota, gate)
-        {
+    pub(super) fn next(&self, vcpus: &[Vcpu]) -> Duration {
+        let of_vcpu = |vcpu: &Vcpu| match (vcpu.share.quota, vcpu.gate) {
             (Some(Quota::Pages(_)), GateState::ClosedUntil(until)) => {
                 until.saturating_sub(self.last) + SHORTEST_RUN
             }
-            (Some(Quota::Pages(_)), GateState::Open) if throttle.is_between_stalls(self.last) => {
+            (Some(Quota::Pages(_)), GateState::Open) if vcpu.throttle.is_between_stalls(self.last) => {
                 INTERVAL_BETWEEN_STALLS
             }
             (Some(Quota::Pages(_)), GateState::Open) => INTERVAL_WHILE_BRAKING,
             _ => INTERVAL,
         };
-        shares.iter().zip(throttles).zip(gates).map(of_vcpu).fold(INTERVAL, Duration::min)
+        vcpus.iter().map(of_vcpu).fold(INTERVAL, Duration::min)
     }
 }

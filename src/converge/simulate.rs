@@ -377,12 +377,7 @@ impl Simulation<'_> {
                 pages_sent: Pages::floor(self.done - self.struck_off),
                 dirtied: Pages::floor(self.dirty()),
                 took: duration(self.now - round_start),
-                throttled_vcpus: self
-                    .controller
-                    .shares()
-                    .iter()
-                    .filter(|share| share.quota.is_some())
-                    .count(),
+                throttled_vcpus: self.controller.shares().filter(|share| share.quota.is_some()).count(),
             });
             let left = (self.to_send - self.done - self.redirtied_unsent).max(0.0) + self.dirty();
             let left = left.min(self.guest.ram.as_f64());
@@ -444,6 +439,7 @@ impl Simulation<'_> {
             others: if named { Pages(0) } else { Pages::floor(self.dirty()) },
             pages_done: Pages::floor(self.done),
             pages_struck_off: Pages::floor(self.struck_off),
+            unprotected: Pages(0),
             link: LinkSample { bytes_acked: whole(self.bytes), ..LinkSample::default() },
         };
         let action = if round_is_over {

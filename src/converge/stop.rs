@@ -31,6 +31,8 @@ pub struct ConvergenceTimeout {
 pub struct Limits {
     /// Longest time that the guest may stand still at the switchover, everything in it.
     pub downtime: Duration,
+    /// A wish below the limit: the guest is stopped with so little left, as long as what is left becomes less.
+    pub downtime_target: Option<Duration>,
     /// The downtime limit doubles when the migration does not end.
     pub convergence_timeout: Option<ConvergenceTimeout>,
     /// The whole migration ends by then, from its start to the guest running at the destination, if braking
@@ -49,6 +51,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             downtime: Duration::from_millis(300),
+            downtime_target: None,
             convergence_timeout: None,
             deadline: None,
             max_rounds: None,
@@ -79,6 +82,12 @@ impl Limits {
         let doublings = 1 + (elapsed - timeout.after).as_nanos() / every_ns;
         let factor = u32::try_from(doublings).ok().and_then(|n| 1u32.checked_shl(n)).unwrap_or(u32::MAX);
         self.downtime.saturating_mul(factor).min(timeout.cap).max(self.downtime)
+    }
+
+    /// What is aimed at: the wish, if there is one, and at most the limit.
+    pub fn aim_at(&self, elapsed: Duration) -> Duration {
+        let limit = self.downtime_at(elapsed);
+        self.downtime_target.map_or(limit, |target| target.min(limit))
     }
 
     /// The first limit that has been reached, if any: `rounds` begun, `bytes_sent` of a guest with `ram_bytes`.

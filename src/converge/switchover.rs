@@ -8,23 +8,20 @@ use super::units::{Pages, sane};
 /// Each costs the guest a pause for nothing; after these the limit has to give.
 pub const MAX_CALLED_OFF: u32 = 3;
 
-/// What is promised is a limit, and what is measured is a mean: this share of the bandwidth stays in hand when the
-/// guest is about to be stopped, and as much as the link varied, up to a quarter. The last check needs neither.
-const IN_HAND: f64 = 0.05;
+/// As much of the bandwidth stays in hand as the link varied, but no more than this share.
 const MOST_IN_HAND_FOR_SPREAD: f64 = 0.25;
 
-/// The bandwidth to count on, of a mean that varies by `spread` of itself.
-pub fn careful(bandwidth: f64, spread: f64) -> f64 {
-    sane(bandwidth) * (1.0 - IN_HAND) * (1.0 - sane(spread).min(MOST_IN_HAND_FOR_SPREAD))
+/// The bandwidth to count on, of a mean that varies by `spread` of itself: what is promised is a limit, and what is measured
+/// is a mean, so a share of it stays `in_hand` when the guest is about to be stopped. The last check needs neither.
+pub fn careful(bandwidth: f64, spread: f64, in_hand: f64) -> f64 {
+    sane(bandwidth) * (1.0 - sane(in_hand).min(1.0)) * (1.0 - sane(spread).min(MOST_IN_HAND_FOR_SPREAD))
 }
 
-/// `P* = B_switch × (downtime limit − overhead) ÷ bytes per page`: the pages that can be sent while the guest stands
-/// still.
-///
-/// `overhead` is what the pause itself, the device state and the handing over take, as measured. `bandwidth` in
-/// bytes per second. 0 if nothing fits or nothing is known.
-pub fn fit(limit: Duration, overhead: Duration, bandwidth: f64, bytes_per_page: f64) -> Pages {
-    let sending = limit.saturating_sub(overhead).as_secs_f64();
+/// `P* = B_switch × time ÷ bytes per page`: the pages that can be sent while the guest stands still, in what the downtime
+/// limit leaves after the pause itself, the device state and the handing over. `bandwidth` in bytes per second. 0 if
+/// nothing fits or nothing is known.
+pub fn fit(time: Duration, bandwidth: f64, bytes_per_page: f64) -> Pages {
+    let sending = time.as_secs_f64();
     let bytes_per_page = sane(bytes_per_page).max(1.0);
     Pages::floor(sane(bandwidth) * sending / bytes_per_page)
 }
@@ -66,11 +63,11 @@ mod tests {
     fn the_limit_contains_the_measured_overhead() {
         let limit = Duration::from_millis(500);
         let overhead = Duration::from_millis(100);
-        let fits = fit(limit, overhead, 100e6, 4096.0);
+        let fits = fit(limit - overhead, 100e6, 4096.0);
         assert_eq!(fits, Pages(9765));
         let stop = downtime(fits, overhead, 100e6, 4096.0);
         assert!(stop <= limit && stop > limit - Duration::from_millis(1));
-        assert_eq!(fit(limit, limit * 2, 100e6, 4096.0), Pages(0));
+        assert_eq!(fit(Duration::ZERO, 100e6, 4096.0), Pages(0));
     }
 
     #[test]
@@ -86,7 +83,7 @@ mod tests {
             limit in any::<u64>(), overhead in any::<u64>(), bandwidth in any::<f64>(), cost in any::<f64>(), left in any::<u64>(),
         ) {
             let (limit, overhead) = (Duration::from_micros(limit), Duration::from_micros(overhead));
-            let fits = fit(limit, overhead, bandwidth, cost);
+            let fits = fit(limit.saturating_sub(overhead), bandwidth, cost);
             prop_assert!(downtime(Pages(left), overhead, bandwidth, cost) >= overhead);
             if bandwidth.is_nan() || bandwidth <= 0.0 || limit <= overhead {
                 prop_assert_eq!(fits, Pages(0));

@@ -68,9 +68,10 @@ pub enum Quota {
 }
 
 /// Whether a vCPU may run.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum GateState {
     /// It may.
+    #[default]
     Open,
     /// Not before this time, on the caller's clock; then without being told.
     ClosedUntil(Duration),

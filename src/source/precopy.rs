@@ -119,7 +119,8 @@ impl<V: Vm + ?Sized, D: DirtySource + ?Sized> Precopy<'_, '_, V, D> {
             self.heed_wishes()?;
             let number = self.migration.next_round();
             let pages_to_send = to_send.len() + self.behind.len();
-            self.steering.round_started(number, pages_to_send, self.link.sender.handle().totals());
+            let totals = self.link.sender.handle().totals();
+            self.steering.round_started(number, pages_to_send, self.behind.len(), totals);
             if self.behind.is_empty() {
                 self.link.sender.begin_round(number, to_send)?;
             } else {

@@ -29,6 +29,8 @@ pub(super) struct Steering {
     samples_took: [Duration; 2],
     last_shown: (Duration, Vec<u64>),
     totals_before_round: Totals,
+    /// Of the current round, when it started.
+    unprotected: u64,
 }
 
 #[derive(Debug)]
@@ -92,12 +94,15 @@ impl Steering {
             vcpus: vcpus.into_iter().map(SteeredVcpu::new).collect(),
             last_shown: (Duration::ZERO, Vec::new()),
             totals_before_round: Totals::default(),
+            unprotected: 0,
         }
     }
 
-    /// Everything dirty has been harvested: counting starts anew.
-    pub fn round_started(&mut self, round: u32, pages: u64, totals: Totals) {
+    /// Everything dirty has been harvested: counting starts anew. `unprotected` of the round's `pages` cannot be seen to be
+    /// dirtied again yet.
+    pub fn round_started(&mut self, round: u32, pages: u64, unprotected: u64, totals: Totals) {
         self.totals_before_round = totals;
+        self.unprotected = unprotected;
         self.last_shown = (self.started.elapsed(), Vec::new());
         let event = Event::RoundStarted { round, pages_to_send: pages };
         self.progress.publish(event, |status| {
@@ -297,6 +302,7 @@ impl Steering {
             others: Pages(others),
             pages_done: Pages(pages_done),
             pages_struck_off: Pages(round.pages_struck_off),
+            unprotected: Pages(self.unprotected),
             link: LinkSample { bytes_acked: totals.bytes_sent, ..LinkSample::default() },
         };
         let action = match harvested {
@@ -313,10 +319,10 @@ impl Steering {
     fn apply_gates(&mut self, vm: &(impl Vm + ?Sized)) {
         let now = self.started.elapsed();
         for (vcpu, wanted) in self.vcpus.iter_mut().zip(self.controller.gates()) {
-            match *wanted {
+            match wanted {
                 // A gate opens by itself after a while: a longer stall is renewed shortly before. When this
                 // thread comes too late for that, the vCPU is inside the guest again and has to be kicked.
-                GateState::ClosedUntil(until) if *wanted == vcpu.gate => {
+                GateState::ClosedUntil(until) if wanted == vcpu.gate => {
                     if until > vcpu.opens_at && now + RENEW_BEFORE > vcpu.opens_at {
                         let has_opened = now >= vcpu.opens_at;
                         vcpu.close(until, now);
@@ -332,7 +338,7 @@ impl Steering {
                     vm.kick(vcpu.throttle.index());
                 }
             }
-            vcpu.gate = *wanted;
+            vcpu.gate = wanted;
         }
     }
 
@@ -376,6 +382,7 @@ impl Steering {
                     Event::StallsChanged { longest_stall_ms: longest.as_secs_f64() * 1e3 }
                 }
                 Change::MinShare(min_share) => Event::MinShareLowered { min_share },
+                Change::CannotHold => Event::CannotHoldGuest,
                 Change::DeadlineOutOfReach => Event::DeadlineOutOfReach,
                 Change::DowntimeOutOfReach { limit, overhead } => Event::DowntimeLimitOutOfReach {
                     downtime_limit_ms: limit.as_secs_f64() * 1e3,

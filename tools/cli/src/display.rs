@@ -136,6 +136,7 @@ fn sentence(event: &Event) -> Option<String> {
                 min_share * 100.0
             )
         }
+        Event::CannotHoldGuest => "the guest dirties faster than the link drains, however it is held back: it is let run, and this will not end by itself".to_owned(),
         Event::DeadlineOutOfReach => "the deadline cannot be kept; going as fast as can be".to_owned(),
         Event::DowntimeLimitOutOfReach { downtime_limit_ms, fixed_ms } => format!(
             "the downtime limit of {downtime_limit_ms:.0} ms cannot be kept: the handing over takes {fixed_ms:.0} ms \

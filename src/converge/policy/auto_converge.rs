@@ -4,17 +4,48 @@
 //! read and at least a second has passed); the growing share is of QEMU 2.5 (initial 20 %, increment 10 %, at
 //! most 99 %). Kept as it is, its flaws included, to be compared with.
 
-use super::policy::AutoConverge;
-use super::units::sane;
+use std::time::Duration;
+
+use super::{Conditions, Decision, Parameters, View};
+use crate::PAGE_SIZE;
+use crate::converge::Quota;
+use crate::converge::model::{Brake, Outcome};
+use crate::converge::units::sane;
 
 /// The dirty log counts as read at most this often, in seconds (`migration_bitmap_sync_precopy` in QEMU).
 const PERIOD_S: f64 = 1.0;
 /// Periods that must be too dirty before anything happens.
 const PERIODS: u8 = 2;
 
+/// Parameters of `auto-converge`, as `cpu-throttle-initial` and its neighbours in QEMU since 2.5.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct AutoConverge {
+    /// Share of CPU time taken at first, in percent.
+    pub initial_percent: u8,
+    /// Added each time that it was not enough, in percent.
+    pub increment_percent: u8,
+    /// Never more than this, in percent.
+    pub max_percent: u8,
+    /// A sync period is too dirty if it dirtied more than this share of what it transferred, in percent.
+    pub trigger_percent: u8,
+}
+
+impl Default for AutoConverge {
+    fn default() -> Self {
+        Self { initial_percent: 20, increment_percent: 10, max_percent: 99, trigger_percent: 50 }
+    }
+}
+
+impl Parameters for AutoConverge {
+    fn rule(self) -> Box<dyn super::Rule> {
+        Box::new(Rule { parameters: self, ..Rule::default() })
+    }
+}
+
 /// The state of the rule.
 #[derive(Clone, Debug, Default)]
-pub struct Rule {
+struct Rule {
+    parameters: AutoConverge,
     percent: u8,
     too_dirty: u8,
     period_start: f64,
@@ -24,19 +55,14 @@ pub struct Rule {
 
 impl Rule {
     /// The share of its time that every vCPU loses, 0 to 0.99.
-    pub fn share(&self) -> f64 {
+    fn share(&self) -> f64 {
         f64::from(self.percent.min(99)) / 100.0
     }
 
     /// A round has ended at `now` seconds, with so much dirtied in it and `transferred_bytes` since the
     /// migration's start. True if the share has changed.
-    pub fn on_sync(
-        &mut self,
-        now: f64,
-        dirtied_bytes: f64,
-        transferred_bytes: f64,
-        p: &AutoConverge,
-    ) -> bool {
+    fn on_sync(&mut self, now: f64, dirtied_bytes: f64, transferred_bytes: f64) -> bool {
+        let p = self.parameters;
         self.dirtied_bytes += sane(dirtied_bytes);
         if now - self.period_start <= PERIOD_S {
             return false;
@@ -57,6 +83,30 @@ impl Rule {
     }
 }
 
+impl super::Rule for Rule {
+    fn round_ended(&mut self, now: Duration, dirtied_bytes: f64, transferred_bytes: f64) {
+        self.on_sync(now.as_secs_f64(), dirtied_bytes, transferred_bytes);
+    }
+
+    fn decide(&mut self, view: &View<'_>, conditions: Option<&Conditions>) -> Decision {
+        let share = self.share();
+        let forecast = conditions.and_then(|conditions| {
+            let mut coming = self.clone();
+            let mut at = view.now.as_secs_f64();
+            let mut bytes = self.transferred_before;
+            let mut sent = view.round.of - view.round.pages;
+            let next = |outcome: &Outcome, pages: f64| {
+                at += outcome.seconds;
+                bytes += (pages + std::mem::take(&mut sent)) * PAGE_SIZE as f64;
+                let changed = coming.on_sync(at, outcome.left * PAGE_SIZE as f64, bytes);
+                changed.then(|| Brake::Time(coming.share()))
+            };
+            view.writers.forecast(conditions, view.round, Brake::Time(share), next)
+        });
+        Decision::alike(view, (share > 0.0).then_some(Quota::QemuTime(share)), forecast)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -69,7 +119,7 @@ mod tests {
         let after = |dirtied: &f64| {
             now += 1.1;
             transferred += 100.0;
-            rule.on_sync(now, *dirtied, transferred, &AutoConverge::default());
+            rule.on_sync(now, *dirtied, transferred);
             rule.percent
         };
         dirtied.iter().map(after).collect()
@@ -89,9 +139,8 @@ mod tests {
     #[test]
     fn rounds_shorter_than_a_second_are_one_period() {
         let mut rule = Rule::default();
-        let parameters = AutoConverge::default();
-        assert!(!(1..=10u8).any(|n| rule.on_sync(f64::from(n) / 10.0, 10.0, 0.0, &parameters)));
-        assert!(!rule.on_sync(1.1, 10.0, 100.0, &parameters));
-        assert!(rule.on_sync(2.2, 60.0, 200.0, &parameters));
+        assert!(!(1..=10u8).any(|n| rule.on_sync(f64::from(n) / 10.0, 10.0, 0.0)));
+        assert!(!rule.on_sync(1.1, 10.0, 100.0));
+        assert!(rule.on_sync(2.2, 60.0, 200.0));
     }
 }
