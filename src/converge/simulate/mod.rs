@@ -16,6 +16,7 @@
 //! deltas do not exist, every page is 4112 bytes on the wire; bytes are sent the moment that the link takes them, where
 //! real sockets hold some milliseconds' worth; a paced writer that was held back does not catch up.
 
+pub mod demands;
 mod guest;
 mod link;
 mod memory;
@@ -85,6 +86,7 @@ pub fn simulate(
         now: 0.0,
         steps: 0,
         pauses: 0.0,
+        said_since: None,
     }
     .migrate(patience.as_secs_f64())
 }
@@ -124,6 +126,8 @@ struct Simulation<'a> {
     steps: u32,
     /// How long the guest stood still for nothing.
     pauses: f64,
+    /// Since which round it has been said that it will not end.
+    said_since: Option<usize>,
 }
 
 impl Simulation<'_> {
@@ -228,6 +232,7 @@ impl Simulation<'_> {
             }
             let over = self.memory.unsent() == 0 && self.pipe.is_empty();
             let action = self.look(over);
+            self.listen(rounds.len() + 1);
             match action {
                 Action::GiveUp(reached) => {
                     gave_up = Some(reached);
@@ -251,6 +256,7 @@ impl Simulation<'_> {
                 self.step(self.machine.round_overhead.as_secs_f64(), false);
             }
             self.start_round();
+            self.listen(rounds.len());
             let prediction = self.controller.prediction();
             if rounds.len() == 1 {
                 predicted_after_round_1 = prediction;
@@ -282,9 +288,16 @@ impl Simulation<'_> {
             vcpus: self.vcpus.iter().map(vcpu).collect(),
             predicted_after_round_1,
             hopeless_since_round,
+            said_not_to_end_since: self.said_since.and_then(|round| u32::try_from(round).ok()),
             events: self.events,
             left,
         }
+    }
+
+    /// Whether the controller says, in this round, that it will not end.
+    fn listen(&mut self, round: usize) {
+        let says = self.controller.prediction().is_some_and(|prediction| !prediction.converges);
+        self.said_since = if says { self.said_since.or(Some(round)) } else { None };
     }
 
     /// Looks at everything that can be seen, tells the controller, and closes the gates that it wants closed.

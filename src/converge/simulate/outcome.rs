@@ -70,6 +70,8 @@ pub struct Simulated {
     pub predicted_after_round_1: Option<Prediction>,
     /// The round at whose end it was first known that it would not end without throttling.
     pub hopeless_since_round: Option<u32>,
+    /// The round since which it is said, without a break until the end, that it will not end, throttled or not.
+    pub said_not_to_end_since: Option<u32>,
     /// The events of the controller.
     pub events: Vec<Event>,
     /// Pages that were unsent or dirty, every [`Simulated::LEFT_EVERY`], until the guest stood still.
