@@ -52,6 +52,8 @@ struct Current {
     /// When somebody was first held back in this one.
     braked_at: Option<f64>,
     bytes_at_start: u64,
+    /// How long the vCPUs ran in it, if nobody can be told from another, else how long it has been going on.
+    ran_s: f64,
     unprotected: bool,
 }
 
@@ -86,6 +88,7 @@ pub struct Controller {
     others: Curve,
     bandwidth: Bandwidth,
     round_trip: Duration,
+    unpaced_bytes_per_s: Option<f64>,
     round: Current,
     pace: Pace,
     rule: Box<dyn Rule>,
@@ -117,6 +120,7 @@ impl Controller {
             others: Curve::default(),
             bandwidth: Bandwidth::default(),
             round_trip: Duration::ZERO,
+            unpaced_bytes_per_s: None,
             round: Current::default(),
             pace: Pace::default(),
             decision: Decision::default(),
@@ -201,9 +205,14 @@ impl Controller {
     fn fits_in(&self, limit: Duration) -> Pages {
         let in_hand = self.settings.tuning.in_hand;
         let given = self.settings.switchover_bandwidth.map(|given| switchover::careful(given, 0.0, in_hand));
-        let mean = self.bandwidth.mean().unwrap_or(0.0);
-        let measured = switchover::careful(mean, self.bandwidth.spread(), in_hand);
+        let measured = switchover::careful(self.switchover_bandwidth(), self.bandwidth.spread(), in_hand);
         switchover::fit(self.time_left(limit), given.unwrap_or(measured), self.page_bytes)
+    }
+
+    /// Bytes per second that the link carries while the guest stands still, which nothing paces, as measured.
+    fn switchover_bandwidth(&self) -> f64 {
+        let mean = self.bandwidth.mean().unwrap_or(0.0);
+        self.unpaced_bytes_per_s.map_or(mean, |unpaced| sane(unpaced).max(mean))
     }
 
     /// What the downtime limit leaves for pages. A limit that is out of reach gives way to what the switchover takes
@@ -256,7 +265,7 @@ impl Controller {
 
     /// Something has been seen in the middle of a round.
     pub fn observed(&mut self, now: Duration, seen: &Observation<'_>) -> Action {
-        self.learn(now, seen);
+        self.learn(now, seen, false);
         self.sampling.begins(now, self.settings.gate_latency);
         if let Some(action) = self.must_end(now) {
             return action;
@@ -269,8 +278,12 @@ impl Controller {
         self.vcpus.iter_mut().for_each(|vcpu| vcpu.poll(now, longest, gate_s, after_a_stall));
         self.sampling.ends(now, &self.vcpus);
         self.events.downtime_limit(now, self.settings.limits.downtime_at(now));
+        if self.round.number <= 1 {
+            // Who writes the guest's memory unseen shows at the first harvest; what the round still sends has to be sent anyway.
+            return Action::Continue;
+        }
         let left = self.round.unsent() + self.dirty_now();
-        let until_stopped = self.dirtied_until_stopped();
+        let until_stopped = self.dirtied_until_stopped(now);
         if !self.fits_now(now, left + until_stopped) || self.had_better_wait(now, left, false) {
             return Action::Continue;
         }
@@ -279,7 +292,7 @@ impl Controller {
 
     /// All pages of the round are done, and acknowledged. After [`Action::Continue`], harvest and start the next.
     pub fn round_ended(&mut self, now: Duration, seen: &Observation<'_>) -> Action {
-        self.learn(now, seen);
+        self.learn(now, seen, true);
         let at = now.as_secs_f64();
         self.rounds_spent += ((at - self.round.start) / WHOLE_ROUND_S).clamp(0.0, 1.0);
         self.bandwidth.stop(at, seen.link.bytes_acked);
@@ -290,10 +303,13 @@ impl Controller {
             let seen = (bytes / sent).clamp(64.0, 2.0 * RAW_PAGE_BYTES);
             self.page_bytes += weight * (seen - self.page_bytes);
         }
-        let left = self.dirty_now();
+        // All of it is known now.
+        let left = self.counted();
         self.rule.round_ended(now, left * PAGE_SIZE as f64, self.bytes_acked as f64);
         self.decide(now);
-        if self.fits_now(now, left + self.dirtied_until_stopped()) && !self.had_better_wait(now, left, true) {
+        if self.fits_now(now, left + self.dirtied_until_stopped(now))
+            && !self.had_better_wait(now, left, true)
+        {
             return self.switch_over(now);
         }
         self.must_end(now).unwrap_or(Action::Continue)
@@ -305,7 +321,7 @@ impl Controller {
         if matches!(why, Why::Limit(_)) {
             return LastCheck::GoOn;
         }
-        let bandwidth = self.settings.switchover_bandwidth.or(self.bandwidth.mean()).unwrap_or(0.0);
+        let bandwidth = self.settings.switchover_bandwidth.unwrap_or(self.switchover_bandwidth());
         let limit = self.settings.limits.downtime_at(now);
         let fits = switchover::fit(self.time_left(limit), bandwidth, self.page_bytes);
         let check = switchover::last_check(left, fits, self.called_off);
@@ -316,21 +332,27 @@ impl Controller {
         check
     }
 
-    fn learn(&mut self, now: Duration, seen: &Observation<'_>) {
+    fn learn(&mut self, now: Duration, seen: &Observation<'_>, round_is_over: bool) {
         let at = now.as_secs_f64();
         let elapsed_s = (at - self.round.start).max(0.0);
         self.vcpus.resize_with(seen.vcpus.len().max(self.vcpus.len()), Vcpu::default);
         self.round.unprotected |= seen.unprotected > Pages(0);
         let per_vcpu = self.settings.per_vcpu;
-        let how = Seen { elapsed_s, per_vcpu, unprotected: self.round.unprotected };
+        let lags = self.settings.unseen_per_vcpu > Pages(0) && !round_is_over;
+        let how = Seen { elapsed_s, per_vcpu, unprotected: self.round.unprotected, lags };
         let ran = self.vcpus.iter_mut().zip(seen.vcpus).map(|(vcpu, sample)| vcpu.learn(sample, how));
         let running_of_all: f64 = ran.sum();
         // Writers that nobody can name are slowed down with the vCPUs only if they are the vCPUs.
         let by_vcpus = !per_vcpu && !seen.vcpus.is_empty();
         let running = if by_vcpus { running_of_all / seen.vcpus.len() as f64 } else { elapsed_s };
-        self.others.observe(running, seen.others.as_f64());
+        // A log that is read at harvests only shows nothing until then.
+        if round_is_over || seen.others.as_f64() > self.others.last().1 {
+            self.others.observe(running, seen.others.as_f64());
+        }
+        self.round.ran_s = running;
         self.bandwidth.observe(at, seen.link.bytes_acked);
         self.round_trip = seen.link.round_trip;
+        self.unpaced_bytes_per_s = seen.link.unpaced_bytes_per_s;
         self.bytes_acked = self.bytes_acked.max(seen.link.bytes_acked);
         self.round.done = seen.pages_done.as_f64();
         self.round.struck_off = seen.pages_struck_off.as_f64().min(self.round.done);
@@ -352,19 +374,26 @@ impl Controller {
         self.vcpus.iter().map(|vcpu| vcpu.curve.last().1).sum::<f64>() + self.others.last().1
     }
 
+    /// What is dirty, as far as it is known and as far as it has to be expected: pages that KVM has not told yet, and those of
+    /// logs that are read at harvests only.
     fn dirty_now(&self) -> f64 {
-        let vcpus = if self.settings.per_vcpu { self.vcpus.len() } else { 0 };
-        let unseen = self.settings.unseen_per_vcpu.as_f64() * vcpus as f64;
-        (self.counted() + unseen).min(self.settings.ram.as_f64())
+        let most_unseen = self.settings.unseen_per_vcpu.as_f64();
+        let unseen = |vcpu: &Vcpu| most_unseen.min(vcpu.curve.at(self.round.ran_s));
+        let unseen = if most_unseen > 0.0 { self.vcpus.iter().map(unseen).sum() } else { 0.0 };
+        let others = (self.others.at(self.round.ran_s) - self.others.last().1).max(0.0);
+        (self.counted() + unseen + others).min(self.settings.ram.as_f64())
     }
 
     /// What will be dirtied between the decision to stop the guest and its standing still, which takes as long as
     /// closing a gate, or as stopping a vCPU that knows of nothing.
-    fn dirtied_until_stopped(&self) -> f64 {
+    fn dirtied_until_stopped(&self, now: Duration) -> f64 {
         let round = Round { current: true, ..Round::coming(0.0, 0.0) };
         let seconds = self.sampling.gate_s().max(self.settings.tuning.stopping_s);
         let more = |curve: &Curve| curve.by_the_end(round, seconds) - curve.last().1;
-        let all: f64 = self.vcpus.iter().map(|vcpu| more(&vcpu.curve)).sum();
+        let until = now + duration(seconds);
+        let stands = |vcpu: &&Vcpu| matches!(vcpu.gate, GateState::ClosedUntil(opens) if opens > until);
+        let runs = self.vcpus.iter().filter(|vcpu| !stands(vcpu));
+        let all: f64 = runs.map(|vcpu| more(&vcpu.curve)).sum();
         (all + more(&self.others)).max(0.0)
     }
 
@@ -432,6 +461,7 @@ impl Controller {
             elapsed_s: at - self.round.start,
             adds_per_s: self.pace.adds_per_s(),
             gate_s: self.sampling.gate_s(),
+            strikes_off: self.rule.strikes_off_redirtied(),
         };
         let decision = self.rule.decide(&view, conditions.as_ref());
         let free = conditions.as_ref().map(|conditions| writers.free(conditions, round).is_some());
@@ -465,7 +495,7 @@ impl Controller {
 
     fn conditions(&self, now: Duration) -> Option<Conditions> {
         let bandwidth = self.bandwidth.mean().filter(|mean| *mean > 0.0)?;
-        let switch = self.settings.switchover_bandwidth.map_or(bandwidth, sane);
+        let switch = self.settings.switchover_bandwidth.map_or(self.switchover_bandwidth(), sane);
         Some(Conditions {
             pages_per_s: bandwidth / self.page_bytes,
             current_pages_per_s: bandwidth / self.round_page_bytes,

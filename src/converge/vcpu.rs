@@ -43,6 +43,8 @@ pub(crate) struct Seen {
     pub per_vcpu: bool,
     /// Pages are dirty that are not protected, and so cannot be seen to be dirtied again.
     pub unprotected: bool,
+    /// Pages may be dirty that KVM has not told yet: that none are new says nothing.
+    pub lags: bool,
 }
 
 impl Vcpu {
@@ -58,7 +60,11 @@ impl Vcpu {
         let held_s = (throttled - at_start).max(0.0);
         let running_s = (seen.elapsed_s - held_s).max(0.0);
         if seen.per_vcpu {
+            let is_news = !seen.lags || sample.dirtied > self.counted;
             self.counted = sample.dirtied;
+            if !is_news {
+                return running_s;
+            }
             let by_time = matches!(self.share.quota, Some(Quota::Time(_) | Quota::QemuTime(_)));
             if seen.unprotected || (!by_time && held_s > seen.elapsed_s * HARDLY_HELD) {
                 self.curve.observe_held(running_s, sample.dirtied.as_f64());

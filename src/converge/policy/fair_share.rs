@@ -75,6 +75,8 @@ const FORECAST_MARGIN: f64 = 0.05;
 /// In the first round nobody is held back before it has been seen for this share of the time that the rest of it takes: a
 /// curve seen for a moment says nothing of the rest.
 const FIRST_ROUND_SEEN: f64 = 0.75;
+/// Rounds in which what was dirtied between two stalls is sent in a stall.
+const ROUNDS_IN_STALL: f64 = 2.0;
 /// Free rounds that are looked ahead.
 const MOST_FREE_ROUNDS: u32 = 64;
 
@@ -105,8 +107,10 @@ struct Hold {
     stretch: f64,
     min_share: f64,
     does: Braking,
-    /// Pages that all who are held dirty between two stalls.
-    overrun: f64,
+    /// Pages per second that they add less while much is left.
+    less_at_first: f64,
+    /// Whether so little is ever left that it fits.
+    can_fit: bool,
 }
 
 impl Rule for State {
@@ -119,7 +123,7 @@ impl Rule for State {
     fn decide(&mut self, view: &View<'_>, conditions: Option<&Conditions>) -> Decision {
         let Some(conditions) = conditions else { return Decision::alike(view, None, None) };
         let free = view.writers.free(conditions, view.round);
-        let left = view.round.pages + view.writers.all.last().1;
+        let left = view.left();
         let fair = view.settings.tuning.fair;
         let mut hold = self.hold(view, conditions, left, fair);
         let holds = hold.holds(conditions, if self.cannot_hold { HOLDS_AGAIN } else { HOLDS });
@@ -191,7 +195,7 @@ impl State {
 
     /// Whether the time has come.
     fn brakes(&self, view: &View<'_>, conditions: &Conditions, hold: &Hold, free: Option<&Forecast>) -> bool {
-        let left = view.round.pages + view.writers.all.last().1;
+        let left = view.left();
         let Some(end) = descent(conditions, hold, left) else { return false };
         let is_first = view.number <= 1;
         let rest_s = view.round.pages / conditions.current_pages_per_s.max(1e-9);
@@ -318,8 +322,9 @@ struct Demands {
     is_held: Vec<bool>,
     /// λ.
     level: f64,
-    /// Pages of those who are not held, or cannot be.
-    light: f64,
+    /// Pages per second of those who are not held, or cannot be: now, and when as much is left as fits.
+    light_per_s: f64,
+    light_at_last: f64,
     /// Of those who are.
     heavy: Vec<f64>,
 }
@@ -345,7 +350,12 @@ impl Demands {
         let heavy = pages.iter().zip(&is_held).filter(|(_, held)| **held).map(|(pages, _)| *pages).collect();
         let light: f64 =
             pages.iter().zip(&is_held).filter(|(_, held)| !**held).map(|(pages, _)| *pages).sum();
-        Self { seconds, level, light: others + light, heavy, is_held }
+        // Whoever writes the same pages again and again adds more in many short rounds than in a long one.
+        let last_s = (conditions.fits / conditions.pages_per_s.max(1e-9)).clamp(SHORTEST_S, seconds);
+        let free = view.writers.vcpus.iter().zip(&is_held).filter(|(_, held)| !**held);
+        let vcpus: f64 = free.map(|(vcpu, _)| vcpu.curve.soon(last_s)).sum();
+        let light_at_last = (vcpus + view.writers.others.at(last_s)) / last_s;
+        Self { seconds, level, light_per_s: (others + light) / seconds, light_at_last, heavy, is_held }
     }
 
     fn hold(&self, view: &View<'_>, conditions: &Conditions, min_share: f64) -> Hold {
@@ -371,12 +381,17 @@ impl Demands {
                 let floor = overrun / (stall_s * stretch(overruns.len()) + view.gate_s);
                 quota.max(floor).min(pages / self.seconds)
             });
-            self.light / self.seconds + each.sum::<f64>()
+            self.light_at_last + each.sum::<f64>()
         };
         let falls = |stall_s: f64| conditions.pages_per_s - adds_in(stall_s);
         let (mut stall_s, longest_s) = (LONGEST_STALL.as_secs_f64(), LONGEST_STALL_EVER.as_secs_f64());
         let enough = falls(longest_s) * tuning.worth_longer;
-        while falls(stall_s) < enough && stall_s < longest_s {
+        let overrun = overruns.iter().sum::<f64>();
+        // Where a vCPU dirties more between two stalls than fits, the rest fits while it stalls: once that is sent.
+        let sent_s =
+            overrun / conditions.pages_per_s.max(1e-9) + ROUNDS_IN_STALL * conditions.round_overhead_s;
+        let is_sent = |stall_s: f64| overrun <= conditions.fits || stall_s >= sent_s;
+        while (falls(stall_s) < enough || !is_sent(stall_s)) && stall_s < longest_s {
             stall_s = (stall_s * 2.0).min(longest_s);
         }
         let quota = quota_in(stall_s);
@@ -397,7 +412,8 @@ impl Demands {
             longest_stall: duration(stall_s),
             min_share,
             does: Braking { adds_per_s: adds_in(stall_s), lost_share, lost_vcpus },
-            overrun: overruns.iter().sum(),
+            less_at_first: self.light_at_last - self.light_per_s,
+            can_fit: is_sent(stall_s),
         }
     }
 
@@ -406,7 +422,8 @@ impl Demands {
         let is_held = !self.heavy.is_empty();
         let runs = view.writers.others.time_to(least_per_s * self.seconds).min(self.seconds) / self.seconds;
         let stands = if is_held { 1.0 - runs.max(min_share).min(1.0) } else { 0.0 };
-        let adds = if is_held { view.writers.others.at(self.seconds * (1.0 - stands)) } else { self.light };
+        let adds = view.writers.others.at(self.seconds * (1.0 - stands)) / self.seconds;
+        let at_last = if is_held { adds } else { self.light_at_last };
         let vcpus = view.writers.vcpus.len();
         Hold {
             quotas: vec![is_held.then_some(Quota::Time(stands)); vcpus],
@@ -414,12 +431,9 @@ impl Demands {
             stretch: 1.0,
             longest_stall: LONGEST_STALL,
             min_share,
-            does: Braking {
-                adds_per_s: adds / self.seconds,
-                lost_share: stands,
-                lost_vcpus: stands * vcpus as f64,
-            },
-            overrun: 0.0,
+            does: Braking { adds_per_s: at_last, lost_share: stands, lost_vcpus: stands * vcpus as f64 },
+            less_at_first: at_last - adds,
+            can_fit: true,
         }
     }
 }
@@ -430,18 +444,16 @@ fn stretch(held: usize) -> f64 {
 }
 
 impl Hold {
-    /// What is left falls by at least this share of what the link takes, down to what fits: a vCPU dirties something between
-    /// two stalls, and the guest adds something between two rounds.
+    /// What is left falls by at least this share of what the link takes, down to what fits.
     fn holds(&self, conditions: &Conditions, share: f64) -> bool {
-        let least = self.overrun + self.does.adds_per_s * conditions.round_overhead_s;
-        conditions.pages_per_s - self.does.adds_per_s > share * conditions.pages_per_s
-            && least <= conditions.fits
+        self.can_fit && conditions.pages_per_s - self.does.adds_per_s > share * conditions.pages_per_s
     }
 }
 
 /// The end, if the guest is held from now on until what is `left` fits; `None` if that does not end.
 fn descent(conditions: &Conditions, hold: &Hold, left: f64) -> Option<Forecast> {
-    let Braking { adds_per_s, lost_share, .. } = hold.does;
+    let lost_share = hold.does.lost_share;
+    let adds_per_s = hold.does.adds_per_s - hold.less_at_first / 2.0;
     let falls_per_s = conditions.pages_per_s - adds_per_s;
     let last = left.min(conditions.fits);
     let above = left - last;

@@ -37,6 +37,16 @@ pub(crate) struct View<'a> {
     pub adds_per_s: Option<f64>,
     /// From a vCPU's overdraft to its gate being closed on it.
     pub gate_s: f64,
+    /// Pages that are dirty again are struck off the round.
+    pub strikes_off: bool,
+}
+
+impl View<'_> {
+    /// Pages that are unsent or dirty. Those that are both are struck off, or else counted once here if they are all.
+    pub fn left(&self) -> f64 {
+        let (unsent, dirty) = (self.round.pages, self.writers.all.last().1);
+        if self.strikes_off { unsent + dirty } else { unsent.max(dirty) }
+    }
 }
 
 /// What a policy wants.
@@ -65,7 +75,7 @@ pub(crate) struct Decision {
 /// A guest that is held back until the rest fits.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub(crate) struct Braking {
-    /// Pages per second that all writers add to what is left meanwhile.
+    /// Pages per second that all writers add to what is left in the end.
     pub adds_per_s: f64,
     /// The share of its time that the worst-off vCPU loses.
     pub lost_share: f64,

@@ -132,10 +132,11 @@ fn case(name: &str) -> Result<Case> {
         pages: Pages(pages),
         writes_per_s: mb_per_s * 1e6 / PAGE_SIZE as f64,
         order,
+        ..Phase::default()
     };
     let mib = |mib: u64| mib << 8;
     let usual = |writers, link| Case {
-        guest: Guest { ram: Pages(mib(2048)), populated: Pages(mib(600)), writers },
+        guest: Guest { ram: Pages(mib(2048)), populated: Pages(mib(600)), writers, ..Guest::default() },
         link,
         terms: half_a_second(),
         floor_ms: mib(600) as f64 * PAGE_SIZE as f64 / 100e6 * 1e3,
@@ -148,7 +149,7 @@ fn case(name: &str) -> Result<Case> {
             let ram = Pages((4 << 40) / PAGE_SIZE as u64);
             let writers = (0..1024).map(|index| if index % 8 == 0 { heavy() } else { light() }).collect();
             Case {
-                guest: Guest { ram, populated: ram, writers },
+                guest: Guest { ram, populated: ram, writers, ..Guest::default() },
                 link: Link::steady(25e9),
                 terms: half_a_second(),
                 floor_ms: (4u64 << 40) as f64 / 25e9 * 1e3,
@@ -197,11 +198,13 @@ fn of_scenario(scenario: &Scenario) -> Result<Case> {
         populated += work.working_set_pages;
         let writes_per_s = if work.pace_per_s == 0 { f64::INFINITY } else { work.pace_per_s as f64 };
         let pages = Pages(work.working_set_pages);
-        writers.push(Writer { phases: vec![Phase { from: Duration::ZERO, pages, writes_per_s, order }] });
+        writers.push(Writer {
+            phases: vec![Phase { from: Duration::ZERO, pages, writes_per_s, order, ..Phase::default() }],
+        });
     }
     let ram = Pages(scenario.guest.memory.bytes / PAGE_SIZE as u64);
     Ok(Case {
-        guest: Guest { ram, populated: Pages(populated), writers },
+        guest: Guest { ram, populated: Pages(populated), writers, ..Guest::default() },
         link: Link::steady(scenario.link.rate.bytes_per_s as f64),
         terms: scenario.terms(),
         floor_ms: scenario.floor_ms(),
