@@ -208,14 +208,18 @@ impl Controller {
 
     /// The wire's bandwidth in bytes per second, as measured.
     pub fn bandwidth(&self) -> Option<f64> {
-        self.model.bandwidth.mean()
+        self.model.link.mean()
+    }
+
+    /// Bytes per second to count on while the guest stands still, where no `max-bandwidth` holds.
+    pub fn switchover_bandwidth(&self) -> Option<f64> {
+        self.settings.switchover_bandwidth.or(self.model.link.at_switchover())
     }
 
     /// P*: what fits the downtime limit at this time, with something in hand.
     pub fn fits(&self, now: Duration) -> Pages {
         let given = self.settings.switchover_bandwidth.map(|given| switchover::careful(given, 0.0));
-        let mean = self.model.bandwidth.mean().unwrap_or(0.0);
-        self.fits_at(now, given.unwrap_or(switchover::careful(mean, self.model.bandwidth.spread())))
+        self.fits_at(now, given.unwrap_or_else(|| self.model.link.careful_at_switchover()))
     }
 
     fn fits_at(&self, now: Duration, bandwidth: f64) -> Pages {
@@ -266,7 +270,7 @@ impl Controller {
         let free_s = self.round.free_s(at);
         self.model.curves.iter_mut().for_each(Curve::recycled);
         self.model.others.recycled();
-        self.model.bandwidth.start(at, self.bytes_acked);
+        self.model.link.start(at, self.bytes_acked);
         self.counts.fill(Pages(0));
         self.throttles.iter_mut().for_each(Throttle::recycled);
         self.sampling.round_started(now);
@@ -325,7 +329,7 @@ impl Controller {
         self.learn(now, seen);
         let at = now.as_secs_f64();
         self.rounds_spent += ((at - self.round.start) / WHOLE_ROUND_S).clamp(0.0, 1.0);
-        self.model.bandwidth.stop(at, seen.link.bytes_acked);
+        self.model.link.stop(at, &seen.link);
         let sent = self.round.done - self.round.struck_off;
         if self.round.number > 1 && sent >= 1.0 {
             let bytes = self.bytes_acked.saturating_sub(self.round.bytes_at_start) as f64;
@@ -352,7 +356,7 @@ impl Controller {
         if matches!(why, Why::Limit(_)) {
             return LastCheck::GoOn;
         }
-        let bandwidth = self.settings.switchover_bandwidth.or(self.model.bandwidth.mean()).unwrap_or(0.0);
+        let bandwidth = self.settings.switchover_bandwidth.unwrap_or_else(|| self.model.link.at_switchover_now());
         let fits = self.fits_at(now, bandwidth);
         let check = switchover::last_check(left, fits, self.called_off);
         if check == LastCheck::CallOff {
@@ -404,7 +408,7 @@ impl Controller {
         let by_vcpus = !self.settings.per_vcpu && !seen.vcpus.is_empty();
         let running = if by_vcpus { running_of_all / seen.vcpus.len() as f64 } else { elapsed };
         self.model.others.observe(running, seen.others.as_f64());
-        self.model.bandwidth.observe(at, seen.link.bytes_acked);
+        self.model.link.observe(at, &seen.link);
         self.bytes_acked = self.bytes_acked.max(seen.link.bytes_acked);
         self.round.done = seen.pages_done.as_f64();
         self.round.struck_off = seen.pages_struck_off.as_f64().min(self.round.done);

@@ -12,7 +12,7 @@
 //! 3. [`round_ended`](Controller::round_ended) when its pages are done; then harvest and 1, or switch over;
 //! 4. [`last_check`](Controller::last_check) when the guest stands still and what is left is known exactly.
 //!
-//! `curve` and `bandwidth` measure, `model` predicts, `plan` and `fair_share` decide; `sampling` says when to sample the
+//! `curve`, `bandwidth` and `link` measure, `model` predicts, `plan` and `fair_share` decide; `sampling` says when to sample the
 //! vCPUs and `throttle` turns a decision into gates; `switchover` and `stop` end it; `events` is the log for those who
 //! watch; `auto_converge` is the older rule, `policy` has all the names; `controller` ties them together.
 
@@ -22,6 +22,7 @@ mod controller;
 pub mod curve;
 mod events;
 pub mod fair_share;
+pub mod link;
 mod model;
 mod plan;
 pub mod policy;

@@ -7,9 +7,9 @@
 
 use bitvec::vec::BitVec;
 
-use super::bandwidth::Bandwidth;
 use super::curve::Curve;
 use super::fair_share::{Held, Levels, water_fill};
+use super::link::Link;
 use super::units::sane;
 
 /// A braked round aims at this share of P*: gates close a little late, and a round that misses P* by a page is a
@@ -36,7 +36,7 @@ pub(crate) struct Model {
     pub curves: Vec<Curve>,
     /// What nobody was named for: the VMM's own writes, devices, or all of a backend that cannot tell.
     pub others: Curve,
-    pub bandwidth: Bandwidth,
+    pub link: Link,
     /// Per vCPU: pages that it dirties between two stalls because closing its gate takes time, once measured.
     pub overruns: Vec<Option<f64>>,
     /// Per vCPU: held back in the current round. What it would have dirtied can no longer be seen then, and that it

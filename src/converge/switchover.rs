@@ -11,7 +11,7 @@ pub const MAX_CALLED_OFF: u32 = 3;
 /// What is promised is a limit, and what is measured is a mean: this share of the bandwidth stays in hand when the
 /// guest is about to be stopped, and as much as the link varied, up to a quarter. The last check needs neither.
 const IN_HAND: f64 = 0.05;
-const MOST_IN_HAND_FOR_SPREAD: f64 = 0.25;
+pub(super) const MOST_IN_HAND_FOR_SPREAD: f64 = 0.25;
 
 /// The bandwidth to count on, of a mean that varies by `spread` of itself.
 pub fn careful(bandwidth: f64, spread: f64) -> f64 {

@@ -144,8 +144,8 @@ impl<V: Vm + ?Sized, D: DirtySource + ?Sized> Precopy<'_, '_, V, D> {
             let pages_dirty = dirty.len() + self.behind.len();
             self.migration.round_sent(&sent, pages_to_send, dirtied(pages_dirty, &observed));
             self.plan_besides()?;
-            let totals = self.link.sender.handle().totals();
-            let action = self.steering.round_ended(self.migration.tracker, &observed, pages_dirty, totals);
+            let sender = self.link.sender.handle();
+            let action = self.steering.round_ended(self.migration.tracker, &observed, pages_dirty, &sender);
             if self.migration.report.rounds.len() == 1 {
                 self.migration.report.prediction_after_round_1 = self.steering.prediction();
             }

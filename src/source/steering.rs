@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use super::migration::Migration;
 use crate::converge::units::whole;
 use crate::converge::{
-    Action, Change, Controller, GateState, LastCheck, LinkSample, Observation, Pages, Prediction, Settings,
-    VcpuSample, Why,
+    Action, Change, Controller, GateState, LastCheck, Observation, Pages, Prediction, Settings, VcpuSample,
+    Why,
 };
 use crate::layout::PAGE_SIZE;
 use crate::progress::{self, Event, Progress};
@@ -135,7 +135,7 @@ impl Steering {
             // It was before they came or went, or after: that one's order is known.
             observed = self.observe(tracker, sender)?;
         }
-        let action = self.act(&observed, sender.totals(), None);
+        let action = self.act(&observed, sender, None);
         self.apply_gates(vm);
         self.samples_took = [self.samples_took[1], began.elapsed()];
         Ok(action)
@@ -161,14 +161,14 @@ impl Steering {
         tracker: &(impl DirtySource + ?Sized),
         observed: &Observed,
         harvested: u64,
-        totals: Totals,
+        sender: &SendHandle,
     ) -> Action {
         // It was in the order of the vCPUs of the last sample, unless it tells of more or fewer, or of none.
         let is_known = matches!(observed, Observed::PerVcpu { vcpus, .. } if vcpus.len() == self.vcpus.len());
         if !is_known {
             self.take_up_vcpus(tracker.vcpus());
         }
-        let action = self.act(observed, totals, Some(harvested));
+        let action = self.act(observed, sender, Some(harvested));
         if is_known {
             self.take_up_vcpus(tracker.vcpus());
         }
@@ -208,8 +208,7 @@ impl Steering {
 
     /// How long the link takes for so many bytes while the guest stands still; a guess, as long as it is not known.
     pub fn time_to_send(&self, bytes: u64) -> Duration {
-        let given = self.controller.settings().switchover_bandwidth;
-        let bytes_per_s = given.or(self.controller.bandwidth()).unwrap_or(UNKNOWN_BYTES_PER_S);
+        let bytes_per_s = self.controller.switchover_bandwidth().unwrap_or(UNKNOWN_BYTES_PER_S);
         Duration::try_from_secs_f64(bytes as f64 / bytes_per_s).unwrap_or(Duration::MAX)
     }
 
@@ -274,7 +273,8 @@ impl Steering {
         true
     }
 
-    fn act(&mut self, observed: &Observed, totals: Totals, harvested: Option<u64>) -> Action {
+    fn act(&mut self, observed: &Observed, sender: &SendHandle, harvested: Option<u64>) -> Action {
+        let totals = sender.totals();
         let now = self.started.elapsed();
         let (per_vcpu, others) = match observed {
             Observed::PerVcpu { vcpus, others } => (vcpus.as_slice(), *others),
@@ -297,7 +297,7 @@ impl Steering {
             others: Pages(others),
             pages_done: Pages(pages_done),
             pages_struck_off: Pages(round.pages_struck_off),
-            link: LinkSample { bytes_acked: totals.bytes_sent, ..LinkSample::default() },
+            link: sender.link(),
         };
         let action = match harvested {
             Some(_) => self.controller.round_ended(now, &seen),

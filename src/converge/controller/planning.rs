@@ -63,7 +63,7 @@ impl Controller {
             }
             Policy::FairShare(fair_share) => self.fair_share(now, &conditions, round, fair_share),
         };
-        let spread = self.model.bandwidth.spread();
+        let spread = self.model.link.spread();
         let prediction = Prediction {
             converges: forecast.is_some(),
             converges_unthrottled: free.is_some(),
@@ -219,8 +219,8 @@ impl Controller {
     }
 
     pub(super) fn conditions(&self, now: Duration) -> Option<Conditions> {
-        let bandwidth = self.model.bandwidth.mean().filter(|mean| *mean > 0.0)?;
-        let switch = self.settings.switchover_bandwidth.map_or(bandwidth, sane);
+        let bandwidth = self.model.link.mean().filter(|mean| *mean > 0.0)?;
+        let switch = self.switchover_bandwidth().map_or(bandwidth, sane);
         Some(Conditions {
             pages_per_s: bandwidth / self.page_bytes,
             current_pages_per_s: bandwidth / self.round_page_bytes,
@@ -228,7 +228,7 @@ impl Controller {
             switch_pages_per_s: switch / self.page_bytes,
             fits: self.fits(now).as_f64(),
             overhead_s: self.settings.switchover_overhead.as_secs_f64(),
-            round_overhead_s: ROUND_OVERHEAD_S,
+            round_overhead_s: ROUND_OVERHEAD_S + self.model.link.round_trip_s(),
             longest_stall_s: LONGEST_STALL.as_secs_f64(),
             fair: FAIR,
             gate_s: self.sampling.gate_s(),
