@@ -16,7 +16,7 @@ use super::sampling::Sampling;
 use super::throttle::{LONGEST_STALL, LONGEST_STALL_EVER, Throttle};
 use super::units::whole;
 use super::{
-    Action, AtTimeout, Change, Event, GateState, LastCheck, Observation, Pages, Policy, Prediction, Settings,
+    Action, AtTimeout, Change, Event, GateState, LastCheck, LinkSample, Observation, Pages, Policy, Prediction, Settings,
     Share, Why, auto_converge, stop, switchover,
 };
 use crate::PAGE_SIZE;
@@ -230,8 +230,7 @@ impl Controller {
     /// whenever it comes; a backlog is waited for.
     fn time_left(&self, now: Duration) -> Duration {
         let Settings { switchover_overhead: overhead, switchover_backlog: backlog, .. } = self.settings;
-        let limit = self.settings.limits.downtime_at(now).max(overhead.mul_f64(1.0 + UNREACHABLE_SHARE));
-        limit.saturating_sub(overhead).saturating_sub(backlog)
+        self.pause_limit(now).saturating_sub(overhead).saturating_sub(backlog)
     }
 
     /// What has happened since this was last called.
@@ -360,10 +359,33 @@ impl Controller {
         let fits = self.fits_at(now, bandwidth);
         let check = switchover::last_check(left, fits, self.called_off);
         if check == LastCheck::CallOff {
-            self.called_off += 1;
-            self.events.record(now, Change::CalledOff { left, fits });
+            self.called_off(now, left, fits);
         }
         check
+    }
+
+    /// The guest stood still with `left` pages to send, of which only `fits` still would: it runs on.
+    pub fn called_off(&mut self, now: Duration, left: Pages, fits: Pages) {
+        self.called_off += 1;
+        self.events.record(now, Change::CalledOff { left, fits });
+    }
+
+    /// Whether the guest may run on once more. If not, the downtime limit gives way.
+    pub fn may_call_off(&self) -> bool {
+        self.called_off < switchover::MAX_CALLED_OFF
+    }
+
+    /// The link has been seen while the guest stands still.
+    pub fn link_seen(&mut self, now: Duration, seen: &LinkSample) {
+        self.model.link.observe(now.as_secs_f64(), seen);
+        self.bytes_acked = self.bytes_acked.max(seen.bytes_acked);
+    }
+
+    /// What the guest may stand still for, a limit that is out of reach having given way to what the switchover takes whenever
+    /// it comes.
+    pub fn pause_limit(&self, now: Duration) -> Duration {
+        let least = self.settings.switchover_overhead.mul_f64(1.0 + UNREACHABLE_SHARE);
+        self.settings.limits.downtime_at(now).max(least)
     }
 
     fn learn(&mut self, now: Duration, seen: &Observation<'_>) {

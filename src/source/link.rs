@@ -24,14 +24,16 @@ pub(super) struct Link {
     pub sender: Sender,
     /// Bytes of the state stream that were given to the data connections.
     pub state_bytes: u64,
+    /// Whether the destination forgets the state of a machine that runs on after all.
+    pub may_call_off: bool,
     asked: Instant,
 }
 
 impl Link {
-    pub fn new(control: ControlConnection, sender: Sender) -> Self {
+    pub fn new(control: ControlConnection, sender: Sender, may_call_off: bool) -> Self {
         let counters = sender.counters();
         control.watch_elsewhere(move || counters.bytes_acknowledged());
-        Self { control, sender, state_bytes: 0, asked: Instant::now() }
+        Self { control, sender, state_bytes: 0, may_call_off, asked: Instant::now() }
     }
 
     /// To be called all the time while the guest runs: notices a destination that gives up or is gone, and keeps a fresh

@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 use super::migration::Migration;
 use crate::converge::units::whole;
 use crate::converge::{
-    Action, Change, Controller, GateState, LastCheck, Observation, Pages, Prediction, Settings, VcpuSample,
+    Action, Change, Controller, GateState, LastCheck, LinkSample, Observation, Pages, Prediction, Settings, VcpuSample,
     Why,
 };
 use crate::layout::PAGE_SIZE;
-use crate::progress::{self, Event, Progress};
+use crate::progress::{self, Event, Phase, Progress};
 use crate::track::{DirtySource, Observed, Redirtied, TrackError, VcpuThrottle};
 use crate::transport::{SendHandle, Totals};
 use crate::vm::Vm;
@@ -29,6 +29,11 @@ pub(super) struct Steering {
     samples_took: [Duration; 2],
     last_shown: (Duration, Vec<u64>),
     totals_before_round: Totals,
+    /// Pages that are dirty and none of the round's, and that the tracker does not show: until the next harvest, and at all.
+    given_back: u64,
+    carried: u64,
+    /// Of the control connection.
+    round_trip: Duration,
 }
 
 #[derive(Debug)]
@@ -92,6 +97,9 @@ impl Steering {
             vcpus: vcpus.into_iter().map(SteeredVcpu::new).collect(),
             last_shown: (Duration::ZERO, Vec::new()),
             totals_before_round: Totals::default(),
+            given_back: 0,
+            carried: 0,
+            round_trip: Duration::ZERO,
         }
     }
 
@@ -182,6 +190,40 @@ impl Steering {
         check
     }
 
+    /// Whether the guest may run on once more although it was stopped.
+    pub fn may_call_off(&self) -> bool {
+        self.controller.may_call_off()
+    }
+
+    /// The link has been seen while the guest stands still.
+    pub fn link_seen(&mut self, sender: &SendHandle) {
+        self.controller.link_seen(self.started.elapsed(), &sender.link());
+    }
+
+    /// The guest was to stand still for too long, and runs on.
+    pub fn called_off(&mut self, left: u64, fit: u64) {
+        self.controller.called_off(self.started.elapsed(), Pages(left), Pages(fit));
+    }
+
+    /// A switchover was called off: counting starts anew, as of a round with the `pages` that are still on their way.
+    pub fn round_goes_on(&mut self, pages: u64, totals: Totals) {
+        self.totals_before_round = totals;
+        self.last_shown = (self.started.elapsed(), Vec::new());
+        self.progress.update(|status| {
+            status.phase = Phase::Precopy;
+            status.round_pages = pages;
+            status.round_pages_done = 0;
+        });
+        self.controller.round_started(self.started.elapsed(), Pages(pages));
+        self.publish_events();
+    }
+
+    /// What has to be sent after the round that has begun, and nobody sees: `given_back` pages before the next harvest, and
+    /// `carried` ones at all.
+    pub fn dirty_besides(&mut self, given_back: u64, carried: u64) {
+        (self.given_back, self.carried) = (given_back, carried);
+    }
+
     /// When to sample again: when the controller wants, but sampling is not to be all that this thread does. One sample
     /// that took long is one that had to wait for a CPU.
     pub fn next_sample(&self) -> Duration {
@@ -197,6 +239,11 @@ impl Steering {
     /// The downtime limit that is in force.
     pub fn downtime_limit(&self) -> Duration {
         self.controller.settings().limits.downtime_at(self.started.elapsed())
+    }
+
+    /// The same, or what a switchover takes in any case.
+    pub fn pause_limit(&self) -> Duration {
+        self.controller.pause_limit(self.started.elapsed())
     }
 
     /// How long the guest is going to stand still if `left` pages are left, as far as the link is known.
@@ -222,10 +269,12 @@ impl Steering {
         !self.controller.settings().switchover_backlog.is_zero()
     }
 
-    /// What the switchover takes besides sending pages, now that more is known of it: in any case, and if it comes now.
-    pub fn set_besides(&mut self, fixed: Duration, backlog: Duration) {
+    /// What the switchover takes besides sending pages, now that more is known of it: round trips, what else it takes in any
+    /// case, and what it takes if it comes now.
+    pub fn set_besides(&mut self, round_trip: Duration, fixed: Duration, backlog: Duration) {
+        self.round_trip = round_trip;
         self.controller.set_backlog(backlog);
-        let overhead = SWITCHOVER_OVERHEAD.saturating_add(fixed);
+        let overhead = SWITCHOVER_OVERHEAD.saturating_add(round_trip * ROUND_TRIPS).saturating_add(fixed);
         // A change makes the controller plan anew: not for what makes no difference.
         if overhead.abs_diff(self.controller.settings().switchover_overhead) > Duration::from_millis(1) {
             self.controller
@@ -277,10 +326,16 @@ impl Steering {
         let totals = sender.totals();
         let now = self.started.elapsed();
         let (per_vcpu, others) = match observed {
-            Observed::PerVcpu { vcpus, others } => (vcpus.as_slice(), *others),
+            // A harvest finds what nobody was named for: what processors still kept, what other writers' logs held.
+            Observed::PerVcpu { vcpus, others } => {
+                let named = vcpus.iter().sum();
+                let unnamed = harvested.map_or(0, |harvested| harvested.saturating_sub(named));
+                (vcpus.as_slice(), unnamed.max(*others))
+            }
             Observed::Total(pages) => ([].as_slice(), harvested.unwrap_or(*pages)),
             Observed::Unobservable => ([].as_slice(), harvested.unwrap_or(0)),
         };
+        let others = others + self.carried + if harvested.is_some() { 0 } else { self.given_back };
         let tells_vcpus = matches!(observed, Observed::PerVcpu { .. });
         if self.controller.settings().per_vcpu != tells_vcpus {
             self.controller.change(now, |settings| settings.per_vcpu = tells_vcpus);
@@ -291,13 +346,14 @@ impl Steering {
             throttled: vcpu.throttle.throttled().saturating_sub(vcpu.throttled_before),
         }));
         let round = totals.since(self.totals_before_round);
+        let link = LinkSample { round_trip: sender.link().round_trip.max(self.round_trip), ..sender.link() };
         let pages_done = round.pages_sent + round.zero_pages + round.pages_struck_off;
         let seen = Observation {
             vcpus: &self.samples,
             others: Pages(others),
             pages_done: Pages(pages_done),
             pages_struck_off: Pages(round.pages_struck_off),
-            link: sender.link(),
+            link,
         };
         let action = match harvested {
             Some(_) => self.controller.round_ended(now, &seen),
@@ -396,6 +452,9 @@ impl Steering {
     }
 }
 
+/// Round trips between the pause and the word that the destination runs: the pages on their way, the last pages, what
+/// saving state wrote, `Prepare` and `Commit`.
+const ROUND_TRIPS: u32 = 5;
 /// The switchover takes this long besides pages, round trips, verification and device state in pieces: stopping vCPUs (0.4 ms mean, 7 ms worst here),
 /// saving, restoring and handing over.
 const SWITCHOVER_OVERHEAD: Duration = Duration::from_millis(20);

@@ -125,6 +125,10 @@ impl Unpaced {
             Some(Burst { number, begun: now, last_arrived: now, bytes: 0, under_way: 0, over: false });
     }
 
+    fn is_bursting(&self) -> bool {
+        self.burst.as_ref().is_some_and(|burst| !burst.over)
+    }
+
     /// A frame goes; whether it belongs to a burst.
     fn goes(&mut self, now: Instant, bytes: u64) -> Option<Ticket> {
         let burst = self.burst.as_mut().filter(|burst| !burst.over)?;
@@ -205,7 +209,8 @@ impl MaxBandwidth {
         let bucket = self.bucket.lock();
         match bucket.bytes_per_s {
             None => Pace::Free,
-            Some(_) if bucket.lifted > 0 => Pace::Lifted,
+            // A burst is to go as fast as it would without a limit.
+            Some(_) if bucket.lifted > 0 || bucket.unpaced.is_bursting() => Pace::Lifted,
             Some(bytes_per_s) => Pace::Limited(bytes_per_s),
         }
     }

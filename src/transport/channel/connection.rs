@@ -251,6 +251,7 @@ impl<'a> Connection<'a> {
         {
             self.acknowledged_any = true;
             self.in_flight_bytes -= frame.bytes;
+            self.link.acknowledged_after(frame.since.elapsed());
             if let Some(ticket) = frame.burst {
                 self.session.options.max_bandwidth.arrived(Instant::now(), ticket, frame.bytes);
             }

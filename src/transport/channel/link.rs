@@ -50,6 +50,9 @@ pub(super) struct Link {
     begun: Instant,
     estimator: Estimator,
     min_rtt: Duration,
+    /// From a frame's leaving to its acknowledgement, the shortest seen: where something that is no wire acknowledges bytes
+    /// on the way, this is the round trip.
+    min_frame_time: Option<Duration>,
     bytes_acked: u64,
     /// What the link holds under way, the largest seen.
     held_bytes: u32,
@@ -62,6 +65,7 @@ impl Default for Link {
             begun: Instant::now(),
             estimator: Estimator::new(SAMPLE_S, MEMORY_S),
             min_rtt: Duration::ZERO,
+            min_frame_time: None,
             bytes_acked: 0,
             held_bytes: 0,
             slack: SLACK_FIRST,
@@ -146,7 +150,13 @@ impl Link {
         // What a limit lets through says nothing of what the link holds, and queues nowhere.
         let sure = self.estimator.bandwidth().samples >= SURE_SAMPLES && pace == Pace::Free;
         let min = if sure { WINDOW_BYTES_MIN } else { WINDOW_BYTES_UNSURE };
-        self.carries(self.min_rtt * 2 + self.slack).unwrap_or(0).clamp(min, WINDOW_BYTES_MAX)
+        let frame_time = self.min_frame_time.unwrap_or_default() * 2;
+        self.carries((self.min_rtt * 2 + self.slack).max(frame_time)).unwrap_or(0).clamp(min, WINDOW_BYTES_MAX)
+    }
+
+    /// The destination acknowledged a frame so long after it left.
+    pub(super) fn acknowledged_after(&mut self, time: Duration) {
+        self.min_frame_time = Some(self.min_frame_time.map_or(time, |shortest| shortest.min(time)));
     }
 
     /// The window was full, and when we polled, `left` bytes of it were still under way, in frames of

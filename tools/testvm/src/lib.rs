@@ -6,7 +6,8 @@
 //!
 //! [`bare`] has a guest that dirties exactly the pages it is told to.
 //!
-//! [`links`] are wires between network namespaces, for what has to cross one.
+//! [`links`] are wires between network namespaces, for what has to cross one; a [`relay`] is one without privileges, whose
+//! rate changes.
 //!
 //! [`ThreadVm`] does the same work in host threads, where there is no KVM.
 
@@ -26,6 +27,7 @@ mod machine;
 mod memory;
 mod multiboot;
 mod pin;
+pub mod relay;
 mod run_control;
 mod skip;
 mod state;
