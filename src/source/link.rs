@@ -57,9 +57,11 @@ impl Link {
         Instant::now().checked_sub(recent).is_none_or(|since| self.control.answered_since(since))
     }
 
-    /// The shortest round trip that was seen; nothing before the first answer.
+    /// The shortest round trip that was seen, of a ping or a frame; nothing before the first answer. Either is too long by what
+    /// busy threads of both hosts add, and a frame also by the time that it takes.
     pub fn round_trip(&self) -> Duration {
-        self.control.round_trip().unwrap_or_default()
+        let seen = [self.control.round_trip(), self.sender.counters().round_trip()];
+        seen.into_iter().flatten().min().unwrap_or_default()
     }
 
     /// Bytes of state that are on their way. The destination's word for what it has taken is believed as far as it can

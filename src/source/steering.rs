@@ -32,7 +32,6 @@ pub(super) struct Steering {
     /// Pages that are dirty and none of the round's, and that the tracker does not show: until the next harvest, and at all.
     given_back: u64,
     carried: u64,
-    /// Of the control connection.
     round_trip: Duration,
 }
 
@@ -346,7 +345,7 @@ impl Steering {
             throttled: vcpu.throttle.throttled().saturating_sub(vcpu.throttled_before),
         }));
         let round = totals.since(self.totals_before_round);
-        let link = LinkSample { round_trip: sender.link().round_trip.max(self.round_trip), ..sender.link() };
+        let link = LinkSample { round_trip: self.round_trip, ..sender.link() };
         let pages_done = round.pages_sent + round.zero_pages + round.pages_struck_off;
         let seen = Observation {
             vcpus: &self.samples,

@@ -231,12 +231,12 @@ impl SendCounters {
         self.channels.iter().map(|channel| channel.bytes_acknowledged.get()).sum()
     }
 
-    /// The round trip of the longest link that is up, without the queues that we fill ourselves; nothing while unknown.
-    pub fn round_trip(&self) -> Duration {
+    /// The shortest time from a frame's leaving to its acknowledgement, on the slowest of the links that are up; `None` before
+    /// the first acknowledgement.
+    pub fn round_trip(&self) -> Option<Duration> {
         let up = self.channels.iter().filter(|channel| channel.connected.load(Ordering::Relaxed));
-        Duration::from_micros(
-            up.map(|channel| channel.round_trip_us.load(Ordering::Relaxed)).max().unwrap_or(0),
-        )
+        let longest = up.map(|channel| channel.round_trip_us.load(Ordering::Relaxed)).max()?;
+        (longest > 0).then(|| Duration::from_micros(longest))
     }
 
     /// What the links that are up carry together. The channels send at the same time, so their rates add up.

@@ -79,7 +79,7 @@ impl SendHandle {
         LinkSample {
             bytes_acked: counters.bytes_acknowledged(),
             unpaced_bytes_per_s: options.max_bandwidth.unpaced(Instant::now()),
-            round_trip: counters.round_trip(),
+            round_trip: counters.round_trip().unwrap_or_default(),
         }
     }
 

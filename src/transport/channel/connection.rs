@@ -359,7 +359,7 @@ impl<'a> Connection<'a> {
             self.method.fall_back(reason);
         }
         *self.counters.bandwidth.lock() = self.link.bandwidth();
-        let round_trip_us = u64::try_from(self.link.round_trip().as_micros()).unwrap_or(u64::MAX);
+        let round_trip_us = u64::try_from(self.link.frame_time().as_micros()).unwrap_or(u64::MAX);
         // Relaxed: a figure of its own.
         self.counters.round_trip_us.store(round_trip_us, Ordering::Relaxed);
         *self.counters.sending.lock() = self.method.sending(self.window_bytes());

@@ -159,6 +159,11 @@ impl Link {
         self.min_frame_time = Some(self.min_frame_time.map_or(time, |shortest| shortest.min(time)));
     }
 
+    /// The shortest such time; nothing before the first.
+    pub(super) fn frame_time(&self) -> Duration {
+        self.min_frame_time.unwrap_or_default()
+    }
+
     /// The window was full, and when we polled, `left` bytes of it were still under way, in frames of
     /// `frame_bytes`.
     pub(super) fn emptied_to(&mut self, left: u64, frame_bytes: u64) {
