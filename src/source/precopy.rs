@@ -344,11 +344,11 @@ impl<V: Vm + ?Sized, D: DirtySource + ?Sized> Precopy<'_, '_, V, D> {
         left.union(&dirty);
         if self.rounds.steering.last_check(why, left.len()) == LastCheck::CallOff {
             // These pages are not protected, and so must not be sent while the guest runs. They come with the next harvest.
+            let resumed = self.migration.vm.resume(paused);
             left.subtract(&dirty);
             self.migration.tracker.give_back(&dirty);
             self.rounds.given_back = dirty.len();
             self.migration.report.switchovers_called_off += 1;
-            let resumed = self.migration.vm.resume(paused);
             let action = "resume a guest that dirtied too much";
             resumed.map_err(|source| SourceError::Vm { action, source })?;
             return Ok(None);
