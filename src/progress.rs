@@ -138,6 +138,9 @@ pub enum Event {
         policy: String,
         /// The downtime limit now in force.
         downtime_limit_ms: f64,
+        /// The wish below it.
+        #[serde(default)]
+        downtime_target_ms: Option<f64>,
     },
     /// vCPUs that are held back may now be stopped for this long at a stretch: longer than usual where short stalls
     /// cannot hold the guest. The heaviest of several, for up to a quarter longer.

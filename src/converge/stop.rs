@@ -31,6 +31,9 @@ pub struct ConvergenceTimeout {
 pub struct Limits {
     /// Longest time that the guest may stand still at the switchover, everything in it.
     pub downtime: Duration,
+    /// A wish below that: the guest is stopped for no longer if that can be had, and no migration ends later than it must
+    /// for it.
+    pub downtime_target: Option<Duration>,
     /// The downtime limit doubles when the migration does not end.
     pub convergence_timeout: Option<ConvergenceTimeout>,
     /// The whole migration ends by then, from its start to the guest running at the destination, if braking
@@ -49,6 +52,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             downtime: Duration::from_millis(300),
+            downtime_target: None,
             convergence_timeout: None,
             deadline: None,
             max_rounds: None,

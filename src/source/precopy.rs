@@ -369,6 +369,7 @@ impl<V: Vm + ?Sized, D: DirtySource + ?Sized> Precopy<'_, '_, V, D> {
         let report = &mut self.migration.report;
         report.predicted_downtime_ms = Some(millis(expected));
         report.downtime_limit_ms = millis(limit);
+        report.downtime_target_ms = self.rounds.steering.downtime_target().map(millis);
         let out_of_reach = self.rounds.steering.pause_limit() > limit;
         let gave_way = held.or(out_of_reach.then_some(GaveWay::OutOfReach)).filter(|_| expected > limit);
         report.downtime_limit_gave_way = None;

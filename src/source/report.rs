@@ -31,7 +31,10 @@ pub struct SourceReport {
     pub predicted_downtime_ms: Option<f64>,
     /// The downtime limit that was in force when the guest was stopped.
     pub downtime_limit_ms: f64,
-    /// Whether the downtime was within it.
+    /// The wish below it, if there was one.
+    #[serde(default)]
+    pub downtime_target_ms: Option<f64>,
+    /// Whether the downtime was within the limit.
     pub downtime_limit_kept: bool,
     /// Why it had to give way, if it had: the guest was not called back although it was going to stand still for longer.
     #[serde(default)]

@@ -240,7 +240,12 @@ impl Steering {
         self.controller.settings().limits.downtime_at(self.started.elapsed())
     }
 
-    /// The same, or what a switchover takes in any case.
+    /// The wish below it.
+    pub fn downtime_target(&self) -> Option<Duration> {
+        self.controller.settings().limits.downtime_target
+    }
+
+    /// The limit, or what a switchover takes in any case.
     pub fn pause_limit(&self) -> Duration {
         self.controller.pause_limit(self.started.elapsed())
     }
@@ -420,6 +425,7 @@ impl Steering {
             let terms = || Event::TermsChanged {
                 policy: policy.clone(),
                 downtime_limit_ms: limits.downtime_at(event.at).as_secs_f64() * 1e3,
+                downtime_target_ms: limits.downtime_target.map(|target| target.as_secs_f64() * 1e3),
             };
             let event = match event.change {
                 Change::Policy(_) | Change::Limits(_) | Change::DowntimeLimit(_) => terms(),

@@ -122,8 +122,9 @@ fn sentence(event: &Event) -> Option<String> {
             };
             format!("slowing {vcpus} vCPU{} down, each {how}", if *vcpus == 1 { "" } else { "s" })
         }
-        Event::TermsChanged { policy, downtime_limit_ms } => {
-            format!("policy {}, downtime limit {downtime_limit_ms:.0} ms", printable(policy))
+        Event::TermsChanged { policy, downtime_limit_ms, downtime_target_ms } => {
+            let target = downtime_target_ms.map_or_else(String::new, |ms| format!(", target {ms:.0} ms"));
+            format!("policy {}, downtime limit {downtime_limit_ms:.0} ms{target}", printable(policy))
         }
         Event::StallsChanged { longest_stall_ms } => {
             format!(

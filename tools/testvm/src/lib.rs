@@ -13,6 +13,7 @@
 
 pub mod bare;
 mod boot;
+pub mod bulk;
 pub mod check;
 mod config;
 mod cpuid;
