@@ -138,6 +138,9 @@ pub enum Event {
         policy: String,
         /// The downtime limit now in force.
         downtime_limit_ms: f64,
+        /// The wish below it.
+        #[serde(default)]
+        downtime_target_ms: Option<f64>,
     },
     /// vCPUs that are held back may now be stopped for this long at a stretch: longer than usual where short stalls
     /// cannot hold the guest. The heaviest of several, for up to a quarter longer.
@@ -168,6 +171,15 @@ pub enum Event {
         /// What would have fitted the downtime limit.
         pages_fit: u64,
     },
+    /// The guest is going to stand still for longer than the downtime limit, and will not be called back.
+    DowntimeLimitGaveWay {
+        /// Why not.
+        why: GaveWay,
+        /// The limit.
+        downtime_limit_ms: f64,
+        /// How long it is expected to stand still.
+        expected_downtime_ms: f64,
+    },
     /// The guest has been stopped, with this much left.
     Switchover {
         /// Dirty pages found when it stood still.
@@ -180,6 +192,22 @@ pub enum Event {
         /// What went wrong, otherwise.
         error: Option<String>,
     },
+}
+
+/// Why a downtime limit had to give way.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GaveWay {
+    /// The switchover takes longer even without a page to send.
+    OutOfReach,
+    /// The switchover was called off as often as it may be.
+    CalledOffTooOften,
+    /// A limit of rounds, bytes or time ordered the switchover.
+    AnotherLimit,
+    /// Devices had handed over state that cannot be taken back.
+    DeviceStateLeft,
+    /// The destination is of a release that cannot forget a switchover.
+    OldDestination,
 }
 
 /// What a watcher receives.

@@ -13,7 +13,7 @@ use std::time::Duration;
 use common::bare::{BareVm, DATA, Pages, Privilege, Work, install_kick_handler, kvm};
 use common::{Writer, harvest_for, my_counts, profiler};
 use ringferry::PageIndex;
-use ringferry::converge::{Limits, Policy};
+use ringferry::converge::Limits;
 use ringferry::destination::{Destination, DestinationOptions, DestinationReport, ListenOptions};
 use ringferry::kvm::RingSize;
 use ringferry::progress::{Parameters, Progress, Terms};
@@ -178,7 +178,7 @@ fn over_a_migration(profilers: &mut [Profiler; 2]) -> (Vec<Counted>, SourceRepor
     let options =
         SourceOptions { destination: address, vcpus: VCPU_COUNT, verify: true, ..SourceOptions::default() };
     let limits = Limits { downtime: Duration::from_millis(1), max_rounds: Some(5), ..Limits::default() };
-    let terms = Terms { policy: Policy::None, limits, switchover_bandwidth: None };
+    let terms = Terms { policy: "none".parse().expect("a policy"), limits, switchover_bandwidth: None };
     let progress = Progress::new(Parameters::new(terms, MaxBandwidth::default()));
     let tracker = vm.tracker().unwrap().clone();
     let mut session = tracker.session();

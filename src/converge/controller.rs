@@ -1,25 +1,25 @@
 //! The part that decides: takes what is observed, keeps what is known, and says who is held back and when it ends.
 //!
-//! It keeps the order of things within a round, and nothing else: `vcpu` and `bandwidth` learn, `policy` says who is held
+//! It keeps the order of things within a round, and nothing else: `vcpu` and `link` learn, `policy` says who is held
 //! back, `pause` when the guest is stopped. Before it comes `track`, whose counts it is given; after it `source`, which does
 //! what it says.
 
 use std::time::Duration;
 
-use super::bandwidth::Bandwidth;
 use super::curve::Curve;
 use super::events::EventLog;
+use super::link::Link;
 use super::model::{Conditions, Round, Writers};
 use super::pace::Pace;
-use super::pause::Pause;
+use super::pause::{Pause, Rest};
 use super::policy::{Decision, Rule, View};
 use super::sampling::Sampling;
 use super::throttle::LONGEST_STALL_EVER;
 use super::units::{duration, sane, whole};
 use super::vcpu::{Seen, Vcpu};
 use super::{
-    Action, AtTimeout, Change, Event, GateState, LastCheck, Observation, Pages, Prediction, Settings, Share,
-    Why, stop, switchover,
+    Action, AtTimeout, Change, Event, GateState, LastCheck, LinkSample, Observation, Pages, Prediction,
+    Settings, Share, Why, stop, switchover,
 };
 use crate::PAGE_SIZE;
 
@@ -55,6 +55,8 @@ struct Current {
     /// How long the vCPUs ran in it, if nobody can be told from another, else how long it has been going on.
     ran_s: f64,
     unprotected: bool,
+    /// Pages that are dirty and none of its own.
+    besides: f64,
 }
 
 impl Current {
@@ -86,9 +88,7 @@ pub struct Controller {
     settings: Settings,
     vcpus: Vec<Vcpu>,
     others: Curve,
-    bandwidth: Bandwidth,
-    round_trip: Duration,
-    unpaced_bytes_per_s: Option<f64>,
+    link: Link,
     round: Current,
     pace: Pace,
     rule: Box<dyn Rule>,
@@ -118,9 +118,7 @@ impl Controller {
             settings,
             vcpus: Vec::new(),
             others: Curve::default(),
-            bandwidth: Bandwidth::default(),
-            round_trip: Duration::ZERO,
-            unpaced_bytes_per_s: None,
+            link: Link::default(),
             round: Current::default(),
             pace: Pace::default(),
             decision: Decision::default(),
@@ -194,7 +192,12 @@ impl Controller {
 
     /// The wire's bandwidth in bytes per second, as measured.
     pub fn bandwidth(&self) -> Option<f64> {
-        self.bandwidth.mean()
+        self.link.mean()
+    }
+
+    /// Bytes per second to count on while the guest stands still, where no `max-bandwidth` holds.
+    pub fn switchover_bandwidth(&self) -> Option<f64> {
+        self.settings.switchover_bandwidth.or(self.link.at_switchover())
     }
 
     /// P*: what fits the downtime limit at this time, with something in hand.
@@ -205,22 +208,15 @@ impl Controller {
     fn fits_in(&self, limit: Duration) -> Pages {
         let in_hand = self.settings.tuning.in_hand;
         let given = self.settings.switchover_bandwidth.map(|given| switchover::careful(given, 0.0, in_hand));
-        let measured = switchover::careful(self.switchover_bandwidth(), self.bandwidth.spread(), in_hand);
-        switchover::fit(self.time_left(limit), given.unwrap_or(measured), self.page_bytes)
-    }
-
-    /// Bytes per second that the link carries while the guest stands still, which nothing paces, as measured.
-    fn switchover_bandwidth(&self) -> f64 {
-        let mean = self.bandwidth.mean().unwrap_or(0.0);
-        self.unpaced_bytes_per_s.map_or(mean, |unpaced| sane(unpaced).max(mean))
+        let bandwidth = given.unwrap_or_else(|| self.link.careful_at_switchover(in_hand));
+        switchover::fit(self.time_left(limit), bandwidth, self.page_bytes)
     }
 
     /// What the downtime limit leaves for pages. A limit that is out of reach gives way to what the switchover takes
     /// whenever it comes; a backlog is waited for.
     fn time_left(&self, limit: Duration) -> Duration {
         let Settings { switchover_overhead: overhead, switchover_backlog: backlog, .. } = self.settings;
-        let limit = limit.max(overhead.mul_f64(1.0 + UNREACHABLE_SHARE));
-        limit.saturating_sub(overhead).saturating_sub(backlog)
+        self.in_reach(limit).saturating_sub(overhead).saturating_sub(backlog)
     }
 
     /// What has happened since this was last called.
@@ -245,7 +241,7 @@ impl Controller {
         self.pace.round_ended(self.adds_in_round());
         self.vcpus.iter_mut().for_each(Vcpu::recycled);
         self.others.recycled();
-        self.bandwidth.start(at, self.bytes_acked);
+        self.link.start(at, self.bytes_acked);
         self.sampling.round_started(now);
         self.round = Current {
             number: self.round.number.saturating_add(1),
@@ -295,7 +291,7 @@ impl Controller {
         self.learn(now, seen, true);
         let at = now.as_secs_f64();
         self.rounds_spent += ((at - self.round.start) / WHOLE_ROUND_S).clamp(0.0, 1.0);
-        self.bandwidth.stop(at, seen.link.bytes_acked);
+        self.link.stop(at, &seen.link);
         let sent = self.round.done - self.round.struck_off;
         if self.round.number > 1 && sent >= 1.0 {
             let bytes = self.bytes_acked.saturating_sub(self.round.bytes_at_start) as f64;
@@ -304,7 +300,7 @@ impl Controller {
             self.page_bytes += weight * (seen - self.page_bytes);
         }
         // All of it is known now.
-        let left = self.counted();
+        let left = self.counted() + self.round.besides;
         self.rule.round_ended(now, left * PAGE_SIZE as f64, self.bytes_acked as f64);
         self.decide(now);
         if self.fits_now(now, left + self.dirtied_until_stopped(now))
@@ -321,15 +317,42 @@ impl Controller {
         if matches!(why, Why::Limit(_)) {
             return LastCheck::GoOn;
         }
-        let bandwidth = self.settings.switchover_bandwidth.unwrap_or(self.switchover_bandwidth());
+        let given = self.settings.switchover_bandwidth;
+        let bandwidth = given.unwrap_or_else(|| self.link.at_switchover_now());
         let limit = self.settings.limits.downtime_at(now);
         let fits = switchover::fit(self.time_left(limit), bandwidth, self.page_bytes);
         let check = switchover::last_check(left, fits, self.called_off);
         if check == LastCheck::CallOff {
-            self.called_off += 1;
-            self.events.record(now, Change::CalledOff { left, fits });
+            self.called_off(now, left, fits);
         }
         check
+    }
+
+    /// The guest stood still with `left` pages to send, of which only `fits` still would: it runs on.
+    pub fn called_off(&mut self, now: Duration, left: Pages, fits: Pages) {
+        self.called_off += 1;
+        self.events.record(now, Change::CalledOff { left, fits });
+    }
+
+    /// Whether the guest may run on once more. If not, the downtime limit gives way.
+    pub fn may_call_off(&self) -> bool {
+        self.called_off < switchover::MAX_CALLED_OFF
+    }
+
+    /// The link has been seen while the guest stands still.
+    pub fn link_seen(&mut self, now: Duration, seen: &LinkSample) {
+        self.link.observe(now.as_secs_f64(), seen);
+        self.bytes_acked = self.bytes_acked.max(seen.bytes_acked);
+    }
+
+    /// What the guest may stand still for, a limit that is out of reach having given way to what the switchover takes whenever
+    /// it comes.
+    pub fn pause_limit(&self, now: Duration) -> Duration {
+        self.in_reach(self.settings.limits.downtime_at(now))
+    }
+
+    fn in_reach(&self, limit: Duration) -> Duration {
+        limit.max(self.settings.switchover_overhead.mul_f64(1.0 + UNREACHABLE_SHARE))
     }
 
     fn learn(&mut self, now: Duration, seen: &Observation<'_>, round_is_over: bool) {
@@ -350,10 +373,9 @@ impl Controller {
             self.others.observe(running, seen.others.as_f64());
         }
         self.round.ran_s = running;
-        self.bandwidth.observe(at, seen.link.bytes_acked);
-        self.round_trip = seen.link.round_trip;
-        self.unpaced_bytes_per_s = seen.link.unpaced_bytes_per_s;
+        self.link.observe(at, &seen.link);
         self.bytes_acked = self.bytes_acked.max(seen.link.bytes_acked);
+        self.round.besides = seen.besides.as_f64();
         self.round.done = seen.pages_done.as_f64();
         self.round.struck_off = seen.pages_struck_off.as_f64().min(self.round.done);
         let sent = self.round.done - self.round.struck_off;
@@ -381,7 +403,7 @@ impl Controller {
         let unseen = |vcpu: &Vcpu| most_unseen.min(vcpu.curve.at(self.round.ran_s));
         let unseen = if most_unseen > 0.0 { self.vcpus.iter().map(unseen).sum() } else { 0.0 };
         let others = (self.others.at(self.round.ran_s) - self.others.last().1).max(0.0);
-        (self.counted() + unseen + others).min(self.settings.ram.as_f64())
+        (self.counted() + self.round.besides + unseen + others).min(self.settings.ram.as_f64())
     }
 
     /// What will be dirtied between the decision to stop the guest and its standing still, which takes as long as
@@ -434,7 +456,8 @@ impl Controller {
         let all = self.all();
         let writers = Writers { vcpus: &self.vcpus, others: &self.others, all: &all };
         let braking = self.decision.braking;
-        self.pause.is_worth_waiting(now, &self.settings, writers, &conditions, round, left, braking)
+        let rest = Rest { round, left, braking };
+        self.pause.is_worth_waiting(now, &self.settings, writers, &conditions, rest)
     }
 
     /// All writers together.
@@ -460,6 +483,7 @@ impl Controller {
             number: self.round.number,
             elapsed_s: at - self.round.start,
             adds_per_s: self.pace.adds_per_s(),
+            besides: self.round.besides,
             gate_s: self.sampling.gate_s(),
             strikes_off: self.rule.strikes_off_redirtied(),
         };
@@ -485,7 +509,7 @@ impl Controller {
                 lost: forecast.map(|f| duration(f.lost_s)),
                 bytes: forecast.map(|f| self.bytes_acked.saturating_add(whole(f.pages * self.page_bytes))),
                 rounds: forecast.map(|f| self.round.number.saturating_add(f.rounds)),
-                spread: self.bandwidth.spread(),
+                spread: self.link.spread(),
             };
             self.prediction = Some(prediction);
             self.events.prediction(now, prediction);
@@ -494,8 +518,8 @@ impl Controller {
     }
 
     fn conditions(&self, now: Duration) -> Option<Conditions> {
-        let bandwidth = self.bandwidth.mean().filter(|mean| *mean > 0.0)?;
-        let switch = self.settings.switchover_bandwidth.map_or(self.switchover_bandwidth(), sane);
+        let bandwidth = self.link.mean().filter(|mean| *mean > 0.0)?;
+        let switch = self.switchover_bandwidth().map_or(bandwidth, sane);
         Some(Conditions {
             pages_per_s: bandwidth / self.page_bytes,
             current_pages_per_s: bandwidth / self.round_page_bytes,
@@ -503,7 +527,7 @@ impl Controller {
             switch_pages_per_s: switch / self.page_bytes,
             fits: self.fits_in(self.settings.limits.aim_at(now)).as_f64(),
             overhead_s: self.settings.switchover_overhead.as_secs_f64(),
-            round_overhead_s: self.settings.tuning.round_s + self.round_trip.as_secs_f64(),
+            round_overhead_s: self.settings.tuning.round_s + self.link.round_trip_s(),
             ram: self.settings.ram.as_f64(),
         })
     }

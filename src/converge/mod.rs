@@ -12,14 +12,15 @@
 //! 3. [`round_ended`](Controller::round_ended) when its pages are done; then harvest and 1, or switch over;
 //! 4. [`last_check`](Controller::last_check) when the guest stands still and what is left is known exactly.
 //!
-//! `vcpu`, `curve`, `pace` and `bandwidth` learn, `model` predicts, `policy` decides who is held back; `sampling` says when to
-//! sample the vCPUs and `throttle` turns a decision into gates; `pause`, `switchover` and `stop` end it; `events` is the log
+//! `vcpu`, `curve`, `pace`, `bandwidth` and `link` learn, `model` predicts, `policy` decides who is held back; `sampling` says when
+//! to sample the vCPUs and `throttle` turns a decision into gates; `pause`, `switchover` and `stop` end it; `events` is the log
 //! for those who watch; `tuning` has the constants; `controller` ties them together.
 
 pub mod bandwidth;
 mod controller;
 pub mod curve;
 mod events;
+pub mod link;
 mod model;
 mod pace;
 mod pause;
@@ -107,6 +108,8 @@ pub struct Observation<'a> {
     pub vcpus: &'a [VcpuSample],
     /// Different pages dirtied since the last recycle by others than a known vCPU.
     pub others: Pages,
+    /// Pages that are dirty, and none of this round's, because a switchover was called off; nobody dirties them now.
+    pub besides: Pages,
     /// Pages of this round that need nothing more: sent, found zero, or struck off because they are dirty again.
     pub pages_done: Pages,
     /// Of these, pages that were struck off unsent because they are dirty again.

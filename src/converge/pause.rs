@@ -38,6 +38,16 @@ pub(crate) struct Pause {
     rounds: u32,
 }
 
+/// What would have to be sent if the guest were stopped now.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rest {
+    /// What is left of the current round, or the one that would have to be begun.
+    pub round: Round,
+    /// Pages that are unsent or dirty.
+    pub left: f64,
+    pub braking: Option<Braking>,
+}
+
 impl Default for Pause {
     fn default() -> Self {
         Self { worth_until: 0.0, least: (f64::INFINITY, 0.0), rounds: 0 }
@@ -50,18 +60,16 @@ impl Pause {
         now.as_secs_f64() < self.worth_until
     }
 
-    /// Whether the guest had better be stopped later, although the `left` pages that have to be sent fit. `round` is what
-    /// is left of the current one, or the one that would have to be begun.
+    /// Whether the guest had better be stopped later, although the rest fits.
     pub fn is_worth_waiting(
         &mut self,
         now: Duration,
         settings: &Settings,
         writers: Writers<'_>,
         conditions: &Conditions,
-        round: Round,
-        left: f64,
-        braking: Option<Braking>,
+        rest: Rest,
     ) -> bool {
+        let Rest { round, left, braking } = rest;
         let at = now.as_secs_f64();
         if left < self.least.0 {
             self.least = (left, at);

@@ -31,7 +31,7 @@ pub struct ConvergenceTimeout {
 pub struct Limits {
     /// Longest time that the guest may stand still at the switchover, everything in it.
     pub downtime: Duration,
-    /// A wish below the limit: the guest is stopped with so little left, as long as what is left becomes less.
+    /// A wish below that: the guest is stopped with so little left as long as what is left becomes less.
     pub downtime_target: Option<Duration>,
     /// The downtime limit doubles when the migration does not end.
     pub convergence_timeout: Option<ConvergenceTimeout>,

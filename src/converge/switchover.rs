@@ -9,7 +9,7 @@ use super::units::{Pages, sane};
 pub const MAX_CALLED_OFF: u32 = 3;
 
 /// As much of the bandwidth stays in hand as the link varied, but no more than this share.
-const MOST_IN_HAND_FOR_SPREAD: f64 = 0.25;
+pub(super) const MOST_IN_HAND_FOR_SPREAD: f64 = 0.25;
 
 /// The bandwidth to count on, of a mean that varies by `spread` of itself: what is promised is a limit, and what is measured
 /// is a mean, so a share of it stays `in_hand` when the guest is about to be stopped. The last check needs neither.

@@ -119,7 +119,9 @@ fn auto_converge_has_the_published_shape_and_costs_the_writer_four_times_as_much
         assert!(new.lost() * 4 <= old.lost(), "{set} MiB: {:?} of {:?}", new.lost(), old.lost());
         assert!(old.vcpus[1].throttled > Duration::from_secs(1), "the reader pays, too");
     }
-    for rate in [80e6, 150e6] {
+    // Not of one at 80 MB/s: slowed down by a fifth, it shrinks by itself, and loses less than one that is stopped late.
+    {
+        let rate = 150e6;
         let mut with_deadline = settings("fair-share");
         let old = migrate(&guest(512, rate), settings("auto-converge"));
         with_deadline.limits.deadline = Some(old.total);
@@ -408,7 +410,7 @@ proptest! {
             now += Duration::from_millis(ms.into());
             let sample = |(dirtied, ms): &(u64, u32)| VcpuSample { dirtied: Pages(*dirtied), throttled: Duration::from_millis((*ms).into()) };
             let vcpus: Vec<VcpuSample> = vcpus.iter().map(sample).collect();
-            let seen = Observation { vcpus: &vcpus, others: Pages(others), pages_done: Pages(pages), pages_struck_off: Pages(others), unprotected: Pages(ram % 2), link: LinkSample { bytes_acked: bytes, ..LinkSample::default() } };
+            let seen = Observation { vcpus: &vcpus, others: Pages(others), pages_done: Pages(pages), pages_struck_off: Pages(others), besides: Pages(0), unprotected: Pages(ram % 2), link: LinkSample { bytes_acked: bytes, ..LinkSample::default() } };
             match what {
                 0 => controller.round_started(now, Pages(pages)),
                 1 => drop(controller.observed(now, &seen)),
@@ -475,6 +477,7 @@ fn a_backlog_is_waited_for_and_never_makes_the_limit_give_way() {
         others: Pages(0),
         pages_done: Pages(1000),
         pages_struck_off: Pages(0),
+        besides: Pages(0),
         unprotected: Pages(0),
         link: LinkSample { bytes_acked: 4_096_000, ..LinkSample::default() },
     };

@@ -72,6 +72,10 @@ impl IncomingState {
                     machine.extend_from_slice(piece);
                     Ok(())
                 }
+                RecordKind::Void => {
+                    machine.clear();
+                    Ok(())
+                }
             })?;
             self.taken += chunk.len() as u64;
             // The source may have a window under way beyond what it knows that we have taken.

@@ -24,14 +24,16 @@ pub(super) struct Link {
     pub sender: Sender,
     /// Bytes of the state stream that were given to the data connections.
     pub state_bytes: u64,
+    /// Whether the destination forgets the state of a machine that runs on after all.
+    pub may_call_off: bool,
     asked: Instant,
 }
 
 impl Link {
-    pub fn new(control: ControlConnection, sender: Sender) -> Self {
+    pub fn new(control: ControlConnection, sender: Sender, may_call_off: bool) -> Self {
         let counters = sender.counters();
         control.watch_elsewhere(move || counters.bytes_acknowledged());
-        Self { control, sender, state_bytes: 0, asked: Instant::now() }
+        Self { control, sender, state_bytes: 0, may_call_off, asked: Instant::now() }
     }
 
     /// To be called all the time while the guest runs: notices a destination that gives up or is gone, and keeps a fresh
@@ -55,9 +57,11 @@ impl Link {
         Instant::now().checked_sub(recent).is_none_or(|since| self.control.answered_since(since))
     }
 
-    /// The shortest round trip that was seen; nothing before the first answer.
+    /// The shortest round trip that was seen, of a ping or a frame; nothing before the first answer. Either is too long by what
+    /// busy threads of both hosts add, and a frame also by the time that it takes.
     pub fn round_trip(&self) -> Duration {
-        self.control.round_trip().unwrap_or_default()
+        let seen = [self.control.round_trip(), self.sender.counters().round_trip()];
+        seen.into_iter().flatten().min().unwrap_or_default()
     }
 
     /// Bytes of state that are on their way. The destination's word for what it has taken is believed as far as it can

@@ -1,6 +1,6 @@
 //! What all phases of a migration share: the VM, its tracker, what was harvested, and the report.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::error::SourceError;
 use super::link::{Link, tell_of_the_end};
@@ -9,7 +9,7 @@ use super::report::{SourceReport, millis};
 use super::verification::Verification;
 use crate::layout::GuestMemory;
 use crate::page_set::PageSet;
-use crate::progress::{Event, Progress, RoundReport};
+use crate::progress::{Event, GaveWay, Progress, RoundReport};
 use crate::track::{DirtySource, Redirtied};
 use crate::transport::control::ControlError;
 use crate::transport::{RoundSent, TransportError};
@@ -106,6 +106,17 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Migration<'a, V, D> {
             status.round_pages_done = status.round_pages;
             status.bytes_sent = bytes_sent;
         });
+    }
+
+    /// The guest is going to stand still for longer than the limit, and is not called back.
+    pub fn limit_gave_way(&mut self, why: GaveWay, limit: Duration, expected: Duration) {
+        if self.report.downtime_limit_gave_way.is_some() {
+            return;
+        }
+        self.report.downtime_limit_gave_way = Some(why);
+        let (downtime_limit_ms, expected_downtime_ms) = (millis(limit), millis(expected));
+        let event = Event::DowntimeLimitGaveWay { why, downtime_limit_ms, expected_downtime_ms };
+        self.progress.publish(event, |_| ());
     }
 
     /// The first act of a failure while the guest stands still; the error to go on with.

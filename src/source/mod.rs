@@ -7,6 +7,8 @@
 //! commit         COMMIT, and the destination's word: RUNNING, or a definite no
 //! ```
 //!
+//! Until PREPARE has left, a standstill that is going to last too long is called off, and precopy goes on (`guard`).
+//!
 //! A phase owns what exists in it: the proof of the pause is a field of the standstill and of nothing else. Until
 //! `Commit` has left, the first act of every failure is to let the guest run here; then pages go back to the dirty set,
 //! and then the destination is told. After it, only the destination's word counts: see [`Outcome`].
@@ -16,6 +18,7 @@
 mod behind;
 mod commit;
 mod error;
+mod guard;
 mod link;
 mod migration;
 mod options;
@@ -36,6 +39,7 @@ pub use options::{SourceOptions, StandstillLimit};
 pub use report::{ChannelReport, LossReport, SourceReport};
 
 use self::migration::Migration;
+use self::stop_and_copy::Ended;
 use crate::layout::GuestMemory;
 use crate::progress::{Event, Phase, Progress};
 use crate::track::DirtySource;
@@ -87,9 +91,15 @@ fn attempt<V: Vm + ?Sized, D: DirtySource + ?Sized>(
     migration: &mut Migration<'_, V, D>,
 ) -> Result<commit::HandedOver, SourceError> {
     let mut link = setup::run(migration).map_err(|error| migration.cancelled_or(error))?;
-    let standstill = precopy::run(migration, &mut link)?;
-    let prepared = stop_and_copy::run(standstill, migration, &mut link)?;
-    commit::run(prepared, migration, &link)
+    let (mut rounds, mut standstill) = precopy::run(migration, &mut link)?;
+    loop {
+        match stop_and_copy::run(standstill, &mut rounds.steering, migration, &mut link)? {
+            Ended::Prepared(prepared) => return commit::run(*prepared, migration, &link),
+            Ended::CalledOff { under_way, given_back } => {
+                standstill = rounds.go_on(under_way, given_back, migration, &mut link)?;
+            }
+        }
+    }
 }
 
 /// Tells the watchers how it ended.

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::progress::{Prediction, RoundReport};
+use crate::progress::{GaveWay, Prediction, RoundReport};
 use crate::transport::{ChannelSnapshot, SendCounters, Totals};
 
 /// The figures of a completed migration. Times in milliseconds, by the source's monotonic clock.
@@ -31,8 +31,17 @@ pub struct SourceReport {
     pub predicted_downtime_ms: Option<f64>,
     /// The downtime limit that was in force when the guest was stopped.
     pub downtime_limit_ms: f64,
-    /// Whether the downtime was within it.
+    /// The wish below it, if there was one.
+    #[serde(default)]
+    pub downtime_target_ms: Option<f64>,
+    /// Whether the downtime was within the limit.
     pub downtime_limit_kept: bool,
+    /// Why it had to give way, if it had: the guest was not called back although it was going to stand still for longer.
+    #[serde(default)]
+    pub downtime_limit_gave_way: Option<GaveWay>,
+    /// The times that the guest was stopped and ran on, because it would have stood still for too long.
+    #[serde(default)]
+    pub switchovers_called_off: u32,
     /// Of the downtime: until devices stood still and state was saved.
     pub save_state_ms: f64,
     /// Of the downtime: from the last page's being in place there to the word that the destination runs.

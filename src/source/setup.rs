@@ -30,7 +30,7 @@ pub(super) fn run<V: Vm + ?Sized, D: DirtySource + ?Sized>(
     socket::prepare(&stream, options.peer_timeout).map_err(unreachable)?;
     let control = ControlConnection::keep(Arc::new(stream), options.peer_timeout)?;
     match offer(migration, &control, peer, wait) {
-        Ok(sender) => Ok(Link::new(control, sender)),
+        Ok((sender, may_call_off)) => Ok(Link::new(control, sender, may_call_off)),
         Err(error) => {
             let error = migration.cancelled_or(error);
             tell_of_the_end(&control, &error);
@@ -39,13 +39,14 @@ pub(super) fn run<V: Vm + ?Sized, D: DirtySource + ?Sized>(
     }
 }
 
-/// Offers the destination the VM, and makes the data connections that it asks for.
+/// Offers the destination the VM, and makes the data connections that it asks for; and whether it can forget the state of
+/// a machine that runs on.
 fn offer<V: Vm + ?Sized, D: DirtySource + ?Sized>(
     migration: &mut Migration<'_, V, D>,
     control: &ControlConnection,
     peer: SocketAddr,
     wait: Wait<'_>,
-) -> Result<Sender, SourceError> {
+) -> Result<(Sender, bool), SourceError> {
     let options = &migration.options;
     let parameters = migration.progress.parameters();
     let token = random_token()?;
@@ -94,7 +95,7 @@ fn offer<V: Vm + ?Sized, D: DirtySource + ?Sized>(
     migration.report.channels = channels;
     migration.report.memory_bytes = migration.memory.pages() * PAGE_SIZE as u64;
     migration.tracker.backend().clone_into(&mut migration.report.backend);
-    Ok(sender)
+    Ok((sender, accept.features.iter().any(|feature| feature == features::CALL_OFF)))
 }
 
 fn agree(ours: &[Feature], accept: &Accept) -> Result<(), SourceError> {

@@ -4,9 +4,11 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use super::error::SourceError;
+use super::guard::Guard;
 use super::link::Link;
 use super::migration::Migration;
 use crate::page_set::PageSet;
+use crate::progress::GaveWay;
 use crate::track::DirtySource;
 use crate::transport::control::{ControlError, Wait};
 use crate::vm::{Paused, Vm};
@@ -19,22 +21,16 @@ pub(super) struct Standstill {
     pub budget: Duration,
     /// Pages that were dirty, or not sent yet, when it was stopped.
     pub left: PageSet,
+    /// Pages that were harvested since, and are unprotected: once the guest runs on, they are dirty again.
+    pub unprotected: PageSet,
     /// The size of the round of which pages are still on their way.
     pub round_pages: Option<u64>,
+    pub guard: Guard,
+    /// Why it is not called off when the guard says that it takes too long.
+    pub held: Option<GaveWay>,
 }
 
 impl Standstill {
-    /// The guest has been stopped at `since`, may stand still for `budget`, and `left` is to be sent.
-    pub fn new(
-        paused: Paused,
-        since: Instant,
-        budget: Duration,
-        left: PageSet,
-        round_pages: Option<u64>,
-    ) -> Self {
-        Self { paused, since, budget, left, round_pages }
-    }
-
     /// The wait that ends with the budget.
     pub fn wait<'c>(&self, cancel: &'c AtomicBool) -> Wait<'c> {
         Wait { deadline: self.since + self.budget, cancel }

@@ -50,6 +50,13 @@ impl<'l> StateWriter<'l> {
         Ok(())
     }
 
+    /// What was sent of the state of the machine is void.
+    pub fn void(mut self) -> Result<(), SourceError> {
+        // A record has content.
+        self.buffer.push(0);
+        self.send_buffered(RecordKind::Void)
+    }
+
     fn send_buffered(&mut self, kind: RecordKind) -> Result<(), SourceError> {
         if self.buffer.is_empty() {
             return Ok(());

@@ -10,7 +10,7 @@ use crate::converge::{
     VcpuSample, Why,
 };
 use crate::layout::PAGE_SIZE;
-use crate::progress::{self, Event, Progress};
+use crate::progress::{self, Event, Phase, Progress};
 use crate::track::{DirtySource, Observed, Redirtied, TrackError, VcpuThrottle};
 use crate::transport::{SendHandle, Totals};
 use crate::vm::Vm;
@@ -31,6 +31,11 @@ pub(super) struct Steering {
     totals_before_round: Totals,
     /// Of the current round, when it started.
     unprotected: u64,
+    round_began: Duration,
+    /// Pages that are dirty and none of the round's, and that the tracker does not show: until the next harvest, and at all.
+    given_back: u64,
+    carried: u64,
+    round_trip: Duration,
 }
 
 #[derive(Debug)]
@@ -61,6 +66,10 @@ impl SteeredVcpu {
 
 /// How often a sample looks again because vCPUs came or went meanwhile; the next sample finds the rest.
 const LOOKS_AGAIN_MAX: u32 = 3;
+/// Between the last look of a round and the harvest lies no more than this, unless the host is busy, and so many pages
+/// whatever the time.
+const LOOK_TO_HARVEST: Duration = Duration::from_millis(5);
+const PAGES_SINCE_LOOK: u64 = 256;
 /// What a link is taken to carry before it was measured: a gigabit a second.
 const UNKNOWN_BYTES_PER_S: f64 = 1.25e8;
 
@@ -95,6 +104,10 @@ impl Steering {
             last_shown: (Duration::ZERO, Vec::new()),
             totals_before_round: Totals::default(),
             unprotected: 0,
+            round_began: Duration::ZERO,
+            given_back: 0,
+            carried: 0,
+            round_trip: Duration::ZERO,
         }
     }
 
@@ -103,6 +116,7 @@ impl Steering {
     pub fn round_started(&mut self, round: u32, pages: u64, unprotected: u64, totals: Totals) {
         self.totals_before_round = totals;
         self.unprotected = unprotected;
+        self.round_began = self.started.elapsed();
         self.last_shown = (self.started.elapsed(), Vec::new());
         let event = Event::RoundStarted { round, pages_to_send: pages };
         self.progress.publish(event, |status| {
@@ -140,7 +154,7 @@ impl Steering {
             // It was before they came or went, or after: that one's order is known.
             observed = self.observe(tracker, sender)?;
         }
-        let action = self.act(&observed, sender.totals(), None);
+        let action = self.act(&observed, sender, None);
         self.apply_gates(vm);
         self.samples_took = [self.samples_took[1], began.elapsed()];
         Ok(action)
@@ -166,14 +180,14 @@ impl Steering {
         tracker: &(impl DirtySource + ?Sized),
         observed: &Observed,
         harvested: u64,
-        totals: Totals,
+        sender: &SendHandle,
     ) -> Action {
         // It was in the order of the vCPUs of the last sample, unless it tells of more or fewer, or of none.
         let is_known = matches!(observed, Observed::PerVcpu { vcpus, .. } if vcpus.len() == self.vcpus.len());
         if !is_known {
             self.take_up_vcpus(tracker.vcpus());
         }
-        let action = self.act(observed, totals, Some(harvested));
+        let action = self.act(observed, sender, Some(harvested));
         if is_known {
             self.take_up_vcpus(tracker.vcpus());
         }
@@ -185,6 +199,40 @@ impl Steering {
         let check = self.controller.last_check(self.started.elapsed(), why, Pages(left));
         self.publish_events();
         check
+    }
+
+    /// Whether the guest may run on once more although it was stopped.
+    pub fn may_call_off(&self) -> bool {
+        self.controller.may_call_off()
+    }
+
+    /// The link has been seen while the guest stands still.
+    pub fn link_seen(&mut self, sender: &SendHandle) {
+        self.controller.link_seen(self.started.elapsed(), &sender.link());
+    }
+
+    /// The guest was to stand still for too long, and runs on.
+    pub fn called_off(&mut self, left: u64, fit: u64) {
+        self.controller.called_off(self.started.elapsed(), Pages(left), Pages(fit));
+    }
+
+    /// A switchover was called off: counting starts anew, as of a round with the `pages` that are still on their way.
+    pub fn round_goes_on(&mut self, pages: u64, totals: Totals) {
+        self.totals_before_round = totals;
+        self.last_shown = (self.started.elapsed(), Vec::new());
+        self.progress.update(|status| {
+            status.phase = Phase::Precopy;
+            status.round_pages = pages;
+            status.round_pages_done = 0;
+        });
+        self.controller.round_started(self.started.elapsed(), Pages(pages));
+        self.publish_events();
+    }
+
+    /// What has to be sent after the round that has begun, and nobody sees: `given_back` pages before the next harvest, and
+    /// `carried` ones at all.
+    pub fn dirty_besides(&mut self, given_back: u64, carried: u64) {
+        (self.given_back, self.carried) = (given_back, carried);
     }
 
     /// When to sample again: when the controller wants, but sampling is not to be all that this thread does. One sample
@@ -204,6 +252,16 @@ impl Steering {
         self.controller.settings().limits.downtime_at(self.started.elapsed())
     }
 
+    /// The wish below it.
+    pub fn downtime_target(&self) -> Option<Duration> {
+        self.controller.settings().limits.downtime_target
+    }
+
+    /// The limit, or what a switchover takes in any case.
+    pub fn pause_limit(&self) -> Duration {
+        self.controller.pause_limit(self.started.elapsed())
+    }
+
     /// How long the guest is going to stand still if `left` pages are left, as far as the link is known.
     pub fn expected_downtime(&self, left: u64) -> Duration {
         let settings = self.controller.settings();
@@ -213,8 +271,7 @@ impl Steering {
 
     /// How long the link takes for so many bytes while the guest stands still; a guess, as long as it is not known.
     pub fn time_to_send(&self, bytes: u64) -> Duration {
-        let given = self.controller.settings().switchover_bandwidth;
-        let bytes_per_s = given.or(self.controller.bandwidth()).unwrap_or(UNKNOWN_BYTES_PER_S);
+        let bytes_per_s = self.controller.switchover_bandwidth().unwrap_or(UNKNOWN_BYTES_PER_S);
         Duration::try_from_secs_f64(bytes as f64 / bytes_per_s).unwrap_or(Duration::MAX)
     }
 
@@ -228,10 +285,12 @@ impl Steering {
         !self.controller.settings().switchover_backlog.is_zero()
     }
 
-    /// What the switchover takes besides sending pages, now that more is known of it: in any case, and if it comes now.
-    pub fn set_besides(&mut self, fixed: Duration, backlog: Duration) {
+    /// What the switchover takes besides sending pages, now that more is known of it: round trips, what else it takes in any
+    /// case, and what it takes if it comes now.
+    pub fn set_besides(&mut self, round_trip: Duration, fixed: Duration, backlog: Duration) {
+        self.round_trip = round_trip;
         self.controller.set_backlog(backlog);
-        let overhead = SWITCHOVER_OVERHEAD.saturating_add(fixed);
+        let overhead = SWITCHOVER_OVERHEAD.saturating_add(round_trip * ROUND_TRIPS).saturating_add(fixed);
         // A change makes the controller plan anew: not for what makes no difference.
         if overhead.abs_diff(self.controller.settings().switchover_overhead) > Duration::from_millis(1) {
             self.controller
@@ -279,13 +338,19 @@ impl Steering {
         true
     }
 
-    fn act(&mut self, observed: &Observed, totals: Totals, harvested: Option<u64>) -> Action {
+    fn act(&mut self, observed: &Observed, sender: &SendHandle, harvested: Option<u64>) -> Action {
+        let totals = sender.totals();
         let now = self.started.elapsed();
         let (per_vcpu, others) = match observed {
-            Observed::PerVcpu { vcpus, others } => (vcpus.as_slice(), *others),
+            Observed::PerVcpu { vcpus, others } => {
+                let unnamed = harvested.map_or(0, |harvested| self.unnamed(vcpus, harvested, now));
+                (vcpus.as_slice(), unnamed.max(*others))
+            }
             Observed::Total(pages) => ([].as_slice(), harvested.unwrap_or(*pages)),
             Observed::Unobservable => ([].as_slice(), harvested.unwrap_or(0)),
         };
+        // What was given back has been harvested by the end of the round.
+        let besides = self.carried + if harvested.is_some() { 0 } else { self.given_back };
         let tells_vcpus = matches!(observed, Observed::PerVcpu { .. });
         if self.controller.settings().per_vcpu != tells_vcpus {
             self.controller.change(now, |settings| settings.per_vcpu = tells_vcpus);
@@ -296,14 +361,16 @@ impl Steering {
             throttled: vcpu.throttle.throttled().saturating_sub(vcpu.throttled_before),
         }));
         let round = totals.since(self.totals_before_round);
+        let link = LinkSample { round_trip: self.round_trip, ..sender.link() };
         let pages_done = round.pages_sent + round.zero_pages + round.pages_struck_off;
         let seen = Observation {
             vcpus: &self.samples,
             others: Pages(others),
+            besides: Pages(besides),
             pages_done: Pages(pages_done),
             pages_struck_off: Pages(round.pages_struck_off),
             unprotected: Pages(self.unprotected),
-            link: LinkSample { bytes_acked: totals.bytes_sent, ..LinkSample::default() },
+            link,
         };
         let action = match harvested {
             Some(_) => self.controller.round_ended(now, &seen),
@@ -312,6 +379,16 @@ impl Steering {
         self.show(now, per_vcpu, pages_done, totals);
         self.publish_events();
         action
+    }
+
+    /// Pages of a harvest that nobody was named for: what processors still kept, what other writers' logs held; but not what
+    /// the vCPUs dirtied between the last look and the harvest.
+    fn unnamed(&self, vcpus: &[u64], harvested: u64, now: Duration) -> u64 {
+        let named: u64 = vcpus.iter().sum();
+        let round_s = now.saturating_sub(self.round_began).as_secs_f64();
+        let since_look = (LOOK_TO_HARVEST.as_secs_f64() / round_s.max(1e-6)).min(1.0);
+        let since_look = whole(named as f64 * since_look) + PAGES_SINCE_LOOK;
+        harvested.saturating_sub(named + since_look + self.given_back)
     }
 
     /// Closes and opens the gates as the controller wants them. A vCPU whose gate has just been closed may be
@@ -371,6 +448,7 @@ impl Steering {
             let terms = || Event::TermsChanged {
                 policy: policy.clone(),
                 downtime_limit_ms: limits.downtime_at(event.at).as_secs_f64() * 1e3,
+                downtime_target_ms: limits.downtime_target.map(|target| target.as_secs_f64() * 1e3),
             };
             let event = match event.change {
                 Change::Policy(_) | Change::Limits(_) | Change::DowntimeLimit(_) => terms(),
@@ -403,6 +481,9 @@ impl Steering {
     }
 }
 
+/// Round trips between the pause and the word that the destination runs: the pages on their way, the last pages, what
+/// saving state wrote, `Prepare` and `Commit`.
+const ROUND_TRIPS: u32 = 5;
 /// The switchover takes this long besides pages, round trips, verification and device state in pieces: stopping vCPUs (0.4 ms mean, 7 ms worst here),
 /// saving, restoring and handing over.
 const SWITCHOVER_OVERHEAD: Duration = Duration::from_millis(20);

@@ -6,8 +6,8 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
-use super::bandwidth::Bandwidth;
 use super::channel_spec::ChannelSpec;
+use crate::converge::bandwidth::Bandwidth;
 
 /// A sum that one channel thread writes and anybody reads. Relaxed: each is a figure of its own, and no reader
 /// concludes from one about another.
@@ -38,6 +38,8 @@ pub(super) struct ChannelCounters {
     pub copied_sends: Counter,
     pub reconnects: Counter,
     pub bandwidth: Mutex<Bandwidth>,
+    /// In microseconds; 0 while unknown.
+    pub round_trip_us: AtomicU64,
     pub sending: Mutex<Sending>,
 }
 
@@ -71,6 +73,7 @@ impl ChannelCounters {
             copied_sends: Counter::default(),
             reconnects: Counter::default(),
             bandwidth: Mutex::default(),
+            round_trip_us: AtomicU64::new(0),
             sending: Mutex::default(),
         }
     }
@@ -226,6 +229,14 @@ impl SendCounters {
     /// Bytes that the destination's kernel acknowledged, over all channels: while it grows, the destination's host lives.
     pub fn bytes_acknowledged(&self) -> u64 {
         self.channels.iter().map(|channel| channel.bytes_acknowledged.get()).sum()
+    }
+
+    /// The shortest time from a frame's leaving to its acknowledgement, on the slowest of the links that are up; `None` before
+    /// the first acknowledgement.
+    pub fn round_trip(&self) -> Option<Duration> {
+        let up = self.channels.iter().filter(|channel| channel.connected.load(Ordering::Relaxed));
+        let longest = up.map(|channel| channel.round_trip_us.load(Ordering::Relaxed)).max()?;
+        (longest > 0).then(|| Duration::from_micros(longest))
     }
 
     /// What the links that are up carry together. The channels send at the same time, so their rates add up.

@@ -10,7 +10,6 @@
 //! Not here: what the control connection says (`wire::control`, `source`, `destination`), and which pages are
 //! dirty.
 
-mod bandwidth;
 mod channel;
 mod channel_spec;
 pub mod connection;
@@ -34,7 +33,6 @@ mod uring;
 #[cfg(test)]
 mod tests;
 
-pub use bandwidth::Bandwidth;
 pub use channel_spec::{ChannelSpec, ChannelSpecError};
 pub use counters::{ChannelLoss, ChannelSnapshot, SendCounters, Sending, Totals};
 pub use discards::Discards;
@@ -48,3 +46,5 @@ pub use send::{LastPhase, RoundSent, SendHandle, Sender};
 pub use socket::STALL_TIMEOUT;
 pub use token::MigrationToken;
 pub use uring::UringSupport;
+
+pub use crate::converge::bandwidth::Bandwidth;

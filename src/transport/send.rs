@@ -15,6 +15,7 @@ use super::pacing::Lifted;
 use super::scheduler::{StateChunk, Waited};
 use super::session::Session;
 use super::token::MigrationToken;
+use crate::converge::LinkSample;
 use crate::layout::GuestMemory;
 use crate::page_set::PageSet;
 use crate::wire::{CHANNELS_MAX, STATE_CHUNK_BYTES_MAX, STATE_WINDOW_BYTES};
@@ -70,6 +71,16 @@ impl SendHandle {
     /// Live figures.
     pub fn totals(&self) -> Totals {
         self.0.counters.totals()
+    }
+
+    /// What is known of the link.
+    pub fn link(&self) -> LinkSample {
+        let Session { counters, options, .. } = &*self.0;
+        LinkSample {
+            bytes_acked: counters.bytes_acknowledged(),
+            unpaced_bytes_per_s: options.max_bandwidth.unpaced(Instant::now()),
+            round_trip: counters.round_trip().unwrap_or_default(),
+        }
     }
 
     /// Makes the round that is being sent, and all later ones, end with [`TransportError::Cancelled`] at once.

@@ -15,8 +15,11 @@ pub const VERIFY: &str = "verify";
 /// Device state may come in pieces while the guest runs.
 pub const DEVICE_STATE: &str = "device-state";
 
+/// State of the machine that was sent may be declared void: the source may call off a switchover until `Prepare`.
+pub const CALL_OFF: &str = "call-off";
+
 /// The features that this build has.
-pub const OURS: [&str; 2] = [VERIFY, DEVICE_STATE];
+pub const OURS: [&str; 3] = [VERIFY, DEVICE_STATE, CALL_OFF];
 
 /// A feature that one side names.
 #[derive(Clone, PartialEq, Eq, Debug)]

@@ -27,6 +27,9 @@ pub enum RecordKind {
     Device,
     /// A piece of the state of the machine, to be restored as a whole once RAM is complete.
     Machine,
+    /// The switchover was called off and the guest runs on at the source: the state of the machine so far is void. Only for
+    /// a peer with the feature `call-off`.
+    Void,
 }
 
 /// Why bytes are not a state stream.
@@ -48,6 +51,7 @@ pub fn record(kind: RecordKind, content: &[u8]) -> Vec<u8> {
     let number: u16 = match kind {
         RecordKind::Device => 1,
         RecordKind::Machine => 2,
+        RecordKind::Void => 3,
     };
     let bytes = u32::try_from(content.len()).unwrap_or(u32::MAX);
     let head = RecordHead { kind: number.into(), reserved: 0.into(), bytes: bytes.into() };
@@ -110,6 +114,7 @@ fn begin(head: RecordHead) -> Result<Option<(RecordKind, usize)>, StateFormatErr
     let kind = match head.kind.get() {
         1 => RecordKind::Device,
         2 => RecordKind::Machine,
+        3 => RecordKind::Void,
         unknown => return Err(StateFormatError::Kind(unknown)),
     };
     let too_long = StateFormatError::TooLong(head.bytes.get());

@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that fails says where")]
 
 mod agreeing;
+mod called_off;
 mod cuts;
 mod discards;
 mod hostile;

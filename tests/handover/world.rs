@@ -19,6 +19,7 @@ use ringferry::track::{Observed, TrackError};
 use ringferry::transport::Discards;
 use ringferry::vm::{Moment, VmError};
 use ringferry::{DirtySource, PageSet, Paused, Quiesced, Settled, Vm};
+use ringferry_testvm::relay::Relay;
 
 use crate::proxy::{Proxied, proxy};
 
@@ -267,6 +268,10 @@ pub struct World {
     pub progress: Progress,
     /// What the control connection goes through.
     pub proxied: Proxied,
+    /// What all connections go through before that, if anything: bytes per second, and the delay each way.
+    pub relayed: Option<(u64, Duration)>,
+    /// That, while it migrates.
+    pub relay: Arc<Mutex<Option<Relay>>>,
     /// What becomes of a VM that was handed over and never confirmed.
     pub resolution: Option<Resolution>,
 }
@@ -309,6 +314,8 @@ impl World {
             destination_options: DestinationOptions { commit: SHORT, ..DestinationOptions::default() },
             progress: Progress::new(Parameters::default()),
             proxied: Proxied::default(),
+            relayed: None,
+            relay: Arc::default(),
             resolution: None,
         }
     }
@@ -325,7 +332,12 @@ impl World {
     pub fn migrate_while(&mut self, meanwhile: impl FnOnce() + Send) -> Ended {
         let destination =
             Destination::bind(ListenOptions::new(SocketAddr::from(([127, 0, 0, 1], 0)))).unwrap();
-        let address = proxy(destination.local_addr().unwrap(), self.proxied);
+        let mut address = proxy(destination.local_addr().unwrap(), self.proxied);
+        if let Some((bytes_per_s, delay)) = self.relayed {
+            let relay = Relay::new(address, bytes_per_s, delay).unwrap();
+            address = relay.address();
+            *self.relay.lock() = Some(relay);
+        }
         let mut options = self.options.clone();
         options.destination = address.to_string();
         let cancel_destination = AtomicBool::new(false);

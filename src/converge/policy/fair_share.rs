@@ -153,7 +153,7 @@ impl Rule for State {
             (true, false) => None,
             (false, _) => self.ahead(view, conditions, &hold, free),
         };
-        if !brakes && !(self.cannot_hold && ends_anyway(view)) {
+        if !(brakes || self.cannot_hold && ends_anyway(view)) {
             return Decision {
                 misses_deadline,
                 cannot_hold: self.cannot_hold,

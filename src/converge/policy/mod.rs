@@ -35,6 +35,8 @@ pub(crate) struct View<'a> {
     pub elapsed_s: f64,
     /// Pages per second that have lately been added to what is left to be sent, dirtied anew or for the first time.
     pub adds_per_s: Option<f64>,
+    /// Pages that are dirty and none of the round's; nobody dirties them now.
+    pub besides: f64,
     /// From a vCPU's overdraft to its gate being closed on it.
     pub gate_s: f64,
     /// Pages that are dirty again are struck off the round.
@@ -45,7 +47,7 @@ impl View<'_> {
     /// Pages that are unsent or dirty. Those that are both are struck off, or else counted once here if they are all.
     pub fn left(&self) -> f64 {
         let (unsent, dirty) = (self.round.pages, self.writers.all.last().1);
-        if self.strikes_off { unsent + dirty } else { unsent.max(dirty) }
+        self.besides + if self.strikes_off { unsent + dirty } else { unsent.max(dirty) }
     }
 }
 

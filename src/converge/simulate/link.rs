@@ -154,7 +154,7 @@ impl<'a> Pipe<'a> {
     pub fn sample(&self) -> LinkSample {
         LinkSample {
             bytes_acked: whole(self.acked),
-            unpaced_bytes_per_s: self.unpaced,
+            unpaced_bytes_per_s: self.unpaced.filter(|_| self.link.max_bandwidth.is_some()),
             round_trip: self.link.round_trip,
         }
     }

@@ -320,6 +320,7 @@ impl Simulation<'_> {
             others: pages(if named { logged } else { dirty + logged }),
             pages_done: pages(self.round.pages - self.memory.unsent()),
             pages_struck_off: pages(self.round.struck_off),
+            besides: Pages(0),
             unprotected: Pages(0),
             link: self.pipe.sample(),
         };

@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::net::TcpStream;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
@@ -16,6 +17,7 @@ use crate::layout::{PAGE_SIZE, PageRun};
 use crate::page::Encoder;
 use crate::transport::counters::ChannelCounters;
 use crate::transport::error::TransportError;
+use crate::transport::pacing::Ticket;
 use crate::transport::scheduler::{StateChunk, Unacknowledged, Work};
 use crate::transport::session::Session;
 use crate::transport::uring::{Completion, POLL_INTERVAL, SLOTS, SendMethod, SendOutcome, SendRing};
@@ -43,6 +45,8 @@ struct InFlight {
     since: Instant,
     bytes: u64,
     content: Content,
+    /// The burst that it belongs to, by which a link is measured that the limit holds back.
+    burst: Option<Ticket>,
 }
 
 enum Content {
@@ -72,6 +76,7 @@ struct Current {
 struct Prepared {
     frame: Frame,
     content: Content,
+    burst: Option<Ticket>,
 }
 
 /// One connection while it lives.
@@ -246,6 +251,10 @@ impl<'a> Connection<'a> {
         {
             self.acknowledged_any = true;
             self.in_flight_bytes -= frame.bytes;
+            self.link.acknowledged_after(frame.since.elapsed());
+            if let Some(ticket) = frame.burst {
+                self.session.options.max_bandwidth.arrived(Instant::now(), ticket, frame.bytes);
+            }
             match frame.content {
                 Content::Pages { content_pages, zero_pages, .. } => {
                     self.arrived(content_pages, zero_pages);
@@ -350,14 +359,21 @@ impl<'a> Connection<'a> {
             self.method.fall_back(reason);
         }
         *self.counters.bandwidth.lock() = self.link.bandwidth();
-        *self.counters.sending.lock() = self.method.sending(self.link.window_bytes());
+        let round_trip_us = u64::try_from(self.link.frame_time().as_micros()).unwrap_or(u64::MAX);
+        // Relaxed: a figure of its own.
+        self.counters.round_trip_us.store(round_trip_us, Ordering::Relaxed);
+        *self.counters.sending.lock() = self.method.sending(self.window_bytes());
         Ok(())
+    }
+
+    fn window_bytes(&self) -> u64 {
+        self.link.window_bytes(self.session.options.max_bandwidth.pace())
     }
 
     fn frame_pages(&self) -> u64 {
         let options = &self.session.options;
         match options.frame_pages_max {
-            0 => self.link.frame_pages(options.max_bandwidth.in_force().map(std::num::NonZeroU64::get)),
+            0 => self.link.frame_pages(options.max_bandwidth.pace()),
             pages => u64::from(pages.min(FRAME_DATA_PAGES_MAX)),
         }
     }
@@ -369,16 +385,13 @@ impl<'a> Connection<'a> {
         if self.prepared.is_some() || self.copied {
             return Ok(None);
         }
-        self.full = self.in_flight.len() >= SLOTS || self.in_flight_bytes >= self.link.window_bytes();
+        self.full = self.in_flight.len() >= SLOTS || self.in_flight_bytes >= self.window_bytes();
         if self.full {
             return Ok(None);
         }
         let Session { scheduler, options, memory, .. } = self.session;
         if let Err(wait) = options.max_bandwidth.ask(now) {
             self.paced = scheduler.has_work();
-            if self.paced {
-                self.link.waited_for_tokens();
-            }
             return Ok(self.paced.then_some(wait));
         }
         self.paced = false;
@@ -421,14 +434,14 @@ impl<'a> Connection<'a> {
             ..frame
         };
         self.sequence = sequence;
-        options.max_bandwidth.take(frame.bytes());
-        self.prepared = Some(Prepared { frame, content });
+        let burst = options.max_bandwidth.take(now, frame.bytes());
+        self.prepared = Some(Prepared { frame, content, burst });
         Ok(None)
     }
 
     /// Gives a prepared frame to the kernel.
     fn send(&mut self, prepared: Prepared, now: Instant) -> Result<(), TransportError> {
-        let Prepared { frame, content } = prepared;
+        let Prepared { frame, content, burst } = prepared;
         self.encoder.load_into(|runs, pieces, staged| {
             self.ring.load(pieces, staged, |header| write_frame(header, &frame, runs));
         });
@@ -444,7 +457,7 @@ impl<'a> Connection<'a> {
         }
         let bytes = frame.bytes();
         self.in_flight_bytes += bytes;
-        self.in_flight.push_back(InFlight { sequence: frame.sequence, since: now, bytes, content });
+        self.in_flight.push_back(InFlight { sequence: frame.sequence, since: now, bytes, content, burst });
         if self.link.is_due(now) {
             self.sample(now)?;
         }

@@ -10,8 +10,9 @@ use std::io;
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
+use crate::converge::bandwidth::{Bandwidth, Estimator};
 use crate::layout::PAGE_SIZE;
-use crate::transport::bandwidth::{Bandwidth, Estimator};
+use crate::transport::pacing::Pace;
 use crate::transport::socket::{self, Buffer};
 
 /// A frame holds what the link carries in this time, so that the channels end a round together.
@@ -38,11 +39,20 @@ const SLACK_DECAY: f64 = 1.0 - 1.0 / 256.0;
 /// Beyond twice the round trip, what covers the time until our thread fills the socket's buffer again.
 const BUFFER_SLACK: Duration = Duration::from_millis(1);
 
+/// A sample of the bandwidth covers at least this: several round trips of any link that migrations run over.
+const SAMPLE_S: f64 = 0.02;
+/// What is older fades: a channel follows its link at once.
+const MEMORY_S: f64 = 0.5;
+
 /// What is known of a link, all of it from the kernel's own counts.
 #[derive(Debug)]
 pub(super) struct Link {
+    begun: Instant,
     estimator: Estimator,
     min_rtt: Duration,
+    /// From a frame's leaving to its acknowledgement, the shortest seen: where something that is no wire acknowledges bytes
+    /// on the way, this is the round trip.
+    min_frame_time: Option<Duration>,
     bytes_acked: u64,
     /// What the link holds under way, the largest seen.
     held_bytes: u32,
@@ -52,8 +62,10 @@ pub(super) struct Link {
 impl Default for Link {
     fn default() -> Self {
         Self {
-            estimator: Estimator::default(),
+            begun: Instant::now(),
+            estimator: Estimator::new(SAMPLE_S, MEMORY_S),
             min_rtt: Duration::ZERO,
+            min_frame_time: None,
             bytes_acked: 0,
             held_bytes: 0,
             slack: SLACK_FIRST,
@@ -64,12 +76,11 @@ impl Default for Link {
 impl Link {
     /// Whether it is time to [`sample`](Self::sample) again.
     pub(super) fn is_due(&self, now: Instant) -> bool {
-        self.estimator.is_due(now)
+        self.estimator.is_due(self.seconds(now))
     }
 
-    /// The rate limit, and not the link, holds the channel back.
-    pub(super) fn waited_for_tokens(&mut self) {
-        self.estimator.waited_for_tokens();
+    fn seconds(&self, now: Instant) -> f64 {
+        now.saturating_duration_since(self.begun).as_secs_f64()
     }
 
     /// Asks the kernel what arrived; `busy` if more is under way. The bytes that did since the last sample.
@@ -78,7 +89,12 @@ impl Link {
         let arrived = info.bytes_acked.saturating_sub(self.bytes_acked);
         self.bytes_acked = info.bytes_acked;
         self.min_rtt = info.min_rtt;
-        self.estimator.sample(now, info.bytes_acked, busy);
+        let now = self.seconds(now);
+        if busy {
+            self.estimator.observe(now, info.bytes_acked);
+        } else {
+            self.estimator.stop(now, info.bytes_acked);
+        }
         Ok(arrived)
     }
 
@@ -112,20 +128,42 @@ impl Link {
         }))
     }
 
-    /// Pages for the next frame, under a limit of `limit` bytes per second, if there is one.
-    pub(super) fn frame_pages(&self, limit: Option<u64>) -> u64 {
+    /// Pages for the next frame, under `pace`.
+    pub(super) fn frame_pages(&self, pace: Pace) -> u64 {
         let pages_in = |bytes: u64| bytes / PAGE_SIZE as u64;
-        let by_link = self.carries(FRAME_TIME).map_or(FRAME_PAGES_UNSURE, pages_in);
+        let mut by_link = self.carries(FRAME_TIME).map_or(FRAME_PAGES_UNSURE, pages_in);
+        let limit = match pace {
+            Pace::Free => None,
+            Pace::Lifted => {
+                by_link = by_link.max(FRAME_PAGES_UNSURE);
+                None
+            }
+            Pace::Limited(bytes_per_s) => Some(bytes_per_s.get()),
+        };
         // A limit shall be smooth, whatever the link could swallow at once.
         let by_limit = limit.map_or(FRAME_PAGES_MAX, |bytes_per_s| pages_in(bytes_per_s / 200));
         by_link.min(by_limit).clamp(FRAME_PAGES_MIN, FRAME_PAGES_MAX)
     }
 
     /// Bytes that may be unacknowledged.
-    pub(super) fn window_bytes(&self) -> u64 {
-        let sure = self.estimator.bandwidth().samples >= SURE_SAMPLES;
+    pub(super) fn window_bytes(&self, pace: Pace) -> u64 {
+        // What a limit lets through says nothing of what the link holds, and queues nowhere.
+        let sure = self.estimator.bandwidth().samples >= SURE_SAMPLES && pace == Pace::Free;
         let min = if sure { WINDOW_BYTES_MIN } else { WINDOW_BYTES_UNSURE };
-        self.carries(self.min_rtt * 2 + self.slack).unwrap_or(0).clamp(min, WINDOW_BYTES_MAX)
+        let frame_time = self.min_frame_time.unwrap_or_default() * 2;
+        self.carries((self.min_rtt * 2 + self.slack).max(frame_time))
+            .unwrap_or(0)
+            .clamp(min, WINDOW_BYTES_MAX)
+    }
+
+    /// The destination acknowledged a frame so long after it left.
+    pub(super) fn acknowledged_after(&mut self, time: Duration) {
+        self.min_frame_time = Some(self.min_frame_time.map_or(time, |shortest| shortest.min(time)));
+    }
+
+    /// The shortest such time; nothing before the first.
+    pub(super) fn frame_time(&self) -> Duration {
+        self.min_frame_time.unwrap_or_default()
     }
 
     /// The window was full, and when we polled, `left` bytes of it were still under way, in frames of
@@ -149,48 +187,70 @@ impl Link {
 
 #[cfg(test)]
 mod tests {
+    use std::num::NonZeroU64;
+
     use super::*;
 
     /// A link that was watched for half a second.
     fn link(bytes_per_s: u64, min_rtt: Duration) -> Link {
-        let (start, mut link) = (Instant::now(), Link { min_rtt, ..Link::default() });
+        let mut link = Link { min_rtt, ..Link::default() };
         for i in 0..20 {
-            link.estimator.sample(start + Duration::from_millis(25 * i), bytes_per_s / 40 * i, true);
+            link.estimator.observe(0.025 * i as f64, bytes_per_s / 40 * i);
         }
         link
+    }
+
+    fn limited(bytes_per_s: u64) -> Pace {
+        Pace::Limited(NonZeroU64::new(bytes_per_s).unwrap())
     }
 
     #[test]
     fn a_slow_link_gets_small_frames_and_little_under_way_and_a_fast_long_one_all_it_holds() {
         let ms = Duration::from_millis;
-        assert_eq!((Link::default().frame_pages(None), Link::default().window_bytes()), (64, 1 << 20));
+        assert_eq!(
+            (Link::default().frame_pages(Pace::Free), Link::default().window_bytes(Pace::Free)),
+            (64, 1 << 20)
+        );
         let slow = link(1_250_000, ms(1));
-        assert_eq!((slow.frame_pages(None), slow.window_bytes()), (FRAME_PAGES_MIN, WINDOW_BYTES_MIN));
+        assert_eq!(
+            (slow.frame_pages(Pace::Free), slow.window_bytes(Pace::Free)),
+            (FRAME_PAGES_MIN, WINDOW_BYTES_MIN)
+        );
         let gigabit = link(125_000_000, Duration::from_micros(200));
-        assert_eq!(gigabit.frame_pages(None), 61);
-        assert!((1_290_000..1_310_000).contains(&gigabit.window_bytes()), "{}", gigabit.window_bytes());
+        assert_eq!(gigabit.frame_pages(Pace::Free), 61);
+        assert!(
+            (1_290_000..1_310_000).contains(&gigabit.window_bytes(Pace::Free)),
+            "{}",
+            gigabit.window_bytes(Pace::Free)
+        );
         // 25 Gbit/s over 5 ms hold 15.6 MB; twice that, and 10 ms more.
         let long = link(3_125_000_000, ms(5));
-        assert_eq!(long.frame_pages(None), FRAME_PAGES_MAX);
-        assert!((62_000_000..63_000_000).contains(&long.window_bytes()), "{}", long.window_bytes());
+        assert_eq!(long.frame_pages(Pace::Free), FRAME_PAGES_MAX);
+        assert!(
+            (62_000_000..63_000_000).contains(&long.window_bytes(Pace::Free)),
+            "{}",
+            long.window_bytes(Pace::Free)
+        );
         // 100 MB/s: 5 ms of it, although the link would take more.
-        assert_eq!(long.frame_pages(Some(100_000_000)), 122);
-        assert_eq!(long.frame_pages(Some(1_000)), FRAME_PAGES_MIN);
+        assert_eq!(long.frame_pages(limited(100_000_000)), 122);
+        assert_eq!(long.frame_pages(limited(1_000)), FRAME_PAGES_MIN);
+        // What it learned under a limit is not what it goes by when the limit is lifted.
+        assert_eq!((slow.frame_pages(Pace::Lifted), slow.window_bytes(Pace::Lifted)), (64, 1 << 20));
     }
 
     #[test]
     fn the_window_shrinks_to_milliseconds_while_the_link_stays_full_and_grows_when_it_ran_dry() {
         let mut link = link(100_000_000, Duration::from_micros(100));
         let frame = 200_000;
-        (0..1000).for_each(|_| link.emptied_to(link.window_bytes() - frame, frame));
-        assert_eq!(link.window_bytes(), 520_000);
+        (0..1000).for_each(|_| link.emptied_to(link.window_bytes(Pace::Free) - frame, frame));
+        assert_eq!(link.window_bytes(Pace::Free), 520_000);
         (0..20).for_each(|_| link.emptied_to(0, frame));
-        assert_eq!(link.window_bytes(), 5_020_000);
+        assert_eq!(link.window_bytes(Pace::Free), 5_020_000);
         // Dry once in a hundred times: that costs less than a longer queue would.
         for _ in 0..20 {
-            (0..99).for_each(|_| link.emptied_to(link.window_bytes() - frame, frame));
+            (0..99).for_each(|_| link.emptied_to(link.window_bytes(Pace::Free) - frame, frame));
             link.emptied_to(0, frame);
         }
-        assert!(link.window_bytes() < 700_000, "{}", link.window_bytes());
+        assert!(link.window_bytes(Pace::Free) < 700_000, "{}", link.window_bytes(Pace::Free));
     }
 }

@@ -6,6 +6,7 @@ use clap::Subcommand;
 
 use crate::output::Output;
 
+mod bursts;
 mod converge;
 mod migrate;
 mod send;

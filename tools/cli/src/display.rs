@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use indicatif::{BinaryBytes, HumanCount};
-use ringferry::progress::{Event, Prediction, Progress, RoundReport, Update};
+use ringferry::progress::{Event, GaveWay, Prediction, Progress, RoundReport, Update};
 use serde::Serialize;
 
 use crate::bars::{Bars, Drawn};
@@ -122,8 +122,9 @@ fn sentence(event: &Event) -> Option<String> {
             };
             format!("slowing {vcpus} vCPU{} down, each {how}", if *vcpus == 1 { "" } else { "s" })
         }
-        Event::TermsChanged { policy, downtime_limit_ms } => {
-            format!("policy {}, downtime limit {downtime_limit_ms:.0} ms", printable(policy))
+        Event::TermsChanged { policy, downtime_limit_ms, downtime_target_ms } => {
+            let target = downtime_target_ms.map_or_else(String::new, |ms| format!(", target {ms:.0} ms"));
+            format!("policy {}, downtime limit {downtime_limit_ms:.0} ms{target}", printable(policy))
         }
         Event::StallsChanged { longest_stall_ms } => {
             format!(
@@ -147,12 +148,28 @@ fn sentence(event: &Event) -> Option<String> {
             HumanCount(*pages_left),
             HumanCount(*pages_fit)
         ),
+        Event::DowntimeLimitGaveWay { why, downtime_limit_ms, expected_downtime_ms } => format!(
+            "the guest is going to stand still for {expected_downtime_ms:.0} ms, beyond the limit of \
+             {downtime_limit_ms:.0} ms, because {}",
+            gave_way(*why)
+        ),
         Event::Switchover { pages_left } => {
             format!("the guest stands still, {} pages are left", HumanCount(*pages_left))
         }
         Event::Ended { completed: true, .. } => "the destination runs the VM".to_owned(),
         Event::Ended { completed: false, .. } => return None,
     })
+}
+
+/// Why a downtime limit gave way, in words.
+pub fn gave_way(why: GaveWay) -> &'static str {
+    match why {
+        GaveWay::OutOfReach => "the switchover takes longer even without a page to send",
+        GaveWay::CalledOffTooOften => "it was called off as often as it may be",
+        GaveWay::AnotherLimit => "a limit of rounds, bytes or time ordered the switchover",
+        GaveWay::DeviceStateLeft => "devices had handed over state that cannot be taken back",
+        GaveWay::OldDestination => "the destination is of a release that cannot forget a switchover",
+    }
 }
 
 fn round_line(round: &RoundReport) -> String {

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use clap::ValueEnum;
 use ringferry::kvm::RingSize;
 use ringferry::wire::parts::is_name;
+use ringferry_testvm::bulk::BulkConfig;
 use ringferry_testvm::device::DeviceConfig;
 use ringferry_testvm::workload::command_line::{self, Pattern};
 use ringferry_testvm::{Boot, Config, Guest, GuestError, Image, Tracking, VcpuStatus, check, guest_image};
@@ -107,6 +108,10 @@ pub struct GuestArgs {
     #[arg(long, value_name = "SIZE")]
     pub device_state: Option<Size>,
 
+    /// What the device writes in bulk; of scenarios.
+    #[arg(skip)]
+    pub external: Option<BulkConfig>,
+
     /// Where dirty pages come from
     #[arg(long, value_enum, value_name = "KIND", default_value_t = BackendArg::Ring)]
     pub backend: BackendArg,
@@ -169,6 +174,12 @@ impl VmArgs {
 }
 
 impl GuestArgs {
+    fn device(&self) -> Option<DeviceConfig> {
+        let with_state = self.device_state.map(device);
+        let bulk = self.external;
+        bulk.map(|_| DeviceConfig { bulk, ..with_state.unwrap_or_default() }).or(with_state)
+    }
+
     /// Boots the guest. Returns when it is at work, its fill written.
     pub fn boot(&self) -> Result<Host> {
         let image = match &self.image {
@@ -188,7 +199,7 @@ impl GuestArgs {
             boot: Boot::Image { image, append },
             tracking,
             kvmclock: self.kvmclock,
-            device: self.device_state.map(device),
+            device: self.device(),
             ..description.config(&self.vm.host)
         };
         let mut vm = Machine::new(self.vm.kind(), config)?;

@@ -7,6 +7,7 @@ use indicatif::{BinaryBytes, HumanCount};
 use ringferry::source::SourceReport;
 use serde::{Deserialize, Serialize};
 
+use crate::display::gave_way;
 use crate::output::Output;
 use crate::printable::printable;
 
@@ -114,7 +115,15 @@ impl MigrationReport {
         );
         if !self.source.downtime_limit_kept {
             let limit = self.source.downtime_limit_ms;
-            text.push_str(&format!("the downtime limit of {limit:.0} ms was not kept\n"));
+            text.push_str(&format!("the downtime limit of {limit:.0} ms was not kept"));
+            if let Some(why) = self.source.downtime_limit_gave_way {
+                text.push_str(&format!(": {}", gave_way(why)));
+            }
+            text.push('\n');
+        }
+        if self.source.switchovers_called_off > 0 {
+            let times = self.source.switchovers_called_off;
+            text.push_str(&format!("the guest was stopped and ran on {times} times before\n"));
         }
         for channel in &self.source.channel_reports {
             for loss in &channel.losses {

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use ringferry::PAGE_SIZE;
+use ringferry_testvm::bulk::BulkConfig;
 use ringferry_testvm::workload::command_line::Work;
 use serde::Deserialize;
 
@@ -12,7 +13,7 @@ use crate::sizes::{Rate, Size, Time};
 use crate::terms::{PolicyName, TermsArgs};
 
 /// Those that are built in, by name.
-const BUILT_IN: [(&str, &str); 10] = [
+const BUILT_IN: [(&str, &str); 20] = [
     ("rhel73-30m", include_str!("../../scenarios/rhel73-30m.toml")),
     ("rhel73-50m", include_str!("../../scenarios/rhel73-50m.toml")),
     ("rhel73-60m", include_str!("../../scenarios/rhel73-60m.toml")),
@@ -23,6 +24,16 @@ const BUILT_IN: [(&str, &str); 10] = [
     ("heavy-512m-150", include_str!("../../scenarios/heavy-512m-150.toml")),
     ("one-heavy-of-eight", include_str!("../../scenarios/one-heavy-of-eight.toml")),
     ("two-heavy-of-eight", include_str!("../../scenarios/two-heavy-of-eight.toml")),
+    ("external-writer", include_str!("../../scenarios/external-writer.toml")),
+    ("cliff", include_str!("../../scenarios/cliff.toml")),
+    ("drop-to-a-tenth", include_str!("../../scenarios/drop-to-a-tenth.toml")),
+    ("low-limit-5ms", include_str!("../../scenarios/low-limit-5ms.toml")),
+    ("low-limit-10ms", include_str!("../../scenarios/low-limit-10ms.toml")),
+    ("low-limit-20ms", include_str!("../../scenarios/low-limit-20ms.toml")),
+    ("bursts", include_str!("../../scenarios/bursts.toml")),
+    ("paced-far-below", include_str!("../../scenarios/paced-far-below.toml")),
+    ("rtt-100ms", include_str!("../../scenarios/rtt-100ms.toml")),
+    ("rtt-100ms-limit-300ms", include_str!("../../scenarios/rtt-100ms-limit-300ms.toml")),
 ];
 
 /// A guest, what its vCPUs do, the link, and the limits.
@@ -46,12 +57,52 @@ pub struct Guest {
     pub fill: Size,
     /// What each vCPU does, in the words of the guest's command line: as many as there are vCPUs.
     pub vcpus: Vec<String>,
+    /// A device that writes guest memory beside them, at the end of RAM.
+    pub external: Option<External>,
+    /// A vCPU that works in bursts.
+    pub bursts: Option<Bursts>,
+}
+
+#[derive(Clone, Copy, PartialEq, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct External {
+    pub rate: Rate,
+    pub over: Size,
+}
+
+/// The vCPU works for `on` of `every`.
+#[derive(Clone, Copy, PartialEq, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Bursts {
+    pub vcpu: usize,
+    pub on: Time,
+    pub every: Time,
 }
 
 #[derive(Clone, PartialEq, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Link {
     pub rate: Rate,
+    /// Delays, and changes of the rate, need a relay in this process instead of a wire of its own.
+    pub round_trip: Option<Time>,
+    /// The rate from the first stop of the guest on.
+    pub at_stop: Option<Rate>,
+    pub drop: Option<Drop>,
+}
+
+/// From `after` the begin of the migration on the link has another rate.
+#[derive(Clone, Copy, PartialEq, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Drop {
+    pub after: Time,
+    pub rate: Rate,
+}
+
+impl Link {
+    /// Whether it is a relay.
+    pub fn is_relayed(&self) -> bool {
+        self.round_trip.is_some() || self.at_stop.is_some() || self.drop.is_some()
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Debug, Deserialize)]
@@ -64,6 +115,7 @@ pub struct Limits {
     pub convergence_timeout: Option<Time>,
     /// In percent, for fair-share.
     pub min_share: Option<u8>,
+    pub max_bandwidth: Option<Rate>,
 }
 
 impl Scenario {
@@ -118,6 +170,10 @@ impl Scenario {
             append: None,
             kvmclock: false,
             device_state: None,
+            external: self.guest.external.map(|external| BulkConfig {
+                bytes_per_s: external.rate.bytes_per_s,
+                bytes: external.over.bytes,
+            }),
             backend,
             ring_entries,
         })
@@ -125,8 +181,15 @@ impl Scenario {
 
     /// Its policy and limits. A policy that does not end is to be seen not to end: rounds are limited only if it says so.
     pub fn terms(&self) -> TermsArgs {
-        let Limits { downtime, deadline, max_rounds, max_transfer, convergence_timeout, min_share } =
-            self.limits;
+        let Limits {
+            downtime,
+            deadline,
+            max_rounds,
+            max_transfer,
+            convergence_timeout,
+            min_share,
+            max_bandwidth,
+        } = self.limits;
         TermsArgs {
             downtime_limit: Some(downtime),
             policy: self.policy,
@@ -135,6 +198,7 @@ impl Scenario {
             max_transfer,
             convergence_timeout,
             min_share,
+            max_bandwidth,
             ..TermsArgs::default()
         }
     }
@@ -147,7 +211,11 @@ impl Scenario {
             work.pattern.writes().then_some(work.working_set_pages * PAGE_SIZE as u64)
         });
         let written: u64 = written.sum();
-        (self.guest.fill.bytes + 2 * written) as f64 / self.link.rate.bytes_per_s as f64 * 1e3
+        let rate = self
+            .limits
+            .max_bandwidth
+            .map_or(self.link.rate.bytes_per_s, |limit| limit.bytes_per_s.min(self.link.rate.bytes_per_s));
+        (self.guest.fill.bytes + 2 * written) as f64 / rate as f64 * 1e3
     }
 }
 

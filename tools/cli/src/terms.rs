@@ -25,6 +25,10 @@ pub struct TermsArgs {
     #[arg(long, value_name = "TIME")]
     pub downtime_limit: Option<Time>,
 
+    /// A wish below the limit: how long the guest should stand still, if that can be had [default: none]
+    #[arg(long, value_name = "TIME")]
+    pub downtime_target: Option<Time>,
+
     /// Who is slowed down so that the migration ends: fair-share, none, auto-converge or dirty-limit
     /// [default: fair-share]
     #[arg(long, value_name = "NAME")]
@@ -152,6 +156,7 @@ impl TermsArgs {
     fn change_limits(&self, limits: &mut Limits) {
         let time = |given: Option<Time>| given.map(|time| time.0);
         limits.downtime = time(self.downtime_limit).unwrap_or(limits.downtime);
+        limits.downtime_target = time(self.downtime_target).or(limits.downtime_target);
         limits.deadline = time(self.deadline).or(limits.deadline);
         limits.max_rounds = self.max_rounds.or(limits.max_rounds);
         limits.max_transfer_factor = self.max_transfer.or(limits.max_transfer_factor);

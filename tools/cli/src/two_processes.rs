@@ -1,6 +1,7 @@
 //! A guest that moves from this process to a second one of the same program, and is proven whole there: what
 //! `demo` shows and `bench migrate` measures.
 
+use std::net::SocketAddr;
 use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::Duration;
@@ -24,6 +25,8 @@ const MEASURE: Duration = Duration::from_secs(1);
 pub struct Crossing {
     host: Host,
     receiver: ReceivingProcess,
+    /// Where the other process is reached.
+    address: String,
     before_per_s: Vec<f64>,
 }
 
@@ -35,7 +38,23 @@ impl Crossing {
         host.wait_until_warm()?;
         let receiver = ReceivingProcess::start(&guest.vm.host, listen, MEASURE)?;
         let before_per_s = measure(&host)?;
-        Ok(Self { host, receiver, before_per_s })
+        let address = receiver.address().to_owned();
+        Ok(Self { host, receiver, address, before_per_s })
+    }
+
+    /// The guest's VM.
+    pub fn host(&self) -> &Host {
+        &self.host
+    }
+
+    /// Where the other process is reached.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// What stands between takes connections here.
+    pub fn go_through(&mut self, address: SocketAddr) {
+        self.address = address.to_string();
     }
 
     /// Steps per second of each vCPU before the migration.
@@ -61,7 +80,7 @@ impl Crossing {
         show: impl FnMut(&Update) + Send,
     ) -> Result<MigrationReport> {
         let progress = &args.progress()?;
-        let address = self.receiver.address().to_owned();
+        let address = self.address.clone();
         let (host, receiver) = (&mut self.host, &mut self.receiver);
         // It may run the guest, as long as it lives. A guest that cannot be kept is lost.
         let mut decisions = [Decision::Keep].into_iter();

@@ -20,6 +20,7 @@ use ringferry::{GuestAddress, GuestMemory, PageRun};
 use zerocopy::byteorder::little_endian::U64;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use crate::bulk::{Bulk, BulkConfig};
 use crate::machine::HostMachine;
 use crate::run_control::Wanted;
 use crate::workload::Machine;
@@ -46,12 +47,14 @@ pub struct DeviceConfig {
     pub state_bytes: u64,
     /// How many bytes of it leave in each round while the guest runs; the rest leaves while it stands still.
     pub round_bytes: u64,
+    /// What it writes besides, at the source.
+    pub bulk: Option<BulkConfig>,
 }
 
 impl Default for DeviceConfig {
     /// A write each millisecond, and no streamed state.
     fn default() -> Self {
-        Self { interval: Duration::from_millis(1), seed: 1, state_bytes: 0, round_bytes: 0 }
+        Self { interval: Duration::from_millis(1), seed: 1, state_bytes: 0, round_bytes: 0, bulk: None }
     }
 }
 
@@ -130,6 +133,7 @@ struct Queue {
     seed: u64,
     written: u64,
     wanted: Wanted,
+    bulk: Option<Bulk>,
 }
 
 impl Device {
@@ -143,7 +147,8 @@ impl Device {
         memory: &GuestMemory,
         tracker: Option<DirtyTracker>,
     ) -> Result<Self, DeviceError> {
-        Self::with_queue(config, Queue::new(memory, tracker, config.seed, 0))
+        let bulk = config.bulk.and_then(|bulk| Bulk::new(bulk, memory, tracker.as_ref()));
+        Self::with_queue(config, Queue { bulk, ..Queue::new(memory, tracker, config.seed, 0) })
     }
 
     /// The device that `registers` were saved of, standing still.
@@ -162,6 +167,7 @@ impl Device {
             seed: registers.seed.get(),
             state_bytes: registers.state_bytes.get(),
             round_bytes: registers.round_bytes.get(),
+            bulk: None,
         };
         stream.is_all_of(&config)?;
         let queue = Queue::new(memory, tracker, config.seed, registers.written.get());
@@ -270,6 +276,7 @@ impl Shared {
                 Wanted::Pause => self.changed.wait(&mut queue),
                 Wanted::Run => {
                     queue.write();
+                    queue.write_in_bulk();
                     self.changed.wait_for(&mut queue, interval);
                 }
             }
@@ -279,7 +286,7 @@ impl Shared {
 
 impl Queue {
     fn new(memory: &GuestMemory, tracker: Option<DirtyTracker>, seed: u64, written: u64) -> Self {
-        Self { machine: HostMachine::new(memory), tracker, seed, written, wanted: Wanted::Pause }
+        Self { machine: HostMachine::new(memory), tracker, seed, written, wanted: Wanted::Pause, bulk: None }
     }
 
     fn write(&mut self) {
@@ -291,6 +298,12 @@ impl Queue {
         // After the stores: a harvest that takes the mark is followed by a read of what was stored.
         if let Some(tracker) = &self.tracker {
             tracker.mark_dirty(PageRun { first: GuestAddress(address).page(), pages: 1 });
+        }
+    }
+
+    fn write_in_bulk(&mut self) {
+        if let Some(bulk) = &mut self.bulk {
+            bulk.write(&mut self.machine);
         }
     }
 

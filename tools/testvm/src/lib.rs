@@ -6,12 +6,14 @@
 //!
 //! [`bare`] has a guest that dirties exactly the pages it is told to.
 //!
-//! [`links`] are wires between network namespaces, for what has to cross one.
+//! [`links`] are wires between network namespaces, for what has to cross one; a [`relay`] is one without privileges, whose
+//! rate changes.
 //!
 //! [`ThreadVm`] does the same work in host threads, where there is no KVM.
 
 pub mod bare;
 mod boot;
+pub mod bulk;
 pub mod check;
 mod config;
 mod cpuid;
@@ -26,6 +28,7 @@ mod machine;
 mod memory;
 mod multiboot;
 mod pin;
+pub mod relay;
 mod run_control;
 mod skip;
 mod state;

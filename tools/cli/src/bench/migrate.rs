@@ -1,13 +1,17 @@
 //! `ringferry bench migrate`: a scenario, run on a real guest and over a shaped link, under one policy after another.
 
 use std::process::ExitCode;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use ringferry::progress::{Event, Update};
 use ringferry_testvm::links::{JUMBO_MTU, Links};
+use ringferry_testvm::relay::Relay;
 use serde::Serialize;
 
+use super::bursts::Bursts;
 use crate::display::Display;
 use crate::guest::BackendArg;
 use crate::interrupt;
@@ -15,7 +19,7 @@ use crate::migrate::MigrateArgs;
 use crate::output::Output;
 use crate::receiving_process::Listen;
 use crate::report::MigrationReport;
-use crate::scenario::Scenario;
+use crate::scenario::{Link, Scenario};
 use crate::sizes::Time;
 use crate::terms::{ComparedArgs, PolicyName, TermsArgs};
 use crate::two_processes::Crossing;
@@ -28,9 +32,11 @@ Examples:
   ringferry bench migrate --scenario rhel73-60m
   ringferry bench migrate --scenario rhel73-60m --policy fair-share,auto-converge,dirty-limit,none --repeat 5
   ringferry bench migrate --scenario heavy-512m-80 --deadline 21s
+  ringferry bench migrate --scenario cliff
   ringferry bench migrate --scenario mine.toml --json
 
-The link is made of two network namespaces and tbf, and goes when the measurement ends: needs root and iproute2.";
+The link is made of two network namespaces and tbf, and goes when the measurement ends: needs root and iproute2. A link that
+is delayed or becomes slower is a relay in this process, which needs neither.";
 
 /// Run a scenario on a real guest: how long, at which price for the guest
 #[derive(clap::Args, Debug)]
@@ -108,10 +114,7 @@ pub fn run(args: &Args, output: Output) -> Result<ExitCode> {
         output.line(format_args!("{}: {}", args.scenario, scenario.description.trim()))?;
         output.line(format_args!("the least that it can take: {:.1} s", scenario.floor_ms() / 1e3))?;
     }
-    let links = Links::new("bench")
-        .and_then(|links| links.add(1, Some(scenario.link.rate.bytes_per_s), JUMBO_MTU).map(|()| links))
-        .context("cannot make a link of its own for the measurement (as root, with iproute2?)")?;
-    links.enter_near()?;
+    let links = if scenario.link.is_relayed() { None } else { Some(wire(&scenario)?) };
     let policies = args.compared.of(&scenario.terms());
     let mut all_ended = true;
     for run in 0..args.repeat {
@@ -120,10 +123,64 @@ pub fn run(args: &Args, output: Output) -> Result<ExitCode> {
             if !output.json() {
                 output.line(format_args!("\nrun {} of {}, policy {policy}", run + 1, args.repeat))?;
             }
-            all_ended &= one(args, &scenario, *policy, terms, &links, output)?;
+            all_ended &= one(args, &scenario, *policy, terms, links.as_ref(), output)?;
         }
     }
     Ok(if all_ended { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// A link of its own for the scenario, which this thread enters.
+fn wire(scenario: &Scenario) -> Result<Links> {
+    let links = Links::new("bench")
+        .and_then(|links| links.add(1, Some(scenario.link.rate.bytes_per_s), JUMBO_MTU).map(|()| links))
+        .context("cannot make a link of its own for the measurement (as root, with iproute2?)")?;
+    links.enter_near()?;
+    Ok(links)
+}
+
+/// What changes while a scenario runs: a relay's rate, a vCPU's work.
+struct Changing {
+    relay: Option<Arc<Relay>>,
+    at_stop: Option<u64>,
+    bursts: Option<Bursts>,
+}
+
+impl Changing {
+    fn begin(scenario: &Scenario, crossing: &mut Crossing) -> Result<Self> {
+        let Link { rate, round_trip, at_stop, drop } = scenario.link;
+        let mut relay = None;
+        if scenario.link.is_relayed() {
+            let one_way = round_trip.map_or(Duration::ZERO, |round_trip| round_trip.0 / 2);
+            let through = Relay::new(crossing.address().parse()?, rate.bytes_per_s, one_way)?;
+            crossing.go_through(through.address());
+            relay = Some(Arc::new(through));
+        }
+        if let (Some(drop), Some(relay)) = (drop, &relay) {
+            let relay = Arc::downgrade(relay);
+            thread::Builder::new().name("drop".to_owned()).spawn(move || {
+                thread::sleep(drop.after.0);
+                if let Some(relay) = relay.upgrade() {
+                    relay.set_rate(drop.rate.bytes_per_s);
+                }
+            })?;
+        }
+        let bursts =
+            scenario.guest.bursts.map(|bursts| Bursts::start(crossing.host(), bursts)).transpose()?;
+        Ok(Self { relay, at_stop: at_stop.map(|rate| rate.bytes_per_s), bursts })
+    }
+
+    fn follow(&self, event: &Event) {
+        if let (Some(relay), Some(rate), Event::Switchover { .. }) = (&self.relay, self.at_stop, event) {
+            relay.set_rate(rate);
+        }
+        if let Some(bursts) = &self.bursts {
+            match event {
+                Event::Switchover { .. } => bursts.standstill(true),
+                Event::SwitchoverCalledOff { .. } | Event::RoundStarted { .. } => bursts.standstill(false),
+                _ => {}
+            }
+        }
+    }
 }
 
 /// One migration; false if it did not end.
@@ -132,13 +189,16 @@ fn one(
     scenario: &Scenario,
     policy: PolicyName,
     terms: &TermsArgs,
-    links: &Links,
+    links: Option<&Links>,
     output: Output,
 ) -> Result<bool> {
     let guest = scenario.guest_args(args.backend, args.ring_entries, args.pin_vcpus)?;
-    let listen =
-        Listen { address: (Links::far_address(1), 7000).into(), namespace: Some(links.far().to_owned()) };
+    let listen = links.map_or_else(Listen::default, |links| Listen {
+        address: (Links::far_address(1), 7000).into(),
+        namespace: Some(links.far().to_owned()),
+    });
     let mut crossing = Crossing::prepare(&guest, &listen)?;
+    let changing = Changing::begin(scenario, &mut crossing)?;
     let migrate = MigrateArgs {
         channels: args.channels,
         verify: args.verify.or(Some(true)),
@@ -149,6 +209,9 @@ fn one(
     let events = Mutex::new(Vec::new());
     let mut display = Display::new(output);
     let migrated = crossing.migrate(&migrate, interrupt::flag()?, |update| {
+        if let Update::Event { event, .. } = update {
+            changing.follow(event);
+        }
         if let Update::Event { event, .. } = update
             && is_of_policy(event)
         {
