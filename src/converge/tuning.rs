@@ -7,17 +7,18 @@
 #[derive(Clone, Copy, PartialEq, Debug)]
 #[non_exhaustive]
 pub struct Tuning {
-    /// A vCPU is within its fair share if what is left would shrink at least by a quarter were all like it. Chosen: a rate
-    /// that ends by itself soon needs no brake.
-    pub fair: f64,
-    /// Quotas aim at this share of P*. Chosen: gates close a little late, and a page too many is a wait for nothing.
-    pub aim: f64,
+    /// A vCPU is within its fair share if what is left would shrink by this share were all like it. Chosen: a rate that ends
+    /// by itself soon needs no brake.
+    pub shrink: f64,
+    /// Quotas aim at P* less this share of it. Chosen: gates close a little late, and a page too many is a wait for nothing.
+    pub short_of: f64,
     /// A vCPU that comes out of a stall dirties this share of what its curve says. Measured: of 75 pages expected
     /// between two stalls, 57 came (kernel-notes/steering.md).
     pub after_a_stall: f64,
     /// Longer stalls are used until what is left falls at this share of the pace that the longest would give. Chosen.
     pub worth_longer: f64,
-    /// Seconds over which the measured pace of what is left decides. Chosen: some dozens of looks, and short beside a burst.
+    /// Seconds over which the measured pace of what is left decides. Chosen: a paced writer that waited for a CPU catches up within
+    /// it, and it is short beside a burst.
     pub pace_s: f64,
     /// Time spent on a shorter total buys at least so many times itself. Chosen.
     pub grace_buys: f64,
@@ -40,11 +41,11 @@ pub struct Tuning {
 impl Tuning {
     /// The table.
     pub const TABLE: Self = Self {
-        fair: 0.75,
-        aim: 0.9,
+        shrink: 0.25,
+        short_of: 0.1,
         after_a_stall: 0.75,
         worth_longer: 0.5,
-        pace_s: 0.25,
+        pace_s: 0.8,
         grace_buys: 2.0,
         in_hand: 0.05,
         fault_s: 7e-6,

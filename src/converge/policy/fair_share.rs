@@ -124,7 +124,7 @@ impl Rule for State {
         let Some(conditions) = conditions else { return Decision::alike(view, None, None) };
         let free = view.writers.free(conditions, view.round);
         let left = view.left();
-        let fair = view.settings.tuning.fair;
+        let fair = 1.0 - view.settings.tuning.shrink;
         let mut hold = self.hold(view, conditions, left, fair);
         let holds = hold.holds(conditions, if self.cannot_hold { HOLDS_AGAIN } else { HOLDS });
         self.cannot_hold = !holds && left > conditions.fits && free.is_none() && view.number > 1;
@@ -333,7 +333,7 @@ impl Demands {
     fn new(view: &View<'_>, conditions: &Conditions, left: f64, fair: f64, is_braking: bool) -> Self {
         let seconds = (left / conditions.pages_per_s.max(1e-9)).max(SHORTEST_S);
         let others = view.writers.others.at(seconds);
-        let budget = (conditions.fits * view.settings.tuning.aim).max(left * fair);
+        let budget = (conditions.fits * (1.0 - view.settings.tuning.short_of)).max(left * fair);
         let (pages, others): (Vec<f64>, f64) = if view.settings.per_vcpu {
             (view.writers.vcpus.iter().map(|vcpu| vcpu.curve.soon(seconds)).collect(), others)
         } else {
