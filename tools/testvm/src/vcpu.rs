@@ -15,7 +15,7 @@ use ringferry::track::{BeforeRun, KVM_EXIT_DIRTY_RING_FULL, VcpuHandle, VcpuThro
 use crate::config::Console;
 use crate::error::{TestVmError, VcpuError};
 use crate::exit::{failure, rip};
-use crate::kick::Kick;
+use crate::kick::{Kick, signal};
 use crate::pin;
 use crate::run_control::{RunControl, VcpuStatus};
 use crate::stats::Stats;
@@ -173,6 +173,13 @@ enum Rest {
 
 /// Runs the vCPU until it or the VM ends.
 fn run(vcpu: &Vcpu, control: &RunControl, serial: &Mutex<Serial>) -> VcpuStatus {
+    if let Some(tracked) = &vcpu.tracked
+        && std::env::var_os("RF_UNTIMED").is_none()
+        && let Err(error) = tracked.time_with(signal())
+    {
+        // Held back all the same, by kicks only.
+        tracing::warn!("{error}");
+    }
     let mut fd = vcpu.fd.lock();
     if !MutexGuard::unlocked(&mut fd, || control.pass(vcpu.index)) {
         return VcpuStatus::Paused;
