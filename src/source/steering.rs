@@ -337,7 +337,7 @@ impl Steering {
         let seen = self.controller.shares().iter().zip(&self.samples);
         let wanted = self.controller.gates().iter().zip(seen);
         for (vcpu, (wanted, (share, sample))) in self.vcpus.iter_mut().zip(wanted) {
-            let mut close = |vcpu: &mut SteeredVcpu, until| {
+            let close = |vcpu: &mut SteeredVcpu, until| {
                 let may_be_inside = vcpu.close(until, now, share.quota, sample.dirtied);
                 if may_be_inside {
                     vm.kick(vcpu.throttle.index());

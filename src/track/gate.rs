@@ -189,11 +189,7 @@ impl Gate {
     }
 
     #[cold]
-    fn pass_slowly(
-        &self,
-        timer: Option<&RunTimer>,
-        mode: impl FnOnce() -> Option<GuestMode>,
-    ) -> BeforeRun {
+    fn pass_slowly(&self, timer: Option<&RunTimer>, mode: impl FnOnce() -> Option<GuestMode>) -> BeforeRun {
         self.with(|words| {
             if words.gate.opens_at_ns.load(Ordering::Relaxed) == OPEN {
                 BeforeRun::Run

@@ -7,12 +7,12 @@ use ringferry::PAGE_SIZE;
 use ringferry_testvm::workload::command_line::Work;
 use serde::Deserialize;
 
-use crate::guest::{BackendArg, GuestArgs, HostArgs, VmArgs};
+use crate::guest::{BackendArg, GatesArg, GuestArgs, HostArgs, VmArgs};
 use crate::sizes::{Rate, Size, Time};
 use crate::terms::{PolicyName, TermsArgs};
 
 /// Those that are built in, by name.
-const BUILT_IN: [(&str, &str); 10] = [
+const BUILT_IN: [(&str, &str); 11] = [
     ("rhel73-30m", include_str!("../../scenarios/rhel73-30m.toml")),
     ("rhel73-50m", include_str!("../../scenarios/rhel73-50m.toml")),
     ("rhel73-60m", include_str!("../../scenarios/rhel73-60m.toml")),
@@ -23,6 +23,7 @@ const BUILT_IN: [(&str, &str); 10] = [
     ("heavy-512m-150", include_str!("../../scenarios/heavy-512m-150.toml")),
     ("one-heavy-of-eight", include_str!("../../scenarios/one-heavy-of-eight.toml")),
     ("two-heavy-of-eight", include_str!("../../scenarios/two-heavy-of-eight.toml")),
+    ("shared-spinlock", include_str!("../../scenarios/shared-spinlock.toml")),
 ];
 
 /// A guest, what its vCPUs do, the link, and the limits.
@@ -120,6 +121,7 @@ impl Scenario {
             device_state: None,
             backend,
             ring_entries,
+            gates: GatesArg::default(),
         })
     }
 
