@@ -76,34 +76,43 @@ pub(crate) fn thread_cpu_ns() -> u64 {
     u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
 }
 
+/// A signal that ends a sleep of a test, and does nothing else.
+#[cfg(test)]
+pub(crate) fn test_signal() -> libc::c_int {
+    extern "C" fn handler(_: libc::c_int) {}
+    let signal = libc::SIGRTMIN() + 9;
+    // SAFETY: an all-zero `sigaction` is valid, and the handler is async-signal-safe.
+    unsafe {
+        let mut action: libc::sigaction = mem::zeroed();
+        action.sa_sigaction = handler as extern "C" fn(libc::c_int) as libc::sighandler_t;
+        libc::sigaction(signal, &raw const action, ptr::null_mut());
+    }
+    signal
+}
+
+/// Whether a sleep went on to its end, for tests.
+#[cfg(test)]
+pub(crate) fn sleep(time: Duration) -> bool {
+    let time = timespec(time);
+    // SAFETY: the time is live and in range, and nothing is written.
+    unsafe { libc::nanosleep(&raw const time, ptr::null_mut()) == 0 }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn a_timer_ends_a_sleep_of_its_thread_again_and_again_until_it_is_stopped() {
-        // It does nothing by default, and ends no sleep then: so a handler that does nothing either.
-        extern "C" fn handler(_: libc::c_int) {}
-        let signal = libc::SIGRTMIN() + 9;
-        // SAFETY: an all-zero `sigaction` is valid, and the handler is async-signal-safe.
-        unsafe {
-            let mut action: libc::sigaction = mem::zeroed();
-            action.sa_sigaction = handler as extern "C" fn(libc::c_int) as libc::sighandler_t;
-            libc::sigaction(signal, &raw const action, ptr::null_mut());
-        }
-        let timer = ThreadTimer::for_this_thread(signal).unwrap();
-        let sleep = |ms: u32| {
-            let time = timespec(Duration::from_millis(ms.into()));
-            // SAFETY: the time is live and in range, and nothing is written.
-            unsafe { libc::nanosleep(&raw const time, ptr::null_mut()) }
-        };
-        timer.start(Duration::from_millis(1), Duration::from_millis(1));
-        assert_eq!(sleep(10_000), -1);
-        assert_eq!(sleep(10_000), -1);
+        let timer = ThreadTimer::for_this_thread(test_signal()).unwrap();
+        let ms = Duration::from_millis;
+        timer.start(ms(1), ms(1));
+        assert!(!sleep(ms(10_000)));
+        assert!(!sleep(ms(10_000)));
         timer.stop();
         // One may have been under way.
-        sleep(1);
-        assert_eq!(sleep(5), 0);
+        sleep(ms(1));
+        assert!(sleep(ms(5)));
         assert!(ThreadTimer::for_this_thread(-1).is_err());
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 /// A run is given time for so many pages at least: what `converge::throttle` wants to see between two stalls.
 const PAGES_MIN: f64 = 16.0;
 /// Until it is measured, and at least: a shorter run would be mostly the way into the guest and out of it.
-const RUN_MIN: Duration = Duration::from_micros(100);
+pub(super) const RUN_MIN: Duration = Duration::from_micros(100);
 /// And at most: a vCPU that dirties nothing meanwhile is not in need of being held back.
 const RUN_MAX: Duration = Duration::from_millis(1);
 /// Weight of the newest run.
@@ -40,5 +40,24 @@ impl RunBudget {
         (self.dirtied, self.ran) = (dirtied, ran);
         let seconds = pages.max(PAGES_MIN) / self.pages_per_s.unwrap_or(f64::INFINITY);
         Duration::try_from_secs_f64(seconds).unwrap_or(RUN_MAX).clamp(RUN_MIN, RUN_MAX)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_is_as_long_as_its_pages_take_by_what_the_runs_before_it_took() {
+        let us = Duration::from_micros;
+        let mut budget = RunBudget::default();
+        assert_eq!(budget.next(16.0, 1000, Duration::ZERO), RUN_MIN, "nothing is known");
+        // 40 pages in 200 µs.
+        assert_eq!(budget.next(40.0, 1040, us(200)), us(200));
+        assert_eq!(budget.next(3.0, 1040, us(200)), RUN_MIN, "16 pages take 80 µs");
+        assert_eq!(budget.next(1e9, 1040, us(200)), RUN_MAX);
+        // The pages were recycled: the run says nothing.
+        assert_eq!(budget.next(40.0, 7, us(300)), us(200));
+        assert_eq!(budget.next(f64::NAN, 8, us(300)), RUN_MIN);
     }
 }

@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use super::migration::Migration;
-use super::run_budget::RunBudget;
+use super::run_budget::{RUN_MIN, RunBudget};
 use crate::converge::units::whole;
 use crate::converge::{
     Action, Change, Controller, GateState, LastCheck, Observation, Pages, Prediction, Quota, Settings,
@@ -95,7 +95,7 @@ impl Steering {
         let mut terms_version = 0;
         let parameters = progress.parameters();
         let terms = parameters.changed_since(&mut terms_version).unwrap_or_else(|| parameters.terms());
-        let settings = Settings {
+        let mut settings = Settings {
             policy: terms.policy,
             limits: terms.limits,
             switchover_bandwidth: terms.switchover_bandwidth,
@@ -103,6 +103,9 @@ impl Steering {
             unseen_per_vcpu: Pages(migration.tracker.unseen_per_vcpu()),
             ..Settings::new(Pages(memory.pages()))
         };
+        if vcpus.iter().all(VcpuThrottle::is_timed) {
+            settings.gate_latency = RUN_MIN;
+        }
         Self {
             controller: Controller::new(settings),
             progress: progress.clone(),

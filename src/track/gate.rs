@@ -377,6 +377,7 @@ mod tests {
     use std::thread;
 
     use super::*;
+    use crate::os::timer;
 
     #[test]
     fn an_open_gate_is_passed_without_waiting() {
@@ -433,5 +434,93 @@ mod tests {
             gate.open();
             assert_eq!(vcpu.join().unwrap(), BeforeRun::Run);
         });
+    }
+
+    /// A vCPU in the guest, which comes out when its timer or somebody else sends it a signal, or after a second. Whether
+    /// it was called out.
+    fn run_guest() -> bool {
+        !timer::sleep(Duration::from_secs(1))
+    }
+
+    fn timer() -> RunTimer {
+        RunTimer::new(timer::test_signal()).unwrap()
+    }
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn a_vcpu_ends_its_own_run_and_closes_its_gate_once_though_nobody_comes() {
+        let (gate, timer) = (Gate::default(), timer());
+        gate.set_timed();
+        gate.close_and_time(MS, MS, 3 * MS);
+        assert_eq!(gate.pass(Some(&timer), || None), BeforeRun::Run);
+        let throttled = gate.throttled();
+        // A run whose thread had no CPU goes on.
+        let began_ns = timer::thread_cpu_ns();
+        while timer::thread_cpu_ns() < began_ns + 1_000_000 {
+            std::hint::spin_loop();
+        }
+        assert_eq!(gate.pass(Some(&timer), || None), BeforeRun::Run, "it waited, and its gate has opened");
+        assert!(gate.throttled() - throttled >= MS, "{:?}", gate.throttled() - throttled);
+        assert!(gate.ran() >= MS / 2);
+        assert_eq!(gate.stalls().anywhere, 2);
+        assert_eq!(gate.pass(Some(&timer), || None), BeforeRun::Run);
+        assert_eq!(gate.stalls().anywhere, 2, "nobody holds it back any more");
+    }
+
+    #[test]
+    fn the_timer_calls_a_vcpu_out_of_its_guest() {
+        let (gate, timer) = (Gate::default(), timer());
+        gate.close_and_time(MS, MS, MS);
+        assert_eq!(gate.pass(Some(&timer), || None), BeforeRun::Run);
+        assert!(run_guest());
+        gate.open();
+        assert_eq!(gate.pass(Some(&timer), || None), BeforeRun::Run);
+        // One signal may have been under way.
+        run_guest();
+        assert!(!run_guest(), "the timer of an open gate runs");
+    }
+
+    #[test]
+    fn a_stall_is_put_off_in_the_kernel_for_a_moment_and_begins_in_user_mode_at_once() {
+        let (gate, timer) = (Gate::default(), timer());
+        let in_kernel = || Some(GuestMode::Kernel);
+        gate.close_for(Gate::CLOSED_MAX);
+        assert_eq!(gate.pass(Some(&timer), in_kernel), BeforeRun::Run);
+        assert!(run_guest(), "nobody looks again");
+        assert_eq!(gate.stalls(), Stalls { put_off: 1, ..Stalls::default() });
+        while gate.stalls().in_user == 0 {
+            gate.close_for(Gate::CLOSED_MAX);
+            let _ = gate.pass(Some(&timer), || Some(GuestMode::User));
+        }
+        assert_eq!(gate.stalls(), Stalls { put_off: 1, in_user: 1, ..Stalls::default() });
+        // A kernel that never leaves waits after all.
+        while gate.stalls().in_kernel == 0 {
+            gate.close_for(Gate::CLOSED_MAX);
+            let _ = gate.pass(Some(&timer), in_kernel);
+        }
+        assert!(gate.stalls().put_off >= 2);
+        // Without a timer nobody would look again.
+        let (alone, put_off) = (Gate::default(), Stalls { in_kernel: 1, ..Stalls::default() });
+        while alone.stalls().in_kernel == 0 {
+            alone.close_for(MS);
+            let _ = alone.pass(None, in_kernel);
+        }
+        assert_eq!(alone.stalls(), put_off);
+    }
+
+    #[test]
+    fn whoever_closes_the_gate_of_a_vcpu_that_waits_need_not_kick_it() {
+        let gate = Gate::default();
+        assert!(!gate.close_and_time(Gate::CLOSED_MAX, MS, MS), "it may be inside");
+        thread::scope(|scope| {
+            let vcpu = scope.spawn(|| while gate.pass(None, || None) == BeforeRun::Interrupted {});
+            while !gate.close_and_time(Gate::CLOSED_MAX, MS, MS) {
+                thread::yield_now();
+            }
+            gate.open();
+            vcpu.join().unwrap();
+        });
+        assert!(!gate.close_and_time(MS, MS, MS), "it has gone in");
     }
 }

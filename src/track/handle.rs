@@ -1,4 +1,4 @@
-//! What a vCPU's thread holds: three calls around its `KVM_RUN`, none of which allocates.
+//! What a vCPU's thread holds: the calls around its `KVM_RUN`, none of which allocates.
 
 use std::sync::{Arc, OnceLock};
 
@@ -47,7 +47,8 @@ impl VcpuHandle {
         self.vcpu.index
     }
 
-    /// To be called before each `KVM_RUN`. One relaxed load when nobody throttles; else one futex wait of at most 10 ms.
+    /// To be called before each `KVM_RUN`. One relaxed load when nobody throttles; else one futex wait of at most 10 ms, and
+    /// starting or stopping a timer if there is [one](Self::time_with).
     ///
     /// It is for throttling: a VMM that forgets it has vCPUs that a migration cannot hold back, and loses no page. It does not belong
     /// before a `KVM_RUN` with `immediate_exit` set, which only completes pending I/O: a closed gate would send that back as
