@@ -60,11 +60,7 @@ impl Drop for ThreadTimer {
 }
 
 fn timespec(time: Duration) -> libc::timespec {
-    libc::timespec {
-        tv_sec: time.as_secs().try_into().unwrap_or(0),
-        // Below a second, which fits whatever the type is.
-        tv_nsec: time.subsec_nanos().try_into().unwrap_or(0),
-    }
+    libc::timespec { tv_sec: time.as_secs().try_into().unwrap_or(0), tv_nsec: time.subsec_nanos().into() }
 }
 
 /// How long the calling thread has had a CPU, in nanoseconds.

@@ -159,6 +159,17 @@ impl MigrationReport {
                 vcpu.lost_guest_ms,
             ));
         }
+        for vcpu in &self.vcpus {
+            if let Some(share) = vcpu.stalls_in_kernel_share {
+                text.push_str(&format!(
+                    "vCPU {}: of {} stalls {:.0} % began in the guest's kernel, {} were put off for a moment because of it\n",
+                    vcpu.index,
+                    vcpu.stalls,
+                    share * 100.0,
+                    vcpu.stalls_put_off
+                ));
+            }
+        }
         text
     }
 }
