@@ -34,19 +34,18 @@ impl ThreadTimer {
         if made == 0 { Ok(Self(timer)) } else { Err(io::Error::last_os_error()) }
     }
 
-    /// The signal comes after `first`, and then every `again` until the timer is stopped: one that comes outside of the
-    /// call that it is to end is lost, and the next one is not. What was set before no longer counts.
-    pub(crate) fn start(&self, first: Duration, again: Duration) {
-        self.set(timespec(first.max(Duration::from_nanos(1))), timespec(again));
+    /// The signal comes once, after `wait`. What was set before no longer counts.
+    pub(crate) fn start(&self, wait: Duration) {
+        self.set(wait.max(Duration::from_nanos(1)));
     }
 
     /// No signal comes any more, but for one that is under way.
     pub(crate) fn stop(&self) {
-        self.set(timespec(Duration::ZERO), timespec(Duration::ZERO));
+        self.set(Duration::ZERO);
     }
 
-    fn set(&self, it_value: libc::timespec, it_interval: libc::timespec) {
-        let times = libc::itimerspec { it_interval, it_value };
+    fn set(&self, wait: Duration) {
+        let times = libc::itimerspec { it_interval: timespec(Duration::ZERO), it_value: timespec(wait) };
         // SAFETY: the timer lives as long as `self`, and the kernel only reads `times`, which are in range.
         unsafe { libc::timer_settime(self.0, 0, &raw const times, ptr::null_mut()) };
     }
@@ -99,16 +98,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_timer_ends_a_sleep_of_its_thread_again_and_again_until_it_is_stopped() {
+    fn a_timer_ends_one_sleep_of_its_thread_unless_it_is_stopped() {
         let timer = ThreadTimer::for_this_thread(test_signal()).unwrap();
         let ms = Duration::from_millis;
-        timer.start(ms(1), ms(1));
+        timer.start(ms(1));
         assert!(!sleep(ms(10_000)));
-        assert!(!sleep(ms(10_000)));
-        timer.stop();
-        // One may have been under way.
-        sleep(ms(1));
         assert!(sleep(ms(5)));
+        timer.start(ms(100));
+        timer.stop();
+        assert!(sleep(ms(200)));
         assert!(ThreadTimer::for_this_thread(-1).is_err());
     }
 }

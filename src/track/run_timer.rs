@@ -50,7 +50,7 @@ impl RunTimer {
 
     fn ring_in(&self, ns: u64) {
         self.ends_ns.store(monotonic_ns().saturating_add(ns), Ordering::Relaxed);
-        self.timer.start(Duration::from_nanos(ns), Duration::from_nanos(ns));
+        self.timer.start(Duration::from_nanos(ns));
     }
 
     /// How long the vCPU has run, if its run is over. One whose thread had to wait for a CPU goes on.
