@@ -1,6 +1,8 @@
 //! A real VM migrates between two network namespaces: over two links, one of which falls silent in the middle, and over
 //! one that is too slow for what its vCPUs write.
 
+use std::sync::{Mutex, PoisonError};
+
 use ringferry_testvm::links::{Links, MTU};
 use ringferry_testvm::skip;
 use serde_json::Value;
@@ -90,6 +92,9 @@ max_rounds = 5
 
 /// The report of a scenario; nothing where it cannot be run.
 fn report_of(scenario: &str) -> Option<Value> {
+    // One at a time: what they measure suffers from each other.
+    static TURN: Mutex<()> = Mutex::new(());
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     if let Err(error) = std::fs::File::options().read(true).write(true).open("/dev/kvm") {
         skip(&format!("/dev/kvm cannot be opened: {error}"));
         return None;
