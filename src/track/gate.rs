@@ -88,7 +88,7 @@ impl Gate {
 
     /// The same; and a vCPU that has a timer then runs for the first of two times, and waits for the second unless
     /// its gate is closed or opened anew before. Whether the vCPU waits at the gate, so that it need not be kicked.
-    #[cfg_attr(not(feature = "migrate"), expect(dead_code, reason = "only a migration times runs"))]
+    #[cfg_attr(not(feature = "migrate"), allow(dead_code, reason = "only a migration times runs"))]
     pub(super) fn close_and_time(&self, wait: Duration, run: Duration, stall: Duration) -> bool {
         self.close(wait, Some((run, stall)))
     }
@@ -125,7 +125,7 @@ impl Gate {
     }
 
     /// How long the vCPU had a CPU in timed runs.
-    #[cfg_attr(not(feature = "migrate"), expect(dead_code, reason = "only a migration times runs"))]
+    #[cfg_attr(not(feature = "migrate"), allow(dead_code, reason = "only a migration times runs"))]
     pub(super) fn ran(&self) -> Duration {
         Duration::from_nanos(self.sum(|words| words.run.ran_ns.load(Ordering::Relaxed)))
     }
@@ -150,7 +150,7 @@ impl Gate {
     }
 
     /// Whether the vCPU's thread has a timer.
-    #[cfg_attr(not(feature = "migrate"), expect(dead_code, reason = "only a migration times runs"))]
+    #[cfg_attr(not(feature = "migrate"), allow(dead_code, reason = "only a migration times runs"))]
     pub(super) fn is_timed(&self) -> bool {
         self.with(|words| words.run.timed.load(Ordering::Relaxed) == 1)
     }
