@@ -43,6 +43,7 @@ impl RunTimer {
 
     /// The vCPU is about to enter the guest, for `run_ns`.
     pub(super) fn start(&self, run_ns: u64) {
+        self.put_off_until_ns.store(0, Ordering::Relaxed);
         self.run_ns.store(run_ns, Ordering::Relaxed);
         self.began_ns.store(thread_cpu_ns(), Ordering::Relaxed);
         self.ring_in(run_ns);
