@@ -15,4 +15,5 @@ pub(crate) mod sched;
 pub(crate) mod shared;
 #[cfg(feature = "migrate")]
 pub(crate) mod tcp;
+pub(crate) mod timer;
 pub(crate) mod userfault;

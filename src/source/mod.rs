@@ -24,6 +24,7 @@ mod migration;
 mod options;
 mod precopy;
 mod report;
+mod run_budget;
 mod setup;
 mod standstill;
 mod state_writer;

@@ -4,10 +4,11 @@
 use std::time::{Duration, Instant};
 
 use super::migration::Migration;
+use super::run_budget::{RUN_MIN, RunBudget};
 use crate::converge::units::whole;
 use crate::converge::{
-    Action, Change, Controller, GateState, LastCheck, LinkSample, Observation, Pages, Prediction, Settings,
-    VcpuSample, Why,
+    Action, Change, Controller, GateState, LastCheck, LinkSample, Observation, Pages, Prediction, Quota,
+    Settings, VcpuSample, Why,
 };
 use crate::layout::PAGE_SIZE;
 use crate::progress::{self, Event, Phase, Progress};
@@ -45,6 +46,7 @@ struct SteeredVcpu {
     gate: GateState,
     /// When its gate opens by itself, which is no later than 10 ms after it was closed.
     opens_at: Duration,
+    budget: RunBudget,
 }
 
 impl SteeredVcpu {
@@ -53,14 +55,29 @@ impl SteeredVcpu {
             throttled_before: throttle.throttled(),
             gate: GateState::Open,
             opens_at: Duration::ZERO,
+            budget: RunBudget::default(),
             throttle,
         }
     }
 
-    fn close(&mut self, until: Duration, now: Duration) {
+    /// Closes its gate, for a vCPU that has dirtied so many pages and may dirty so many more afterwards. Whether it may be
+    /// inside the guest.
+    fn close(&mut self, until: Duration, now: Duration, quota: Option<Quota>, dirtied: Pages) -> bool {
         let wait = until.saturating_sub(now).min(VcpuThrottle::CLOSED_MAX);
-        self.throttle.close_for(wait);
         self.opens_at = now + wait;
+        let Some(Quota::Pages(per_slice)) = quota else {
+            self.throttle.close_for(wait);
+            return true;
+        };
+        let run = self.budget.next(per_slice.0, dirtied.0, self.throttle.ran());
+        !self.throttle.close_and_time(wait, run, wait.max(SHORTEST_STALL))
+    }
+
+    /// Whether it may be in the run after a stall, which it ends by itself: its gate is not to be opened before it is known
+    /// what it did.
+    fn times_its_run(&self, now: Duration, quota: Option<Quota>) -> bool {
+        let GateState::ClosedUntil(until) = self.gate else { return false };
+        matches!(quota, Some(Quota::Pages(_))) && now < until + TIMED_RUN_MAX && self.throttle.is_timed()
     }
 }
 
@@ -73,6 +90,11 @@ const PAGES_SINCE_LOOK: u64 = 256;
 /// What a link is taken to carry before it was measured: a gigabit a second.
 const UNKNOWN_BYTES_PER_S: f64 = 1.25e8;
 
+/// A vCPU that closes its own gate waits for at least this long to be told for how long.
+const SHORTEST_STALL: Duration = Duration::from_millis(1);
+/// Who has not overdrawn by then does not have to be held back.
+const TIMED_RUN_MAX: Duration = Duration::from_millis(2);
+
 /// A stall that is to last longer than a gate stays closed is renewed this long before the gate opens.
 const RENEW_BEFORE: Duration = Duration::from_millis(4);
 
@@ -84,7 +106,7 @@ impl Steering {
         let mut terms_version = 0;
         let parameters = progress.parameters();
         let terms = parameters.changed_since(&mut terms_version).unwrap_or_else(|| parameters.terms());
-        let settings = Settings {
+        let mut settings = Settings {
             policy: terms.policy,
             limits: terms.limits,
             switchover_bandwidth: terms.switchover_bandwidth,
@@ -92,6 +114,9 @@ impl Steering {
             unseen_per_vcpu: Pages(migration.tracker.unseen_per_vcpu()),
             ..Settings::new(Pages(memory.pages()))
         };
+        if vcpus.iter().all(VcpuThrottle::is_timed) {
+            settings.gate_latency = RUN_MIN;
+        }
         Self {
             controller: Controller::new(settings),
             progress: progress.clone(),
@@ -395,25 +420,27 @@ impl Steering {
     /// inside the guest: it is kicked out.
     fn apply_gates(&mut self, vm: &(impl Vm + ?Sized)) {
         let now = self.started.elapsed();
-        for (vcpu, wanted) in self.vcpus.iter_mut().zip(self.controller.gates()) {
+        let seen = self.controller.shares().zip(&self.samples);
+        let wanted = self.controller.gates().zip(seen);
+        for (vcpu, (wanted, (share, sample))) in self.vcpus.iter_mut().zip(wanted) {
+            let close = |vcpu: &mut SteeredVcpu, until| {
+                let may_be_inside = vcpu.close(until, now, share.quota, sample.dirtied);
+                if may_be_inside {
+                    vm.kick(vcpu.throttle.index());
+                }
+            };
             match wanted {
                 // A gate opens by itself after a while: a longer stall is renewed shortly before. When this
                 // thread comes too late for that, the vCPU is inside the guest again and has to be kicked.
                 GateState::ClosedUntil(until) if wanted == vcpu.gate => {
                     if until > vcpu.opens_at && now + RENEW_BEFORE > vcpu.opens_at {
-                        let has_opened = now >= vcpu.opens_at;
-                        vcpu.close(until, now);
-                        if has_opened {
-                            vm.kick(vcpu.throttle.index());
-                        }
+                        close(vcpu, until);
                     }
                 }
                 wanted if wanted == vcpu.gate => {}
+                GateState::Open if vcpu.times_its_run(now, share.quota) => continue,
                 GateState::Open => vcpu.throttle.open(),
-                GateState::ClosedUntil(until) => {
-                    vcpu.close(until, now);
-                    vm.kick(vcpu.throttle.index());
-                }
+                GateState::ClosedUntil(until) => close(vcpu, until),
             }
             vcpu.gate = wanted;
         }

@@ -52,6 +52,13 @@ pub enum TrackError {
         /// Why.
         source: VmError,
     },
+    /// A vCPU's thread cannot have a timer.
+    Timer {
+        /// What it was to send.
+        signal: i32,
+        /// Why not.
+        source: io::Error,
+    },
     /// The ring of this vCPU overflowed and could not be brought in step with KVM again. The vCPU will exit with
     /// "ring full" for ever: stop tracking and stop the vCPU.
     RingLost(usize),
@@ -102,6 +109,11 @@ impl fmt::Display for TrackError {
                     "the writes of {name} cannot be logged: {source}; without its log, pages would be lost"
                 )
             }
+            Self::Timer { signal, source } => write!(
+                f,
+                "no timer that sends signal {signal}: {source}; name the signal that kicks vCPUs, and raise the limit of \
+                 pending signals (ulimit -i) if there are too many"
+            ),
             Self::RingLost(vcpu) => write!(
                 f,
                 "the dirty ring of vCPU {vcpu} overflowed and is out of step with KVM: stop tracking and restart \
@@ -118,6 +130,7 @@ impl std::error::Error for TrackError {
             Self::Pagemap(error) => Some(error),
             Self::Layout(error) => Some(error),
             Self::External { source, .. } => Some(&**source),
+            Self::Timer { source, .. } => Some(source),
             _ => None,
         }
     }

@@ -3,6 +3,8 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
+use super::gate::Gate;
+
 /// A count that many threads may add to. Relaxed throughout: a figure orders nothing.
 #[derive(Default, Debug)]
 pub(super) struct Counter(AtomicU64);
@@ -81,6 +83,15 @@ pub struct VcpuFigures {
     pub overflows: u64,
     /// Time for which its gate was closed to it, in nanoseconds.
     pub throttled_ns: u64,
+    /// Times that it found its gate closed and waited.
+    pub stalls: u64,
+    /// Of these, stalls that began in the guest's kernel, and in a program of it. Of the others nobody said where:
+    /// [`before_run_in`](super::VcpuHandle::before_run_in) does.
+    pub stalls_in_kernel: u64,
+    /// See `stalls_in_kernel`.
+    pub stalls_in_user: u64,
+    /// Stalls that were put off for a moment because the guest was in its kernel.
+    pub stalls_put_off: u64,
 }
 
 /// What tracking did. Sums are since the tracker was made.
@@ -134,7 +145,8 @@ impl VmCounters {
 }
 
 impl VcpuCounters {
-    pub(super) fn figures(&self, index: usize, throttled_ns: u64) -> VcpuFigures {
+    pub(super) fn figures(&self, index: usize, gate: &Gate) -> VcpuFigures {
+        let stalls = gate.stalls();
         VcpuFigures {
             index,
             pages: self.pages.get(),
@@ -144,7 +156,11 @@ impl VcpuCounters {
             ring_entries: self.occupancy.get(),
             ring_entries_max: self.occupancy_max.get(),
             overflows: self.overflows.get(),
-            throttled_ns,
+            throttled_ns: gate.throttled_ns(),
+            stalls: stalls.in_kernel + stalls.in_user + stalls.anywhere,
+            stalls_in_kernel: stalls.in_kernel,
+            stalls_in_user: stalls.in_user,
+            stalls_put_off: stalls.put_off,
         }
     }
 }

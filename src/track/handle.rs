@@ -1,9 +1,10 @@
-//! What a vCPU's thread holds: three calls around its `KVM_RUN`, none of which allocates.
+//! What a vCPU's thread holds: the calls around its `KVM_RUN`, none of which allocates.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use super::error::TrackError;
-use super::gate::BeforeRun;
+use super::gate::{BeforeRun, GuestMode};
+use super::run_timer::RunTimer;
 use super::shared::Shared;
 use super::vcpu::Vcpu;
 
@@ -26,11 +27,12 @@ pub const KVM_EXIT_DIRTY_RING_FULL: u32 = kvm_bindings::KVM_EXIT_DIRTY_RING_FULL
 pub struct VcpuHandle {
     shared: Arc<Shared>,
     vcpu: Arc<Vcpu>,
+    timer: OnceLock<RunTimer>,
 }
 
 impl VcpuHandle {
     pub(super) fn new(shared: Arc<Shared>, vcpu: Arc<Vcpu>) -> Self {
-        Self { shared, vcpu }
+        Self { shared, vcpu, timer: OnceLock::new() }
     }
 
     /// Handles of all vCPUs, in the order of attachment: for the process that follows another one's rings, on one thread.
@@ -45,7 +47,8 @@ impl VcpuHandle {
         self.vcpu.index
     }
 
-    /// To be called before each `KVM_RUN`. One relaxed load when nobody throttles; else one futex wait of at most 10 ms.
+    /// To be called before each `KVM_RUN`. One relaxed load when nobody throttles; else one futex wait of at most 10 ms, and
+    /// starting or stopping a timer if there is [one](Self::time_with).
     ///
     /// It is for throttling: a VMM that forgets it has vCPUs that a migration cannot hold back, and loses no page. It does not belong
     /// before a `KVM_RUN` with `immediate_exit` set, which only completes pending I/O: a closed gate would send that back as
@@ -55,7 +58,39 @@ impl VcpuHandle {
     /// thread first, then sends the signal, then [opens](super::VcpuThrottle::open) the gate.
     #[inline]
     pub fn before_run(&self) -> BeforeRun {
-        self.vcpu.gate.pass()
+        self.vcpu.gate.pass(self.timer.get(), || None)
+    }
+
+    /// [`before_run`](Self::before_run) for a VMM that can say where the guest is. `mode` is asked only when a stall is about
+    /// to begin.
+    ///
+    /// A stall that would begin in the guest's kernel, where it may hold a lock that other vCPUs spin on, is put off for
+    /// 0.2 ms at most if this thread has a timer ([`time_with`](Self::time_with)): it begins as soon as the guest is seen in user
+    /// mode. The figures tell how many began where.
+    #[inline]
+    pub fn before_run_in(&self, mode: impl FnOnce() -> GuestMode) -> BeforeRun {
+        self.vcpu.gate.pass(self.timer.get(), || Some(mode()))
+    }
+
+    /// Lets a held-back vCPU end its own runs: once, on the vCPU's thread, which is to make all calls of
+    /// [`before_run`](Self::before_run).
+    ///
+    /// From then on `before_run` starts a timer when it lets a held-back vCPU back into the guest, which sends `signal` to
+    /// this thread when the vCPU has run for long enough. It must end `KVM_RUN` as the VMM's kicks do: the same signal will do.
+    /// So what a vCPU dirties between two stalls no longer depends on when the thread that throttles gets a CPU. While nobody
+    /// throttles, no timer runs.
+    ///
+    /// # Errors
+    ///
+    /// [`TrackError::Timer`]: the kernel has no such signal, or no timer left. The vCPU is held back as before.
+    pub fn time_with(&self, signal: i32) -> Result<(), TrackError> {
+        if self.timer.get().is_none() {
+            let timer = RunTimer::new(signal).map_err(|source| TrackError::Timer { signal, source })?;
+            // Whoever else was first, the timer is one of this thread's.
+            let _ = self.timer.set(timer);
+            self.vcpu.gate.set_timed();
+        }
+        Ok(())
     }
 
     /// To be called when `KVM_RUN` returned with [`KVM_EXIT_DIRTY_RING_FULL`]: recycles this vCPU's ring, here and

@@ -26,7 +26,29 @@ pub(super) struct GateWords {
     pub(super) changes: AtomicU32,
 }
 
-/// One vCPU's part of the page. The first one's `bell` is the page's.
+/// The words of one gate that times its vCPU's runs, and what it counts of stalls. Zero: it does not.
+#[repr(C)]
+#[derive(Default, Debug)]
+pub(super) struct RunWords {
+    /// 1 if the vCPU's thread has a timer.
+    pub(super) timed: AtomicU32,
+    /// 1 while the vCPU waits at its gate: it need not be kicked.
+    pub(super) waits: AtomicU32,
+    /// How long the vCPU runs once its gate has opened, and how long its gate then stays closed if nobody says otherwise.
+    /// The first is 0 if it runs as long as it likes, and again once the run has begun.
+    pub(super) run_ns: AtomicU64,
+    pub(super) stall_ns: AtomicU64,
+    /// How long the vCPU had a CPU in timed runs that came to their end.
+    pub(super) ran_ns: AtomicU64,
+    /// Stalls that began in the guest's user mode, in its kernel mode, and where nobody knows.
+    pub(super) stalls_in_user: AtomicU64,
+    pub(super) stalls_in_kernel: AtomicU64,
+    pub(super) stalls_anywhere: AtomicU64,
+    /// Stalls that were put off because the guest was in its kernel.
+    pub(super) stalls_put_off: AtomicU64,
+}
+
+/// One vCPU's part of the page. The first one's `bell` is the page's. New words go to its end.
 #[cfg(feature = "offload")]
 #[repr(C, align(128))]
 #[derive(Default, Debug)]
@@ -41,6 +63,7 @@ pub(crate) struct LentVcpu {
     bell: AtomicU32,
     /// Counts signs of life of the process that follows the rings.
     alive: AtomicU32,
+    pub(super) run: RunWords,
 }
 
 #[cfg(feature = "offload")]
@@ -142,8 +165,9 @@ impl LentGate {
         (at < page.len()).then(|| Self { page: Arc::clone(page), at })
     }
 
-    pub(super) fn words(&self) -> &GateWords {
+    pub(super) fn words(&self) -> (&GateWords, &RunWords) {
         // In range since `new`, and a page keeps its length.
-        &self.page[self.at].gate
+        let vcpu = &self.page[self.at];
+        (&vcpu.gate, &vcpu.run)
     }
 }

@@ -25,6 +25,7 @@ mod pagemap;
 mod pending;
 mod redirtied;
 mod rings;
+mod run_timer;
 mod session;
 mod session_pages;
 mod shared;
@@ -42,7 +43,7 @@ pub(crate) use self::borrowed::{BorrowedVcpu, serve_full_rings};
 pub use self::error::{PagemapError, TrackError};
 pub use self::external::ExternalSource;
 pub use self::figures::{Figures, VcpuFigures};
-pub use self::gate::BeforeRun;
+pub use self::gate::{BeforeRun, GuestMode};
 pub use self::handle::{KVM_EXIT_DIRTY_RING_FULL, VcpuHandle};
 #[cfg(feature = "offload")]
 pub(crate) use self::lending::Lending;

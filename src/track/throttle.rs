@@ -42,6 +42,26 @@ impl VcpuThrottle {
         self.vcpu.gate.close_for(wait);
     }
 
+    /// Keeps it out for `wait` as [`close_for`](Self::close_for) does, lets it run for `run` if it is
+    /// [timed](super::VcpuHandle::time_with), and then keeps it out for `stall` unless something else is said before. Whether
+    /// it waits at the gate: else it must be kicked.
+    #[cfg(feature = "migrate")]
+    pub(crate) fn close_and_time(&self, wait: Duration, run: Duration, stall: Duration) -> bool {
+        self.vcpu.gate.close_and_time(wait, run, stall)
+    }
+
+    /// Whether the vCPU can time its own runs.
+    #[cfg(feature = "migrate")]
+    pub(crate) fn is_timed(&self) -> bool {
+        self.vcpu.gate.is_timed()
+    }
+
+    /// How long it had a CPU in timed runs altogether.
+    #[cfg(feature = "migrate")]
+    pub(crate) fn ran(&self) -> Duration {
+        self.vcpu.gate.ran()
+    }
+
     /// Lets the vCPU into the guest at once.
     pub fn open(&self) {
         self.vcpu.gate.open();

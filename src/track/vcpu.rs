@@ -23,6 +23,6 @@ impl Vcpu {
     }
 
     pub(super) fn figures(&self) -> VcpuFigures {
-        self.counters.figures(self.index, self.gate.throttled_ns())
+        self.counters.figures(self.index, &self.gate)
     }
 }

@@ -72,6 +72,8 @@ const SHORTEST_S: f64 = 5e-3;
 /// A deadline is aimed at with this margin, as a share of it, and of what is still to come.
 const DEADLINE_MARGIN: f64 = 0.01;
 const FORECAST_MARGIN: f64 = 0.05;
+/// The last moment is found no later than this.
+const LAST_MOMENT_S: f64 = 0.1;
 /// In the first round nobody is held back before it has been seen for this share of the time that the rest of it takes: a
 /// curve seen for a moment says nothing of the rest.
 const FIRST_ROUND_SEEN: f64 = 0.75;
@@ -204,8 +206,7 @@ impl State {
         }
         if let Some(remaining) = remaining_s(view) {
             let ends_free = free.is_some_and(|free| free.finish_s <= remaining);
-            let last_moment =
-                end.finish_s * (1.0 + FORECAST_MARGIN) + view.settings.tuning.pace_s >= remaining;
+            let last_moment = end.finish_s * (1.0 + FORECAST_MARGIN) + LAST_MOMENT_S >= remaining;
             return !ends_free && (last_moment || !is_first && !self.falls(view, conditions, 0.0));
         }
         !self.is_worth_waiting(view, conditions, hold) || !is_first && self.is_cheap(view, &end, free)

@@ -11,7 +11,9 @@ use ringferry::wire::parts::is_name;
 use ringferry_testvm::bulk::BulkConfig;
 use ringferry_testvm::device::DeviceConfig;
 use ringferry_testvm::workload::command_line::{self, Pattern};
-use ringferry_testvm::{Boot, Config, Guest, GuestError, Image, Tracking, VcpuStatus, check, guest_image};
+use ringferry_testvm::{
+    Boot, Config, Gates, Guest, GuestError, Image, Tracking, VcpuStatus, check, guest_image,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::interrupt;
@@ -87,7 +89,8 @@ pub struct GuestArgs {
 
     /// What a vCPU does, once for all or several times: each=WORK or vcpuN=WORK, where WORK is a list, separated by
     /// commas, of pattern:NAME (sequential, random, zipf, hot-cold, read-only, compute-only or idle), ws:SIZE,
-    /// bytes:N, pace:N (page writes a second) and content:NAME (counter, random, text or zero)
+    /// bytes:N, pace:N (page writes a second), content:NAME (counter, random, text or zero) and lock:on (every other turn
+    /// takes a lock that all vCPUs share, in kernel mode)
     #[arg(long, value_name = "WORK", value_parser = work)]
     pub work: Vec<String>,
 
@@ -119,6 +122,21 @@ pub struct GuestArgs {
     /// Entries of each vCPU's dirty ring, a power of two
     #[arg(long, value_name = "N", default_value_t = 65_536, value_parser = ring_entries)]
     pub ring_entries: u32,
+
+    /// How a vCPU's gate closes: an option of benches only
+    #[arg(skip)]
+    pub gates: GatesArg,
+}
+
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub enum GatesArg {
+    /// When the thread that steers kicks the vCPU
+    Kicked,
+    /// When the vCPU's own timer says so, too
+    Timed,
+    /// The same, but not in the midst of the guest's kernel
+    #[default]
+    ByMode,
 }
 
 #[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
@@ -200,6 +218,11 @@ impl GuestArgs {
             tracking,
             kvmclock: self.kvmclock,
             device: self.device(),
+            gates: match self.gates {
+                GatesArg::Kicked => Gates::Kicked,
+                GatesArg::Timed => Gates::Timed,
+                GatesArg::ByMode => Gates::ByMode,
+            },
             ..description.config(&self.vm.host)
         };
         let mut vm = Machine::new(self.vm.kind(), config)?;

@@ -225,6 +225,8 @@ fn vcpu_report(
     let before = before_per_s.get(index).copied().unwrap_or(0.0);
     let stats = host.guest.as_ref().and_then(|guest| guest.stats(index).ok());
     let stall = stats.map_or(Duration::ZERO, |stats| stats.longest_gap);
+    let in_kernel = now.stalls_in_kernel - then.stalls_in_kernel;
+    let in_user = now.stalls_in_user - then.stalls_in_user;
     let live_ms = (migrated.total_ms - migrated.downtime_ms).max(1e-3);
     VcpuReport {
         index,
@@ -233,6 +235,10 @@ fn vcpu_report(
         ring_full_exits: now.ring_full_exits - then.ring_full_exits,
         throttled_ms: (now.throttled_ns - then.throttled_ns) as f64 / 1e6,
         longest_stall_ms: stall.as_secs_f64() * 1e3,
+        stalls: now.stalls - then.stalls,
+        stalls_in_kernel_share: (in_kernel + in_user > 0)
+            .then(|| in_kernel as f64 / (in_kernel + in_user) as f64),
+        stalls_put_off: now.stalls_put_off - then.stalls_put_off,
         progress_before_per_s: before,
         progress_during_per_s: steps as f64 / live_ms * 1e3,
         progress_after_per_s: None,

@@ -31,6 +31,15 @@ pub struct VcpuReport {
     pub ring_full_exits: u64,
     pub throttled_ms: f64,
     pub longest_stall_ms: f64,
+    /// Times that it was held back at its gate.
+    #[serde(default)]
+    pub stalls: u64,
+    /// Share of the stalls that began in the guest's kernel; `None` if none did where that is known.
+    #[serde(default)]
+    pub stalls_in_kernel_share: Option<f64>,
+    /// Stalls that were put off for a moment because the guest was in its kernel.
+    #[serde(default)]
+    pub stalls_put_off: u64,
     pub progress_before_per_s: f64,
     pub progress_during_per_s: f64,
     pub progress_after_per_s: Option<f64>,
@@ -158,6 +167,17 @@ impl MigrationReport {
                 after,
                 vcpu.lost_guest_ms,
             ));
+        }
+        for vcpu in &self.vcpus {
+            if let Some(share) = vcpu.stalls_in_kernel_share {
+                text.push_str(&format!(
+                    "vCPU {}: of {} stalls {:.0} % began in the guest's kernel, {} were put off for a moment because of it\n",
+                    vcpu.index,
+                    vcpu.stalls,
+                    share * 100.0,
+                    vcpu.stalls_put_off
+                ));
+            }
         }
         text
     }

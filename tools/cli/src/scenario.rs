@@ -8,12 +8,12 @@ use ringferry_testvm::bulk::BulkConfig;
 use ringferry_testvm::workload::command_line::Work;
 use serde::Deserialize;
 
-use crate::guest::{BackendArg, GuestArgs, HostArgs, VmArgs};
+use crate::guest::{BackendArg, GatesArg, GuestArgs, HostArgs, VmArgs};
 use crate::sizes::{Rate, Size, Time};
 use crate::terms::{PolicyName, TermsArgs};
 
 /// Those that are built in, by name.
-const BUILT_IN: [(&str, &str); 20] = [
+const BUILT_IN: [(&str, &str); 21] = [
     ("rhel73-30m", include_str!("../../scenarios/rhel73-30m.toml")),
     ("rhel73-50m", include_str!("../../scenarios/rhel73-50m.toml")),
     ("rhel73-60m", include_str!("../../scenarios/rhel73-60m.toml")),
@@ -34,6 +34,7 @@ const BUILT_IN: [(&str, &str); 20] = [
     ("paced-far-below", include_str!("../../scenarios/paced-far-below.toml")),
     ("rtt-100ms", include_str!("../../scenarios/rtt-100ms.toml")),
     ("rtt-100ms-limit-300ms", include_str!("../../scenarios/rtt-100ms-limit-300ms.toml")),
+    ("shared-spinlock", include_str!("../../scenarios/shared-spinlock.toml")),
 ];
 
 /// A guest, what its vCPUs do, the link, and the limits.
@@ -176,6 +177,7 @@ impl Scenario {
             }),
             backend,
             ring_entries,
+            gates: GatesArg::default(),
         })
     }
 

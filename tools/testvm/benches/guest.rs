@@ -40,7 +40,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 if !pattern.writes() && (bytes_per_page > 16 || mib != 60) {
                     continue;
                 }
-                let work = Work { pattern, content, working_set_pages: mib << 8, bytes_per_page, pace_per_s };
+                let work = Work {
+                    pattern,
+                    content,
+                    working_set_pages: mib << 8,
+                    bytes_per_page,
+                    pace_per_s,
+                    lock: false,
+                };
                 for vcpu in 0..vcpus {
                     guest.set_work(vcpu, &work)?;
                 }

@@ -4,7 +4,7 @@ use core::arch::asm;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use crate::workload::Machine;
-use crate::workload::mailbox::IDLE_PORT;
+use crate::workload::mailbox::{IDLE_PORT, KERNEL_MODE_FLAG};
 
 /// All of guest RAM, mapped where it lies, and the time stamp counter.
 #[derive(Clone, Copy)]
@@ -47,6 +47,27 @@ impl Machine for Bare {
                 high = out(xmm_reg) _,
                 options(nostack, preserves_flags),
             );
+        }
+    }
+
+    #[inline(always)]
+    fn swap(&mut self, address: u64, value: u64) -> u64 {
+        word(address).swap(value, Ordering::AcqRel)
+    }
+
+    /// All of this runs at CPL 3: what is kernel and what is program, a flag of the processor tells, which means nothing
+    /// else and which user mode may set.
+    #[inline(always)]
+    fn set_kernel_mode(&mut self, in_kernel: bool) {
+        const _: () = assert!(KERNEL_MODE_FLAG == 0x20_0000);
+        // SAFETY: pushes and pops a word of the stack, which the compiler knows of (no `nostack`), and changes one flag
+        // that no other code reads.
+        unsafe {
+            if in_kernel {
+                asm!("pushfq", "or qword ptr [rsp], 0x200000", "popfq");
+            } else {
+                asm!("pushfq", "and qword ptr [rsp], -0x200001", "popfq");
+            }
         }
     }
 

@@ -40,6 +40,8 @@ pub struct Config {
     pub device: Option<DeviceConfig>,
     /// Whether each vCPU's thread is kept on a CPU of its own, as far as there are enough.
     pub pin_vcpus: bool,
+    /// How the gate of a vCPU closes that is held back.
+    pub gates: Gates,
     /// Where the guest's serial port goes, besides [`TestVm::console`](crate::TestVm::console).
     pub console: Option<Console>,
 }
@@ -58,6 +60,7 @@ impl Default for Config {
             kvmclock: false,
             device: None,
             pin_vcpus: false,
+            gates: Gates::ByMode,
             console: None,
         }
     }
@@ -158,6 +161,17 @@ pub enum Tracking {
     },
     /// The dirty bitmap of each slot.
     Bitmap,
+}
+
+/// How the gate of a vCPU closes that is held back.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Gates {
+    /// When whoever throttles kicks the vCPU.
+    Kicked,
+    /// When the vCPU's own timer says so, and when it is kicked.
+    Timed,
+    /// The same, but not in the midst of the guest's kernel.
+    ByMode,
 }
 
 /// Where the bytes go that the guest writes to its serial port.

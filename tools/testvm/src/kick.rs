@@ -107,7 +107,8 @@ impl Kick {
     }
 }
 
-fn signal() -> libc::c_int {
+/// The signal that ends `KVM_RUN`.
+pub(crate) fn signal() -> libc::c_int {
     libc::SIGRTMIN() + 2
 }
 

@@ -39,7 +39,9 @@ mod vm;
 pub mod workload;
 
 pub use boot::MAX_COMMAND_LINE;
-pub use config::{Backing, Boot, Config, Console, HugePages, Image, MAX_REGIONS, MIN_MEMORY_BYTES, Tracking};
+pub use config::{
+    Backing, Boot, Config, Console, Gates, HugePages, Image, MAX_REGIONS, MIN_MEMORY_BYTES, Tracking,
+};
 pub use error::{TestVmError, VcpuError};
 pub use guest::{Guest, GuestError, VcpuStats};
 pub use image::{IMAGE, guest_image};

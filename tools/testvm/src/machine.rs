@@ -78,6 +78,10 @@ impl Machine for HostMachine {
         self.store(address + 8, second);
     }
 
+    fn swap(&mut self, address: u64, value: u64) -> u64 {
+        self.word(address).map_or(u64::MAX, |word| word.swap(value, Ordering::AcqRel))
+    }
+
     fn ticks(&self) -> u64 {
         self.ticks.saturating_add(u64::try_from(self.since.elapsed().as_nanos()).unwrap_or(u64::MAX))
     }

@@ -12,10 +12,10 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use parking_lot::{Mutex, MutexGuard};
 use ringferry::track::{BeforeRun, KVM_EXIT_DIRTY_RING_FULL, VcpuHandle, VcpuThrottle};
 
-use crate::config::Console;
+use crate::config::{Config, Console, Gates};
 use crate::error::{TestVmError, VcpuError};
-use crate::exit::{failure, rip};
-use crate::kick::Kick;
+use crate::exit::{failure, guest_mode, rip};
+use crate::kick::{Kick, signal};
 use crate::pin;
 use crate::run_control::{RunControl, VcpuStatus};
 use crate::stats::Stats;
@@ -147,15 +147,16 @@ pub(crate) fn spawn(
     vcpu: Arc<Vcpu>,
     control: Arc<RunControl>,
     serial: Arc<Mutex<Serial>>,
-    pinned: bool,
+    config: &Config,
 ) -> Result<JoinHandle<()>, TestVmError> {
     let index = vcpu.index;
+    let (pinned, gates) = (config.pin_vcpus, config.gates);
     let body = move || {
         if pinned {
             pin::to_cpu(index);
         }
         vcpu.kick.adopt();
-        let ended = catch_unwind(AssertUnwindSafe(|| run(&vcpu, &control, &serial)));
+        let ended = catch_unwind(AssertUnwindSafe(|| run(&vcpu, &control, &serial, gates)));
         vcpu.kick.leave();
         control.ended(index, ended.unwrap_or(VcpuStatus::Failed(VcpuError::Panicked)));
     };
@@ -172,7 +173,13 @@ enum Rest {
 }
 
 /// Runs the vCPU until it or the VM ends.
-fn run(vcpu: &Vcpu, control: &RunControl, serial: &Mutex<Serial>) -> VcpuStatus {
+fn run(vcpu: &Vcpu, control: &RunControl, serial: &Mutex<Serial>, gates: Gates) -> VcpuStatus {
+    if let Some(tracked) = &vcpu.tracked
+        && gates != Gates::Kicked
+        && let Err(error) = tracked.time_with(signal())
+    {
+        tracing::warn!("vCPU {} is held back by kicks only: {error}", vcpu.index);
+    }
     let mut fd = vcpu.fd.lock();
     if !MutexGuard::unlocked(&mut fd, || control.pass(vcpu.index)) {
         return VcpuStatus::Paused;
@@ -180,7 +187,11 @@ fn run(vcpu: &Vcpu, control: &RunControl, serial: &Mutex<Serial>) -> VcpuStatus 
     loop {
         // After a kick, KVM_RUN is to return at once; after any other signal, the throttle still holds.
         if let Some(tracked) = &vcpu.tracked {
-            while !vcpu.kick.is_pending() && tracked.before_run() == BeforeRun::Interrupted {}
+            let pass = || match gates {
+                Gates::ByMode => tracked.before_run_in(|| guest_mode(&fd)),
+                Gates::Kicked | Gates::Timed => tracked.before_run(),
+            };
+            while !vcpu.kick.is_pending() && pass() == BeforeRun::Interrupted {}
         }
         let rest = match fd.run() {
             Ok(VcpuExit::IoOut(port, bytes)) => {

@@ -169,8 +169,7 @@ impl TestVm {
             phase: Phase::Built,
         };
         for vcpu in &built.vcpus {
-            let thread =
-                vcpu::spawn(vcpu.clone(), built.control.clone(), built.serial.clone(), config.pin_vcpus)?;
+            let thread = vcpu::spawn(vcpu.clone(), built.control.clone(), built.serial.clone(), &config)?;
             built.threads.push(thread);
         }
         Ok(built)

@@ -100,8 +100,14 @@ fn every_pattern_and_content_can_be_had_while_it_runs() {
     for (pattern, _) in Pattern::ALL {
         for (content, _) in Content::ALL {
             pages += 17;
-            let work =
-                Work { pattern, content, working_set_pages: pages, bytes_per_page: 200, pace_per_s: 0 };
+            let work = Work {
+                pattern,
+                content,
+                working_set_pages: pages,
+                bytes_per_page: 200,
+                pace_per_s: 0,
+                lock: true,
+            };
             guest.set_work(0, &work).unwrap();
             let deadline = std::time::Instant::now() + LIMIT;
             while !guest.stats(0).unwrap().work_applied {

@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use super::bursts::Bursts;
 use crate::display::Display;
-use crate::guest::BackendArg;
+use crate::guest::{BackendArg, GatesArg, GuestArgs};
 use crate::interrupt;
 use crate::migrate::MigrateArgs;
 use crate::output::Output;
@@ -68,6 +68,10 @@ pub struct Args {
     /// Keep each vCPU on a CPU of its own, as far as there are enough: figures of single vCPUs scatter less
     #[arg(long)]
     pin_vcpus: bool,
+
+    /// How the gate of a vCPU closes that is held back
+    #[arg(long, value_enum, value_name = "KIND", default_value_t = GatesArg::default())]
+    gates: GatesArg,
 
     /// Time after which a migration is given up
     #[arg(long, value_name = "TIME", default_value = GIVE_UP)]
@@ -193,6 +197,7 @@ fn one(
     output: Output,
 ) -> Result<bool> {
     let guest = scenario.guest_args(args.backend, args.ring_entries, args.pin_vcpus)?;
+    let guest = GuestArgs { gates: args.gates, ..guest };
     let listen = links.map_or_else(Listen::default, |links| Listen {
         address: (Links::far_address(1), 7000).into(),
         namespace: Some(links.far().to_owned()),

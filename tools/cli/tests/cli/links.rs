@@ -1,6 +1,8 @@
 //! A real VM migrates between two network namespaces: over two links, one of which falls silent in the middle, and over
 //! one that is too slow for what its vCPUs write.
 
+use std::sync::{Mutex, PoisonError};
+
 use ringferry_testvm::links::{Links, MTU};
 use ringferry_testvm::skip;
 use serde_json::Value;
@@ -88,18 +90,20 @@ min_share = 40
 max_rounds = 5
 "#;
 
-#[test]
-fn two_heavy_writers_are_held_to_the_same_number_of_pages_and_light_ones_are_not_held() {
+/// The report of a scenario; nothing where it cannot be run.
+fn report_of(scenario: &str) -> Option<Value> {
+    // One at a time: what they measure suffers from each other.
+    static TURN: Mutex<()> = Mutex::new(());
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     if let Err(error) = std::fs::File::options().read(true).write(true).open("/dev/kvm") {
-        return skip(&format!("/dev/kvm cannot be opened: {error}"));
+        skip(&format!("/dev/kvm cannot be opened: {error}"));
+        return None;
     }
     if let Err(reason) = Links::new("probe").and_then(|links| links.add(1, Some(100_000_000), MTU)) {
-        return skip(&format!("namespaces with shaped links cannot be made here: {reason}"));
+        skip(&format!("namespaces with shaped links cannot be made here: {reason}"));
+        return None;
     }
-    let file = tempfile::NamedTempFile::new().unwrap();
-    std::fs::write(file.path(), SHARED).unwrap();
-    let scenario = ["bench", "migrate", "--json", "--scenario", file.path().to_str().unwrap()];
-    let run = ringferry(&[&scenario[..], &PATIENTLY].concat());
+    let run = ringferry(&[&["bench", "migrate", "--json", "--scenario", scenario][..], &PATIENTLY].concat());
     assert_eq!(run.code, Some(0), "{run:?}");
     let report = run.objects().into_iter().find(|object| object["kind"] == "migration_report").unwrap();
     assert_eq!(
@@ -107,6 +111,28 @@ fn two_heavy_writers_are_held_to_the_same_number_of_pages_and_light_ones_are_not
         (&"completed".into(), &true.into(), &true.into()),
         "{report}"
     );
+    Some(report)
+}
+
+#[test]
+fn a_heavy_writer_is_held_back_without_the_lock_that_the_other_vcpus_want() {
+    let Some(report) = report_of("shared-spinlock") else { return };
+    let of = |vcpu: usize, field: &str| report["vcpus"][vcpu][field].as_f64();
+    assert!(of(0, "throttled_ms") > Some(0.0) && of(0, "stalls_put_off") > Some(0.0), "{report}");
+    // Half of its work is done with the lock.
+    assert!(of(0, "stalls_in_kernel_share").is_some_and(|share| share < 0.4), "{report}");
+    for other in 1..4 {
+        assert_eq!(of(other, "throttled_ms"), Some(0.0), "{report}");
+        let (during, before) = (of(other, "progress_during_per_s"), of(other, "progress_before_per_s"));
+        assert!(during.unwrap() >= 0.9 * before.unwrap(), "{report}");
+    }
+}
+
+#[test]
+fn two_heavy_writers_are_held_to_the_same_number_of_pages_and_light_ones_are_not_held() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), SHARED).unwrap();
+    let Some(report) = report_of(file.path().to_str().unwrap()) else { return };
     let throttled = |vcpu: usize| report["vcpus"][vcpu]["throttled_ms"].as_f64().unwrap();
     assert!(throttled(0) > 0.0 && throttled(1) > 0.0, "{report}");
     assert_eq!((throttled(2), throttled(3)), (0.0, 0.0), "{report}");

@@ -114,13 +114,14 @@ fn works() -> impl Strategy<Value = Work> {
     let pattern = prop::sample::select(&Pattern::ALL[..]).prop_map(|(pattern, _)| pattern);
     let content = prop::sample::select(&Content::ALL[..]).prop_map(|(content, _)| content);
     let pace = prop_oneof![Just(0u64), 1..100_000u64];
-    (pattern, content, 1..7u64, 0..80u64, pace).prop_map(
-        |(pattern, content, working_set_pages, bytes_per_page, pace_per_s)| Work {
+    (pattern, content, 1..7u64, 0..80u64, pace, any::<bool>()).prop_map(
+        |(pattern, content, working_set_pages, bytes_per_page, pace_per_s, lock)| Work {
             pattern,
             content,
             working_set_pages,
             bytes_per_page,
             pace_per_s,
+            lock,
         },
     )
 }

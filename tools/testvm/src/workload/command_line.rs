@@ -14,6 +14,7 @@
 //!               bytes:N                    written per page, header included: 16 to 4096; less means 16
 //!               pace:N                     steps per second; 0: as many as possible
 //!               content:counter | random | text | zero
+//!               lock:on | lock:off         every other turn takes the lock that all vCPUs share, in kernel mode
 //! SIZE          N | NKiB | NMiB | NGiB     bytes
 //! ```
 //!
@@ -102,6 +103,9 @@ pub struct Work {
     pub bytes_per_page: u64,
     /// Steps per second; 0: as many as possible.
     pub pace_per_s: u64,
+    /// Every other turn is done in kernel mode with the lock held that all vCPUs share, and time that was lost is not made
+    /// up for.
+    pub lock: bool,
 }
 
 impl Default for Work {
@@ -113,6 +117,7 @@ impl Default for Work {
             working_set_pages: 4096,
             bytes_per_page: 16,
             pace_per_s: 0,
+            lock: false,
         }
     }
 }
@@ -155,7 +160,7 @@ impl fmt::Display for ConfigError<'_> {
 
 const WORD: &str =
     "vcpus=N, tsc_khz=N, fill=SIZE, stats=on, stats=off, each=WORK or vcpuN=WORK, N from 0 to 15";
-const KEY: &str = "pattern:NAME, ws:SIZE, bytes:N, pace:N or content:NAME, separated by commas";
+const KEY: &str = "pattern:NAME, ws:SIZE, bytes:N, pace:N, content:NAME or lock:on, separated by commas";
 const NUMBER: &str = "a whole number";
 const SIZE: &str = "a size such as 600MiB (units: none for bytes, KiB, MiB, GiB), a multiple of 4 KiB";
 const PATTERN: &str = "sequential, random, zipf, hot-cold, read-only, compute-only or idle";
@@ -230,6 +235,13 @@ impl Work {
                     }
                 }
                 "pace" => self.pace_per_s = number(value)?,
+                "lock" => {
+                    self.lock = match value {
+                        "on" => true,
+                        "off" => false,
+                        _ => return Err(fail("lock:on or lock:off")),
+                    }
+                }
                 _ => return Err(fail(KEY)),
             }
         }
@@ -262,12 +274,13 @@ impl fmt::Display for Work {
         }
         write!(
             f,
-            "pattern:{},ws:{}KiB,bytes:{},pace:{},content:{}",
+            "pattern:{},ws:{}KiB,bytes:{},pace:{},content:{}{}",
             name(&Pattern::ALL, self.pattern),
             self.working_set_pages * (PAGE_BYTES / 1024),
             self.bytes_per_page,
             self.pace_per_s,
-            name(&Content::ALL, self.content)
+            name(&Content::ALL, self.content),
+            if self.lock { ",lock:on" } else { "" }
         )
     }
 }
@@ -313,13 +326,14 @@ mod tests {
     fn works() -> impl Strategy<Value = Work> {
         let pattern = prop::sample::select(&Pattern::ALL[..]).prop_map(|(pattern, _)| pattern);
         let content = prop::sample::select(&Content::ALL[..]).prop_map(|(content, _)| content);
-        (pattern, content, 0..1u64 << 40, 0..=PAGE_BYTES, any::<u64>()).prop_map(
-            |(pattern, content, working_set_pages, bytes_per_page, pace_per_s)| Work {
+        (pattern, content, 0..1u64 << 40, 0..=PAGE_BYTES, any::<u64>(), any::<bool>()).prop_map(
+            |(pattern, content, working_set_pages, bytes_per_page, pace_per_s, lock)| Work {
                 pattern,
                 content,
                 working_set_pages,
                 bytes_per_page,
                 pace_per_s,
+                lock,
             },
         )
     }
@@ -383,6 +397,7 @@ mod tests {
             ("each=bytes:4097", "bytes:4097", "at most 4096"),
             ("each=pace:-1", "-1", "whole number"),
             ("each=ws", "ws", "ws:SIZE"),
+            ("each=lock:1", "lock:1", "lock:on"),
             ("each=speed:1", "speed:1", "pace:N"),
             ("each=", "", "ws:SIZE"),
         ] {

@@ -40,6 +40,8 @@ pub const IDLE_PORT: u16 = 0x5e0;
 /// Writing n to this port ends the guest with code n. QEMU has it with
 /// `-device isa-debug-exit,iobase=0xf4,iosize=4`, and exits with 2n + 1.
 pub const EXIT_PORT: u16 = 0xf4;
+/// The bit of RFLAGS (ID) that the guest sets while it works as a kernel does, with the lock held.
+pub const KERNEL_MODE_FLAG: u64 = 1 << 21;
 /// Code of a guest that cannot go on; the reason is on its serial port and in the header.
 pub const EXIT_FAILED: u32 = 1;
 /// The longest wait that the guest asks for at a time: how long it may take to see a changed control page.
@@ -63,8 +65,8 @@ pub struct Header {
     pub extents_count: u64,
     /// Length of `error`.
     pub error_bytes: u64,
-    /// Reserved.
-    pub reserved: u64,
+    /// 1 while a vCPU holds the lock that all of them share.
+    pub lock: u64,
     /// RAM that the workload uses, ascending; all of it in this order is the pool.
     pub extents: [Extent; MAX_EXTENTS],
     /// What part of the pool is whose.
@@ -104,7 +106,7 @@ pub struct Share {
 #[repr(C)]
 #[derive(Debug)]
 pub struct Control {
-    /// Odd while the five fields below are being changed; each change ends with the next even number.
+    /// Odd while the five fields below and `lock` are being changed; each change ends with the next even number.
     pub sequence: u64,
     /// A [`Pattern`](super::command_line::Pattern).
     pub pattern: u64,
@@ -120,6 +122,8 @@ pub struct Control {
     pub resume_epoch: u64,
     /// Raised by the host to begin a new measurement of the longest gap.
     pub gap_epoch: u64,
+    /// 1: every other turn takes the lock. One of the fields that `sequence` guards; 0 in older mailboxes.
+    pub lock: u64,
 }
 
 /// A vCPU's statistics page.

@@ -41,6 +41,18 @@ pub trait Machine {
         }
     }
 
+    /// Writes the aligned word at `address` and gives what was there. In one step, where a machine has several vCPUs.
+    #[inline]
+    fn swap(&mut self, address: u64, value: u64) -> u64 {
+        let before = self.load(address);
+        self.store(address, value);
+        before
+    }
+
+    /// From here on the vCPU works as a guest's kernel does, or as a program again, and a VMM can see which.
+    #[inline]
+    fn set_kernel_mode(&mut self, _in_kernel: bool) {}
+
     /// The clock by which gaps are measured and work is paced; ticks at [`mailbox::Header::tsc_khz`]. Not
     /// reordered with loads and stores.
     fn ticks(&self) -> u64;

@@ -191,6 +191,7 @@ pub fn store_work(machine: &mut impl Machine, vcpu: usize, work: &Work) {
     set(offset_of!(Control, working_set_pages), work.working_set_pages);
     set(offset_of!(Control, bytes_per_page), work.bytes_per_page);
     set(offset_of!(Control, pace_per_s), work.pace_per_s);
+    set(offset_of!(Control, lock), work.lock.into());
 }
 
 /// The work in vCPU `vcpu`'s control page; `None` if it asks for what does not exist.
@@ -202,5 +203,6 @@ pub fn load_work(machine: &impl Machine, vcpu: usize) -> Option<Work> {
         working_set_pages: get(offset_of!(Control, working_set_pages)),
         bytes_per_page: get(offset_of!(Control, bytes_per_page)),
         pace_per_s: get(offset_of!(Control, pace_per_s)),
+        lock: get(offset_of!(Control, lock)) == 1,
     })
 }

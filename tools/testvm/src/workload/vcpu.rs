@@ -17,7 +17,8 @@ use core::mem::offset_of;
 use super::Machine;
 use super::command_line::{Content, Pattern, Work};
 use super::mailbox::{
-    Control, PAGE_BYTES, Stats, VcpuState, WAIT_MAX_US, control_address, stats_address, touched_address,
+    Control, Header, PAGE_BYTES, Stats, VcpuState, WAIT_MAX_US, control_address, header_field, stats_address,
+    touched_address,
 };
 use super::page::{HEADER_WORDS, Tag};
 use super::pattern::Positions;
@@ -30,6 +31,9 @@ const STEPS_PER_TURN: u64 = 16;
 const PACE_QUANTUM_US: u64 = 2_000;
 /// A paced vCPU makes up for so much lost time; work that was due before is never done.
 const CATCH_UP_PER_S: u64 = 50;
+
+/// The lock that all vCPUs share.
+const LOCK: u64 = header_field(offset_of!(Header, lock));
 
 /// A vCPU of the guest.
 #[derive(Debug)]
@@ -50,6 +54,8 @@ pub struct Vcpu<M> {
     tag: u64,
     body: bool,
     steps_per_turn: u64,
+    /// The next turn takes the lock.
+    locks: bool,
 
     writes: u64,
     stamp_sum: u64,
@@ -103,6 +109,7 @@ impl<M: Machine> Vcpu<M> {
             tag: 0,
             body: false,
             steps_per_turn: 1,
+            locks: false,
             writes: stats(offset_of!(Stats, writes)),
             stamp_sum: stats(offset_of!(Stats, stamp_sum)),
             passes: stats(offset_of!(Stats, passes)),
@@ -146,6 +153,10 @@ impl<M: Machine> Vcpu<M> {
             return now;
         }
         self.pace.steps += steps;
+        let locked = self.locks;
+        if locked {
+            self.lock();
+        }
         match self.work.pattern {
             Pattern::Idle => {}
             Pattern::ReadOnly => self.read_pages(steps),
@@ -157,7 +168,25 @@ impl<M: Machine> Vcpu<M> {
             }
         }
         self.count_passes(steps);
+        if locked {
+            self.unlock();
+        }
+        self.locks = self.work.lock && !locked;
         now
+    }
+
+    fn lock(&mut self) {
+        self.machine.set_kernel_mode(true);
+        while self.machine.swap(LOCK, 1) != 0 {
+            while self.machine.load(LOCK) != 0 {
+                self.machine.relax();
+            }
+        }
+    }
+
+    fn unlock(&mut self) {
+        self.machine.store(LOCK, 0);
+        self.machine.set_kernel_mode(false);
     }
 
     /// The time since the last turn was spent on purpose, and is no gap.
@@ -311,6 +340,7 @@ impl<M: Machine> Vcpu<M> {
         self.steps_per_turn = (PAGE_BYTES / work.bytes_per_page.max(1)).clamp(1, STEPS_PER_TURN);
         self.positions = Positions::new(work.pattern, pages, self.writes + ((self.index as u64) << 56));
         self.steps_left_in_pass = pages;
+        self.locks = work.lock;
         self.pace = Pace { since: self.machine.ticks(), steps: 0 };
         true
     }
@@ -327,7 +357,8 @@ impl<M: Machine> Vcpu<M> {
             return 1;
         };
         let due = scale(elapsed, self.work.pace_per_s, self.tsc_khz * 1000).saturating_sub(self.pace.steps);
-        if due > self.work.pace_per_s / CATCH_UP_PER_S + 1 {
+        let catches_up = if self.work.lock { 0 } else { self.work.pace_per_s / CATCH_UP_PER_S };
+        if due > catches_up + 1 {
             self.pace = Pace { since: now, steps: 0 };
             return 1;
         }

@@ -103,6 +103,7 @@ const FAST: Work = Work {
     working_set_pages: 10,
     bytes_per_page: 16,
     pace_per_s: 0,
+    lock: false,
 };
 
 #[test]
