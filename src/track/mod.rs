@@ -41,7 +41,7 @@ mod vcpu;
 pub(crate) use self::borrowed::{BorrowedVcpu, serve_full_rings};
 pub use self::error::{PagemapError, TrackError};
 pub use self::external::ExternalSource;
-pub use self::figures::{Figures, VcpuFigures};
+pub use self::figures::{Figures, FullRings, VcpuFigures};
 pub use self::gate::BeforeRun;
 pub use self::handle::{KVM_EXIT_DIRTY_RING_FULL, VcpuHandle};
 #[cfg(feature = "offload")]

@@ -9,6 +9,7 @@
 //! until one of them wants to read it. Then `unprotected` protects it.
 
 use super::error::TrackError;
+use super::figures::FullRings;
 use super::redirtied::Redirtied;
 use super::session_pages::{SessionKey, SessionPages};
 use super::slots::Slots;
@@ -51,6 +52,8 @@ pub(super) struct Pending {
     unprotected: PageSet,
     /// Whether pages may be left unprotected, as they can be protected later; or why they cannot.
     may_leave: Result<(), UnmapError>,
+    /// Whether KVM frees entries that name no slot, once it had to. For good.
+    frees_unnamed: Option<bool>,
     /// An overflow lost entries: every page is dirty, and all of memory must be protected anew.
     pub(super) everything: bool,
 }
@@ -68,6 +71,7 @@ impl Pending {
             unsure_handed_out: 0,
             unprotected: PageSet::new(PageIndex(0)),
             may_leave: Err(UnmapError::NotAsked),
+            frees_unnamed: None,
             everything: false,
         }
     }
@@ -223,7 +227,27 @@ impl Pending {
 
     /// Whether pages may be left unprotected from now on.
     pub(super) fn may_leave(&mut self, may_leave: Result<(), UnmapError>) {
-        self.may_leave = may_leave;
+        self.may_leave = match self.frees_unnamed {
+            Some(false) => may_leave.and(Err(UnmapError::NotFreed)),
+            _ => may_leave,
+        };
+    }
+
+    /// KVM has freed entries that name no slot, or it has not.
+    pub(super) fn frees_unnamed(&mut self, frees: bool) {
+        if self.frees_unnamed.is_none() || !frees {
+            self.frees_unnamed = Some(frees);
+            self.may_leave(self.why_none_is_left());
+        }
+    }
+
+    /// What becomes of the pages of a full ring.
+    pub(super) fn full_rings(&self) -> FullRings {
+        match (&self.may_leave, self.frees_unnamed) {
+            (Err(_), _) => FullRings::Protected,
+            (Ok(()), None) => FullRings::NotYetSeen,
+            (Ok(()), Some(_)) => FullRings::LeftWritable,
+        }
     }
 
     /// Why none may, if so.
