@@ -12,6 +12,7 @@ use std::io;
 use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use kvm_bindings::KVM_EXIT_UNKNOWN;
 
@@ -66,6 +67,8 @@ struct Inner {
     /// How many pages it can take from a guest at once at least, if it can at all.
     granule: Option<Granule>,
     unnamed: UnnamedEntries,
+    /// How long it takes to switch the logging of a slot.
+    logging_takes: Duration,
     /// Writes that guests do while the next reset runs.
     writes_during_reset: Vec<WriteDuringReset>,
     /// Those of them that were done.
@@ -222,6 +225,7 @@ impl FakeKernel {
             interruptions: VecDeque::new(),
             granule: None,
             unnamed: UnnamedEntries::Freed,
+            logging_takes: Duration::ZERO,
             writes_during_reset: Vec::new(),
             written_during_reset: Vec::new(),
         };
@@ -263,6 +267,11 @@ impl FakeKernel {
     /// What it does from now on with ring entries that name no slot.
     pub fn treats_unnamed_entries(&self, unnamed: UnnamedEntries) {
         self.lock().unnamed = unnamed;
+    }
+
+    /// From now on it takes so long to switch the logging of a slot, as it does if the slot is large.
+    pub fn logging_takes(&self, time: Duration) {
+        self.lock().logging_takes = time;
     }
 
     /// From now on pages can be taken from guests, so many at once at least; with `None`, none any more.
@@ -435,6 +444,10 @@ impl Kernel for FakeKernel {
     }
 
     fn set_dirty_logging(&self, region: &Region, enabled: bool) -> Result<(), KvmError> {
+        let takes = self.lock().logging_takes;
+        if !takes.is_zero() {
+            std::thread::sleep(takes);
+        }
         let inner = &mut *self.lock();
         let slot = inner.slots.get_mut(&region.slot.0).ok_or(KvmError::SlotGone(region.slot))?;
         if enabled && inner.refused.contains(&region.slot.0) {

@@ -10,6 +10,7 @@
 mod bitmap;
 #[cfg(feature = "offload")]
 mod borrowed;
+mod collect;
 mod error;
 pub mod external;
 mod figures;

@@ -197,14 +197,9 @@ impl Pending {
         self.running().for_each(|session| session.pages.insert_run(run));
     }
 
-    /// Between these two calls all that is dirty is collected, and then handed out to a session.
-    pub(super) fn harvest_begins(&mut self) {
-        self.harvesting = true;
-    }
-
-    /// See [`harvest_begins`](Self::harvest_begins).
-    pub(super) fn harvest_ends(&mut self) {
-        self.harvesting = false;
+    /// While this is so, all that is dirty is collected, to be handed out to a session at once.
+    pub(super) fn harvesting(&mut self, harvesting: bool) {
+        self.harvesting = harvesting;
     }
 
     /// Whether what is found can go straight into the set of the only session. Else it goes through `fresh`, so that each
@@ -338,20 +333,25 @@ impl Pending {
         regions
     }
 
-    /// All of memory has been protected anew, or all that had unsure pages.
+    /// These pages have been protected, all of them, and may have been written before: whoever says so also says that they are
+    /// dirty ([`insert_run`](Self::insert_run)), before any page is handed out.
+    pub(super) fn is_protected_anew(&mut self, run: PageRun) {
+        self.unsure.remove_run(run);
+        self.unprotected.remove_run(run);
+    }
+
+    /// All slots were that had to be.
     pub(super) fn rearmed(&mut self) {
-        self.unsure.clear();
         self.unsure_handed_out = 0;
-        if std::mem::take(&mut self.everything) {
-            self.unprotected.clear();
-        }
     }
 
     /// No session runs, and all of memory is protected anew or no longer logged.
     pub(super) fn forget(&mut self) {
         self.fresh.clear();
         self.unprotected.clear();
-        self.rearmed();
+        self.unsure.clear();
+        self.unsure_handed_out = 0;
+        self.everything = false;
     }
 
     /// Whether a set of this capacity can take everything.

@@ -1,8 +1,9 @@
 //! One consumer's view of a tracker: what was dirtied since it last asked, whoever else asks meanwhile.
 
-use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
+use std::sync::{Arc, MutexGuard};
 
+use super::collect::Collecting;
 use super::error::TrackError;
 use super::others::Others;
 use super::redirtied::Redirtied;
@@ -39,6 +40,10 @@ pub enum Leftover {
     GiveBack,
 }
 
+/// While the guest runs.
+const NOT_HARVESTED: Collecting = Collecting { quiet: false, for_harvest: false };
+const HARVESTED: Collecting = Collecting { for_harvest: true, ..NOT_HARVESTED };
+
 impl Session {
     pub(super) fn new(shared: Arc<Shared>) -> Self {
         let key = shared.lock().pending.add_session();
@@ -61,7 +66,7 @@ impl Session {
             // A page that was dirtied before, and is still writable, makes no entry when it is written after the start. So
             // everything that is dirty goes to the others first, which protects it: its next write is then seen. What is
             // dirtied while this collects is still in a ring when it is done, and comes to this session too.
-            self.shared.collect_all(&mut state, &mut others, false)?;
+            let (mut state, _) = self.shared.collect_all(state, &mut others, NOT_HARVESTED)?;
             state.pending.begin(self.key)?;
         } else {
             drop(state);
@@ -100,7 +105,7 @@ impl Session {
     pub fn harvest(&self, dirty: &mut PageSet) -> Result<(), TrackError> {
         self.shared.protect_in_steps();
         self.harvest_by(dirty, |state, others, dirty| {
-            let all = self.shared.collect_all(state, others, false)?;
+            let (mut state, all) = self.shared.collect_all(state, others, HARVESTED)?;
             state.pending.hand_out(all, self.key, dirty)
         })
     }
@@ -112,7 +117,7 @@ impl Session {
     /// As for `harvest`.
     pub fn harvest_protected(&self, dirty: &mut PageSet, behind: &mut Redirtied) -> Result<(), TrackError> {
         self.harvest_by(dirty, |state, others, dirty| {
-            let collected = self.shared.collect(state, others, false)?;
+            let (mut state, collected) = self.shared.collect(state, others, HARVESTED)?;
             state.pending.hand_out_protected(collected, self.key, dirty, behind)
         })
     }
@@ -136,7 +141,8 @@ impl Session {
     /// As for `harvest`.
     pub fn harvest_paused(&self, paused: &Paused, dirty: &mut PageSet) -> Result<(), TrackError> {
         self.harvest_by(dirty, |state, others, dirty| {
-            self.shared.collect(state, others, true)?;
+            let how = Collecting { quiet: true, ..HARVESTED };
+            let (mut state, _) = self.shared.collect(state, others, how)?;
             state.pending.hand_out_paused(paused, self.key, dirty)
         })
     }
@@ -203,10 +209,10 @@ impl Session {
     ) -> Result<T, TrackError> {
         self.shared.protect_in_steps();
         let (mut others, mut state) = self.shared.lock_all();
-        let state = &mut *state;
         let run = state.slots.get(slot).ok_or(TrackError::SlotUnknown(slot))?.pages;
         state.pending.running_session(self.key)?;
-        let collected = self.shared.collect_all(state, &mut others, quiet)?;
+        let how = Collecting { quiet, ..NOT_HARVESTED };
+        let (mut state, collected) = self.shared.collect_all(state, &mut others, how)?;
         let taken = state.pending.hand_out_run(collected, self.key, run, take)?;
         self.shared.counters.harvests.add(1);
         Ok(taken)
@@ -246,11 +252,14 @@ impl Session {
         let mut collected = Ok(());
         if leftover == Leftover::GiveBack {
             let (mut others, mut state) = self.shared.lock_all();
-            let state = &mut *state;
             if state.pending.session(self.key)?.running {
-                collected = self.shared.collect(state, &mut others, false).map(drop);
-                if collected.is_err() {
-                    state.slots.logged().for_each(|region| state.pending.insert_run(region.pages));
+                (state, collected) = match self.shared.collect(state, &mut others, NOT_HARVESTED) {
+                    Ok((state, _)) => (state, Ok(())),
+                    Err(error) => (self.shared.lock(), Err(error)),
+                };
+                let State { slots, pending, .. } = &mut *state;
+                if collected.is_err() || pending.everything {
+                    slots.logged().for_each(|region| pending.insert_run(region.pages));
                 }
             }
             state.pending.leave_behind(self.key)?;
@@ -281,16 +290,12 @@ impl Session {
     fn harvest_by(
         &self,
         dirty: &mut PageSet,
-        collect: impl FnOnce(&mut State, &mut Others, &mut PageSet) -> Result<(), TrackError>,
+        collect: impl FnOnce(MutexGuard<'_, State>, &mut Others, &mut PageSet) -> Result<(), TrackError>,
     ) -> Result<(), TrackError> {
         let (mut others, mut state) = self.shared.lock_all();
-        let state = &mut *state;
         state.pending.running_session(self.key)?;
         state.pending.check_fits(dirty)?;
-        state.pending.harvest_begins();
-        let outcome = collect(state, &mut others, dirty);
-        state.pending.harvest_ends();
-        outcome?;
+        collect(state, &mut others, dirty)?;
         self.shared.counters.harvests.add(1);
         Ok(())
     }

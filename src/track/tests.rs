@@ -7,6 +7,7 @@ mod lending;
 mod model;
 mod sessions;
 mod unnamed;
+mod waiting;
 
 use proptest::prelude::*;
 
