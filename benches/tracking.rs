@@ -116,8 +116,17 @@ fn at_scale(c: &mut Criterion) {
         }
     };
     // So that all sets have memory where pages will be.
-    for _ in 0..10 {
+    for round in 0..10 {
         write(8);
+        if round == 0 {
+            let started = Instant::now();
+            sessions[0].observe_into(&mut redirtied).unwrap();
+            println!("first look of the first of 3 sessions: {:?}", started.elapsed());
+            let started = Instant::now();
+            dirty.clear();
+            sessions[0].harvest(&mut dirty).unwrap();
+            println!("its first harvest: {:?}", started.elapsed());
+        }
         sessions.iter().for_each(|session| drop(session.observe_into(&mut redirtied).unwrap()));
         redirtied.clear();
         harvest_all(&mut dirty);
