@@ -499,6 +499,10 @@ impl Kernel for FakeKernel {
         inner.flush_tlbs();
         Ok(())
     }
+
+    fn unseen_per_vcpu(&self) -> u64 {
+        self.lock().rings.iter().map(|ring| ring.cpu_log_entries as u64).max().unwrap_or(0)
+    }
 }
 
 #[cfg(test)]

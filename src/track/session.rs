@@ -12,7 +12,6 @@ use super::shared::{Backend, Shared, State};
 use super::source::{DirtySource, Observed};
 use super::throttle::VcpuThrottle;
 use super::unprotected::protect_some;
-use crate::kvm::caps;
 use crate::layout::{PageRun, SlotId};
 use crate::page_set::PageSet;
 use crate::vm::{Paused, Settled};
@@ -22,6 +21,12 @@ use crate::vm::{Paused, Settled};
 /// Several run at once, and each sees every page that was dirtied since it began or last harvested, once. It cannot be
 /// cloned, so that nobody else can take its pages. Logging goes on in KVM with the first session that starts, and off with the last that stops. Each
 /// session costs the others the protecting of its harvests: a page that any of them has harvested faults at its next write.
+///
+/// ```compile_fail,E0599
+/// # fn f(session: &ringferry::track::Session) {
+/// let another = session.clone().harvest(&mut ringferry::PageSet::default()); // whose pages?
+/// # }
+/// ```
 ///
 /// Dropping a session stops it and forgets its pages. [`end`](Self::end) can give them back instead.
 #[derive(Debug)]
@@ -321,7 +326,7 @@ impl DirtySource for Session {
 
     fn unseen_per_vcpu(&self) -> u64 {
         match self.shared.lock().backend {
-            Backend::Ring { .. } => caps::pml_entries(),
+            Backend::Ring { .. } => self.shared.kernel.unseen_per_vcpu(),
             Backend::Bitmap(_) => 0,
         }
     }

@@ -361,3 +361,16 @@ fn what_kvm_cannot_log_is_left_alone_and_what_it_must_is_refused() {
     assert_eq!(model.session().take_slot_runs(SlotId(1)).unwrap().len(), 1);
     assert!(model.tracker.remove_slot(SlotId(8)).unwrap());
 }
+
+#[test]
+fn a_look_says_how_many_pages_of_each_vcpu_it_may_lag_behind() {
+    for (entries, bitmap, unseen) in [(0, false, 0), (16, false, 16), (16, true, 0)] {
+        let mut model = Model::new(2, 0, entries, bitmap);
+        assert_eq!(model.session().unseen_per_vcpu(), unseen);
+        if !bitmap {
+            (0..10).for_each(|page| model.write(1, 1, page));
+            let seen = if unseen == 0 { 10 } else { 0 };
+            assert_eq!(model.observe(), Observed::per_vcpu(vec![0, seen]));
+        }
+    }
+}

@@ -53,6 +53,31 @@ fn a_vcpu_whose_ring_is_full_waits_for_one_slot_while_all_of_memory_is_protected
     assert!(longest < whole / 4, "a vCPU waited {longest:?} of {whole:?}, in {calls} calls");
 }
 
+#[test]
+fn a_vcpu_whose_ring_is_full_waits_for_no_slot_while_logging_is_switched_on_for_all_of_them() {
+    let (kernel, tracker, vcpus, session) = overrun();
+    session.stop().unwrap();
+    let done = AtomicBool::new(false);
+    let (began, mut longest) = (Instant::now(), Duration::ZERO);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            session.start().unwrap();
+            done.store(true, Ordering::Relaxed);
+        });
+        while !done.load(Ordering::Relaxed) {
+            let started = Instant::now();
+            vcpus[0].ring_full().unwrap();
+            longest = longest.max(started.elapsed());
+            thread::sleep(Duration::from_millis(1));
+        }
+    });
+    let whole = began.elapsed();
+    assert!(whole > SWITCH * 2 * MANY, "it took {whole:?}");
+    assert!(longest < whole / 4, "a vCPU waited {longest:?} of {whole:?}");
+    assert!(kernel.is_logging(SlotId(MANY - 1)));
+    tracker.end().unwrap();
+}
+
 /// What is written and taken between two slots is dirty once more, protected or not.
 #[test]
 fn what_a_vcpu_writes_while_memory_is_protected_anew_is_in_this_harvest_or_the_next() {
