@@ -77,6 +77,7 @@ pub enum FullRings {
 
 /// What one vCPU did. Sums are since it was attached.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+#[non_exhaustive]
 pub struct VcpuFigures {
     /// The VMM's index of the vCPU.
     pub index: usize,
@@ -100,6 +101,7 @@ pub struct VcpuFigures {
 
 /// What tracking did. Sums are since the tracker was made.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
+#[non_exhaustive]
 pub struct Figures {
     /// Each vCPU, in the order of attachment.
     pub vcpus: Vec<VcpuFigures>,

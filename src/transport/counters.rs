@@ -37,12 +37,13 @@ pub(super) struct ChannelCounters {
     pub zero_copy_sends: Counter,
     pub copied_sends: Counter,
     pub reconnects: Counter,
-    pub bandwidth: Mutex<Bandwidth>,
-    pub sending: Mutex<Sending>,
+    pub(super) bandwidth: Mutex<Bandwidth>,
+    pub(super) sending: Mutex<Sending>,
 }
 
 /// How a channel sends at the moment, and why not better.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
+#[non_exhaustive]
 pub struct Sending {
     /// Whether pages are copied, by our own choice or, as it reports, by the kernel.
     pub copies: bool,
@@ -78,6 +79,7 @@ impl ChannelCounters {
 
 /// One channel's figures at one moment.
 #[derive(Clone, PartialEq, Debug)]
+#[non_exhaustive]
 pub struct ChannelSnapshot {
     /// Its place among the channels that the sender was given.
     pub index: usize,
@@ -96,6 +98,7 @@ pub struct ChannelSnapshot {
 /// Sums since some beginning, as every report has them. Pages count when the destination has them in place, bytes when our kernel has taken
 /// them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Totals {
     /// Pages whose content arrived.
     pub pages_sent: u64,
@@ -158,6 +161,7 @@ pub struct SendCounters {
 
 /// A connection that died, and what that cost.
 #[derive(Clone, PartialEq, Debug)]
+#[non_exhaustive]
 pub struct ChannelLoss {
     /// Its place among the channels that the sender was given.
     pub index: usize,

@@ -323,14 +323,14 @@ fn a_slot_is_taken_a_last_time_with_what_no_vcpu_wrote() {
 #[test]
 fn a_vcpu_that_passes_no_gate_gets_its_overrun_ring_back_all_the_same() {
     let mut model = Model::new(1, 0, 0, false);
-    let over: Vec<u64> = (0..u64::from(RING) + 40).collect();
+    // So far over its end that KVM still says full when all entries have been taken and reset.
+    let over: Vec<u64> = (0..SLOT_PAGES).cycle().take(2 * RING as usize).collect();
     model.emulate(0, 1, &over);
-    // All entries are taken and overwritten in part: KVM says full, and there is nothing to take.
     let calls = (1..1_000).find(|_| {
         model.vcpus[0].ring_full().unwrap();
         model.kernel.write(0, SlotId(1), 7)
     });
-    assert!(calls.is_some());
+    assert!(calls.is_some_and(|calls| calls > 10), "{calls:?}");
     assert_eq!(model.tracker.snapshot().vcpus[0].overflows, 1);
     model.harvest();
     model.write(0, 1, 8);
