@@ -483,6 +483,11 @@ impl Rings {
         let mut idle = 0;
         while left > 0 {
             let count = timed_reset(cx)?.entries;
+            let ring = &self.rings[at].ring;
+            if ring.unflagged_prefix().entries == ring.unconfirmed() {
+                // All of them, by whomever: another thread may have been faster.
+                break;
+            }
             left = left.saturating_sub(count);
             idle = if count == 0 { idle + 1 } else { 0 };
             if idle == IDLE_RESETS_MAX {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::layout::{GuestAddress, GuestMemory, LayoutError, RegionKind};
-use crate::testing::{AnonymousRam, Backing};
+use crate::testing::{AnonymousRam, Backing, WriteDuringReset};
 
 #[test]
 fn when_the_topmost_memory_is_unplugged_a_set_of_what_is_left_is_large_enough() {
@@ -373,4 +373,32 @@ fn a_look_says_how_many_pages_of_each_vcpu_it_may_lag_behind() {
             assert_eq!(model.observe(), Observed::per_vcpu(vec![0, seen]));
         }
     }
+}
+
+/// Once when its entries were taken, and once when they were flagged again.
+#[test]
+fn an_overrun_ring_that_another_thread_resets_is_in_step_again() {
+    let mut model = Model::new(1, 0, 0, false);
+    model.emulate(0, 0, &[0; 15].repeat(26));
+    model.emulate(
+        0,
+        2,
+        &[
+            220, 61, 124, 192, 168, 64, 277, 69, 46, 233, 64, 133, 0, 93, 145, 24, 108, 272, 98, 159, 110,
+            230, 215, 38, 199, 89, 264, 190, 72,
+        ],
+    );
+    model.kernel.foreign_reset_before_the_next();
+    model.emulate(0, 1, &[44, 222, 284, 174, 58, 266, 219, 74].repeat(16));
+    model.kernel.write_during_reset(WriteDuringReset {
+        vcpu: 0,
+        slot: SlotId(2),
+        offset: 39,
+        after: true,
+        emulated: None,
+    });
+    model.emulate(0, 2, &[287, 217, 154, 288, 92, 104, 216, 3, 243, 76, 70, 4, 295, 70, 47, 148].repeat(26));
+    model.kernel.foreign_reset_before_the_next();
+    model.emulate(0, 0, &[192, 38, 97].repeat(3));
+    model.check_nothing_is_lost();
 }
