@@ -4,12 +4,15 @@
 #![expect(clippy::unwrap_used, reason = "a bench that cannot be set up ends")]
 #![expect(missing_docs, reason = "criterion's macros make a public function without a document")]
 
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use ringferry::kvm::RingSize;
 use ringferry::testing::FakeKernel;
-use ringferry::track::{DirtyTracker, Session};
+use ringferry::track::{DirtyTracker, Session, VcpuHandle};
 use ringferry::{PageIndex, PageRun, PageSet, Redirtied, SlotId};
 
 const ENTRIES: u64 = 60_000;
@@ -113,8 +116,17 @@ fn at_scale(c: &mut Criterion) {
         }
     };
     // So that all sets have memory where pages will be.
-    for _ in 0..10 {
+    for round in 0..10 {
         write(8);
+        if round == 0 {
+            let started = Instant::now();
+            sessions[0].observe_into(&mut redirtied).unwrap();
+            println!("first look of the first of 3 sessions: {:?}", started.elapsed());
+            let started = Instant::now();
+            dirty.clear();
+            sessions[0].harvest(&mut dirty).unwrap();
+            println!("its first harvest: {:?}", started.elapsed());
+        }
         sessions.iter().for_each(|session| drop(session.observe_into(&mut redirtied).unwrap()));
         redirtied.clear();
         harvest_all(&mut dirty);
@@ -166,6 +178,85 @@ fn at_scale(c: &mut Criterion) {
     group.finish();
 }
 
+/// What a vCPU whose ring is full waits for, at worst, while another thread does `work` over and over.
+fn longest_wait(vcpus: &Large, name: &str, work: impl Fn() + Sync) {
+    let done = AtomicBool::new(false);
+    let (mut waits, mut rounds) = (Vec::new(), 0);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            // Where one round takes long, one has to do.
+            let began = Instant::now();
+            while began.elapsed() < Duration::from_secs(1) {
+                work();
+            }
+            done.store(true, Ordering::Relaxed);
+        });
+        while !done.load(Ordering::Relaxed) {
+            for n in 0..6_000 {
+                vcpus.kernel.write(0, SLOT, rounds * 6_000 % 60_000 + n);
+            }
+            let started = Instant::now();
+            vcpus.handles[0].ring_full().unwrap();
+            waits.push(started.elapsed());
+            rounds += 1;
+        }
+    });
+    waits.sort_unstable();
+    let (median, longest) = (waits[waits.len() / 2], waits[waits.len() - 1]);
+    println!("ring_full beside {name}: median {median:?}, longest {longest:?}, of {}", waits.len());
+}
+
+struct Large {
+    kernel: FakeKernel,
+    handles: Vec<VcpuHandle>,
+}
+
+/// What a vCPU waits for beside what others do with the same tracker: 12 TiB in slots of 256 GiB, 1,024 vCPUs.
+fn waits(_: &mut Criterion) {
+    const VCPUS: usize = 1_024;
+    const SLOT_PAGES: u64 = 1 << 26;
+    let kernel = FakeKernel::new();
+    let tracker = DirtyTracker::on_fake_rings(&kernel, RingSize::default());
+    for slot in 0..48 {
+        let first = PageIndex(u64::from(slot) * SLOT_PAGES);
+        let memory = kernel.create_slot(SlotId(slot), PageRun { first, pages: SLOT_PAGES });
+        tracker.add_memory(&memory).unwrap();
+    }
+    let attach = |index| tracker.attach_fake_vcpu(index, &kernel, 0, 0).unwrap();
+    let large = Large { handles: (0..VCPUS).map(attach).collect(), kernel };
+    let session = tracker.start().unwrap();
+    let end = PageIndex(48 * SLOT_PAGES);
+    let sets = Mutex::new((PageSet::new(end), Redirtied::new(end)));
+    let write = |pages: u64| {
+        for vcpu in 1..VCPUS {
+            let slot = SlotId(u32::try_from(vcpu % 47 + 1).unwrap());
+            (0..pages).for_each(|n| assert!(large.kernel.write(vcpu, slot, (vcpu as u64 * 61 + n) * 977)));
+        }
+    };
+    let harvest = || {
+        let dirty = &mut sets.lock().unwrap().0;
+        dirty.clear();
+        session.harvest(dirty).unwrap();
+    };
+    write(8);
+    harvest();
+    longest_wait(&large, "nothing", || thread::sleep(Duration::from_millis(1)));
+    longest_wait(&large, "looks", || {
+        let redirtied = &mut sets.lock().unwrap().1;
+        redirtied.clear();
+        session.observe_into(redirtied).unwrap();
+    });
+    longest_wait(&large, "harvests of 8 pages per vCPU", || {
+        write(8);
+        harvest();
+    });
+    longest_wait(&large, "protecting all of memory anew", || {
+        large.kernel.emulate_writes(1, SlotId(47), (0..20_000).map(|n| n * 3));
+        harvest();
+    });
+    assert!(tracker.snapshot().rearms > 0);
+}
+
 /// What a vCPU pays before each `KVM_RUN` when nobody throttles.
 fn before_run(c: &mut Criterion) {
     let kernel = FakeKernel::new();
@@ -174,5 +265,5 @@ fn before_run(c: &mut Criterion) {
     c.bench_function("before_run", |b| b.iter(|| vcpu.before_run()));
 }
 
-criterion_group!(benches, tracking, before_run, at_scale);
+criterion_group!(benches, tracking, before_run, at_scale, waits);
 criterion_main!(benches);

@@ -40,6 +40,7 @@ pub enum Phase {
 
 /// One round: its pages, its bytes, and what the guest did meanwhile.
 #[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct RoundReport {
     /// From 1. The last ones are sent while the guest stands still.
     pub round: u32,
@@ -59,6 +60,7 @@ pub struct RoundReport {
 
 /// What is known now.
 #[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Status {
     /// Where it is.
     pub phase: Phase,
@@ -104,6 +106,7 @@ pub struct Prediction {
 /// Something that happened.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "event")]
+#[non_exhaustive]
 pub enum Event {
     /// The peers agreed, and tracking is on.
     Started {

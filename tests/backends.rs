@@ -166,6 +166,7 @@ fn test_backend<G: Guest>(mut guest: G) {
                 }
                 Observed::Total(total) => assert!(!G::PER_VCPU && total == count, "{total}, {count}"),
                 Observed::Unobservable => assert!(G::UNOBSERVABLE && redirtied.is_empty()),
+                other => panic!("{other:?}"),
             }
             assert!(redirtied.len() <= count, "{redirtied:?}");
             redirtied.strike_off(&mut round);

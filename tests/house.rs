@@ -8,6 +8,9 @@ use std::path::{Path, PathBuf};
 /// The longest that a Rust file may be.
 const LINES_MAX: usize = 600;
 
+/// Types that end like those which grow, and are not open yet.
+const SETTLED: [&str; 4] = ["Event", "SourceReport", "ChannelReport", "LossReport"];
+
 /// A path within the crate, from its root: `["track", "rings"]`.
 type ModulePath = Vec<String>;
 
@@ -350,6 +353,100 @@ fn a_circle_is_found_through_what_a_parent_passes_on_and_none_where_only_tests_o
     let open = "// use crate::Thing;\n#[cfg(test)]\nmod tests { use super::super::Thing; }\n\
         pub fn user() { let _ = \"use crate::Thing;\"; }";
     assert_eq!(circles(&house(&[lib, a, inner, ("b", open)])), BTreeSet::new());
+}
+
+/// The declarations that others see, with what stands before them: `pub` and not `pub(crate)`, outside tests, in the library.
+fn public_declarations() -> Vec<(String, Vec<String>, Vec<String>)> {
+    let mut files = Vec::new();
+    rust_files(&root().join("src"), &mut files);
+    let mut found = Vec::new();
+    for file in files.iter().filter(|file| !relative(file).contains("tests")) {
+        let tokens = without_tests(&tokens(&fs::read_to_string(file).unwrap()));
+        for (i, _) in tokens.iter().enumerate().filter(|(i, token)| *token == "pub" && tokens[i + 1] != "(") {
+            let since = tokens[..i].iter().rposition(|token| matches!(token.as_str(), ";" | "{" | "}"));
+            let before = tokens[since.map_or(0, |at| at + 1)..i].to_vec();
+            // A field ends with its comma, outside all brackets; anything else where its body or value begins.
+            let (is_field, mut depth) = (tokens[i + 2] == ":", 0_i32);
+            let end = tokens[i..].iter().position(|token| {
+                match token.as_str() {
+                    "<" | "(" | "[" => depth += 1,
+                    ">" | ")" | "]" => depth -= 1,
+                    "," | "}" => return is_field && depth <= 0,
+                    ";" | "{" | "=" => return true,
+                    _ => {}
+                }
+                false
+            });
+            found.push((relative(file), before, tokens[i..end.map_or(tokens.len(), |at| i + at)].to_vec()));
+        }
+    }
+    found
+}
+
+/// What grows, and what nobody outside makes: why something failed, and what was counted, reported or told.
+#[test]
+fn errors_reports_and_events_can_grow_without_breaking_anybody() {
+    let grows = |name: &str| {
+        ["Error", "Failure", "Report", "Figures", "Snapshot", "Totals", "Loss", "Event"]
+            .iter()
+            .any(|kind| name.ends_with(kind))
+    };
+    let settled = |name: &String| SETTLED.contains(&name.as_str());
+    let rigid: Vec<_> = public_declarations()
+        .into_iter()
+        .filter(|(_, _, code)| matches!(code[1].as_str(), "enum" | "struct") && grows(&code[2]))
+        .filter(|(_, before, code)| !before.iter().any(|word| word == "non_exhaustive") && !settled(&code[2]))
+        .map(|(file, _, code)| format!("{file}: {}", code[2]))
+        .collect();
+    assert!(rigid.is_empty(), "without #[non_exhaustive]: {rigid:#?}");
+}
+
+/// A VMM takes its own versions of these crates: none of their types may be in what the library asks of it or gives it, but for
+/// vm-memory's behind the feature that names its version.
+#[test]
+fn no_type_of_another_crate_is_in_a_public_signature() {
+    const FOREIGN: [&str; 14] = [
+        "bitvec",
+        "crc32c",
+        "getrandom",
+        "io_uring",
+        "kvm_bindings",
+        "kvm_ioctls",
+        "memmap2",
+        "parking_lot",
+        "rustix",
+        "serde",
+        "socket2",
+        "thiserror",
+        "xxhash_rust",
+        "zerocopy",
+    ];
+    let house = house();
+    let imported = |file: &str| -> BTreeSet<String> {
+        let module = house.values().find(|module| module.file == file);
+        let imports = module.into_iter().flat_map(|module| &module.imports);
+        let foreign = imports.filter(|import| FOREIGN.contains(&import.path[0].as_str()));
+        foreign.map(|import| import.name.clone()).collect()
+    };
+    let mut leaks = Vec::new();
+    // What a private file declares, others see only if it is passed on.
+    let is_passed_on = |file: &str| {
+        let path = house.iter().find(|(_, module)| module.file == file).map(|(path, _)| path);
+        let name = path.and_then(|path| path.last()).cloned().unwrap_or_default();
+        let passes = |import: &Import| import.is_reexport && import.path.contains(&name);
+        house.values().any(|module| module.imports.iter().any(passes))
+    };
+    for (file, _, code) in public_declarations().into_iter().filter(|(file, ..)| is_passed_on(file)) {
+        let foreign = imported(&file);
+        let is_foreign = |word: &&String| foreign.contains(*word) || FOREIGN.contains(&word.as_str());
+        if code[1] != "use"
+            && code[1] != "mod"
+            && let Some(word) = code[3.min(code.len())..].iter().find(is_foreign)
+        {
+            leaks.push(format!("{file}: {word} in `{}`", code.join(" ")));
+        }
+    }
+    assert!(leaks.is_empty(), "{leaks:#?}");
 }
 
 #[test]

@@ -11,6 +11,7 @@ const STILL_S: f64 = 1.0;
 
 /// A bandwidth as measured, with how sure one can be.
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
+#[non_exhaustive]
 pub struct Bandwidth {
     /// Bytes per second that arrived while there were bytes to send.
     pub bytes_per_s: f64,

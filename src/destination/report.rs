@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 /// The figures of a VM that was taken over.
 #[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct DestinationReport {
     /// The VM's name among those of its owner; may be empty.
     #[serde(default)]

@@ -96,6 +96,7 @@ impl fmt::Debug for RingSize {
 
 /// What KVM offers for tracking dirty pages.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub struct Capabilities {
     /// The largest ring for `KVM_CAP_DIRTY_LOG_RING_ACQ_REL` in entries, 0 without. Linux 6.1.
     pub ring_acq_rel_entries: u32,

@@ -126,6 +126,13 @@ impl fmt::Display for KvmError {
     }
 }
 
+impl KvmError {
+    /// Whether the kernel's answer to a call was `EINVAL`.
+    pub(crate) fn is_invalid(&self) -> bool {
+        matches!(self, Self::Ioctl { source, .. } if source.raw_os_error() == Some(libc::EINVAL))
+    }
+}
+
 impl std::error::Error for KvmError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {

@@ -45,6 +45,11 @@ pub(crate) trait Kernel: Send + Sync + fmt::Debug {
     /// Protects pages of a slot that no ring entry names: when this returns, the next write to each of them makes an entry.
     /// `pages` are of the slot, in whole granules of it.
     fn protect(&self, region: &Region, pages: PageRun, until: Until) -> Result<(), UnmapError>;
+
+    /// Pages that a vCPU may have dirtied and its processor not yet told KVM of, at most.
+    fn unseen_per_vcpu(&self) -> u64 {
+        caps::pml_entries()
+    }
 }
 
 /// Our own descriptor of the VMM's VM: the VM lives as long as we may ask something of it.

@@ -11,6 +11,7 @@
 mod left;
 #[cfg(feature = "offload")]
 mod lent;
+mod unnamed;
 
 use std::fmt;
 use std::io;
@@ -36,10 +37,6 @@ pub(crate) const EMPTY: u32 = 0;
 pub(crate) const DIRTY: u32 = 1;
 /// We took the entry, and ask KVM to protect the page again (`KVM_DIRTY_GFN_F_RESET`).
 pub(crate) const RESET: u32 = 2;
-
-/// A slot that no VM has: its address space is beyond all that KVM has, and its number beyond the highest. KVM's reset reads
-/// the slot from the entry, finds none, and frees the entry all the same (`kvm_reset_dirty_gfn`, since 5.11).
-const NO_SLOT: u32 = u32::MAX;
 
 /// What KVM's reset does with the page of an entry that is taken.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -179,6 +176,8 @@ pub(crate) struct DirtyRing {
     /// The next entry that `report` gives; between `fetch` and `scanned`.
     reported: u32,
     left_suspect: bool,
+    /// Among the entries that KVM may not have reset yet are some that name no slot.
+    unnamed: bool,
     /// Hears of each new `fetch`, if the ring is another process's.
     #[cfg(feature = "offload")]
     published: Option<lent::Publish>,
@@ -223,6 +222,7 @@ impl DirtyRing {
             scanned: position,
             reported: position,
             left_suspect: false,
+            unnamed: false,
             #[cfg(feature = "offload")]
             published: None,
         }
@@ -254,7 +254,7 @@ impl DirtyRing {
             }
             page(SlotId(entry.slot.load(Ordering::Relaxed)), entry.offset.load(Ordering::Relaxed));
             if recycle == Recycle::Leaving {
-                entry.slot.store(NO_SLOT, Ordering::Relaxed);
+                entry.take_name();
             }
             // Release, pairs with the `smp_load_acquire()` of the flags in `kvm_dirty_gfn_harvested()`: once KVM
             // sees RESET and hands the entry out again, our reads above are done, and it sees the slot that we stored.
@@ -262,7 +262,9 @@ impl DirtyRing {
             self.fetch = self.fetch.wrapping_add(1);
         }
         self.looked_at();
-        self.fetch.wrapping_sub(from)
+        let taken = self.fetch.wrapping_sub(from);
+        self.unnamed |= recycle == Recycle::Leaving && taken > 0;
+        taken
     }
 
     /// Entries that were taken and may not be reset yet.
@@ -273,6 +275,7 @@ impl DirtyRing {
     /// Every taken entry has been reset: the counts of all rings together said so.
     pub(crate) fn confirm(&mut self) {
         self.reset = self.fetch;
+        self.unnamed = false;
     }
 
     /// Entries that are dirty and not taken. Reads only new ones, the logarithm of their number: KVM fills
@@ -372,7 +375,9 @@ impl DirtyRing {
     /// outside the documented ABI. KVM protects the pages that they named the last time, which is harmless.
     pub(crate) fn skip(&mut self, entries: u32) {
         for _ in 0..entries.min(self.size().entries() - self.unconfirmed()) {
-            self.memory.entry(self.fetch).flags.store(RESET, Ordering::Release);
+            let entry = self.memory.entry(self.fetch);
+            entry.give_name();
+            entry.flags.store(RESET, Ordering::Release);
             self.fetch = self.fetch.wrapping_add(1);
         }
         self.looked_at();

@@ -45,6 +45,8 @@ pub enum UnmapError {
     NoAsyncWriteProtection(Arc<io::Error>),
     /// The memory of a slot cannot be write-protected: a file on disk, a device, or another userfaultfd has it.
     NotProtectable(Arc<io::Error>),
+    /// KVM did not free ring entries that name no slot: a ring can be recycled with protection only.
+    NotFreed,
 }
 
 impl fmt::Display for UnmapError {
@@ -66,6 +68,11 @@ impl fmt::Display for UnmapError {
                 "guest memory cannot be write-protected: {error}; anonymous memory, memfd and hugetlbfs can, unless \
                  another userfaultfd has them"
             ),
+            Self::NotFreed => write!(
+                f,
+                "KVM did not free ring entries that name no slot, so that every page of a full ring is protected: tell us \
+                 the kernel's version, no released one was seen to do that"
+            ),
         }
     }
 }
@@ -73,7 +80,7 @@ impl fmt::Display for UnmapError {
 impl std::error::Error for UnmapError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
-            Self::NotAsked => None,
+            Self::NotAsked | Self::NotFreed => None,
             Self::NoUserfaultfd(error)
             | Self::NoAsyncWriteProtection(error)
             | Self::NotProtectable(error) => Some(&**error),

@@ -11,6 +11,9 @@ use crate::os::memory::advise_huge_pages;
 /// The unit in which the kernel can use huge pages.
 const HUGE_PAGE: usize = 2 << 20;
 
+/// The largest words that lie in huge pages: those of a set that covers a terabyte.
+const HUGE_MAX: usize = 32 << 20;
+
 /// Words, of which there is memory only where they were written.
 #[derive(Default)]
 pub(super) struct Words {
@@ -23,7 +26,8 @@ pub(super) struct Words {
 ///
 /// A large set begins with a huge page and is asked to lie in such: a sparse guest of 256 GiB touches a page of the
 /// set for every other page that it dirties, and half the time of adding one would be misses of the TLB. The price
-/// is 2 MiB for the first page in each 64 GiB.
+/// is 2 MiB for the first page in each 64 GiB. A guest of 12 TiB that writes everywhere would pay that 192 times for each of a
+/// dozen sets, in the first look at it: seconds, with the tracker's lock held. So sets of more than a terabyte do without.
 pub(super) fn zeroed(words: usize) -> Words {
     let bytes = words * size_of::<u64>();
     // Miri does not know the call.
@@ -35,7 +39,9 @@ pub(super) fn zeroed(words: usize) -> Words {
     let first = (at.next_multiple_of(HUGE_PAGE) - at) / size_of::<u64>();
     memory.truncate(first + words);
     let words = Words { memory, first };
-    advise_huge_pages(&words);
+    if bytes <= HUGE_MAX {
+        advise_huge_pages(&words);
+    }
     words
 }
 

@@ -4,17 +4,22 @@
 //! forgets included. What it simulates on top: guests that write, natively or emulated, a CPU that buffers its
 //! entries (PML), TLBs that let a vCPU write what is protected until they are flushed, and a second thread that resets.
 
+mod ring;
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
 use std::io;
 use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, KVM_EXIT_UNKNOWN};
+use kvm_bindings::KVM_EXIT_UNKNOWN;
 
+pub use self::ring::UnnamedEntries;
+use self::ring::{ADDRESS_SPACES, FakeRing};
 use super::{AnonymousRam, Backing};
-use crate::kvm::ring::{DIRTY, DirtyRing, EMPTY, Entry, RESET};
+use crate::kvm::ring::{DirtyRing, EMPTY, Entry, RESET};
 use crate::kvm::{Granule, Kernel, KvmError, ResetCount, RingSize, UnmapError, Until};
 use crate::layout::{GuestMemory, PageIndex, PageRun, Region, SlotId};
 use crate::page_set::PageSet;
@@ -61,22 +66,13 @@ struct Inner {
     interruptions: VecDeque<Interruption>,
     /// How many pages it can take from a guest at once at least, if it can at all.
     granule: Option<Granule>,
+    unnamed: UnnamedEntries,
+    /// How long it takes to switch the logging of a slot.
+    logging_takes: Duration,
     /// Writes that guests do while the next reset runs.
     writes_during_reset: Vec<WriteDuringReset>,
     /// Those of them that were done.
     written_during_reset: Vec<(SlotId, u64)>,
-}
-
-/// KVM's end of a ring.
-struct FakeRing {
-    entries: Arc<[Entry]>,
-    exit_reason: Arc<AtomicU32>,
-    dirty_index: u32,
-    reset_index: u32,
-    soft_limit: u32,
-    /// What the CPU has logged and KVM has not yet pushed.
-    cpu_log: Vec<(SlotId, u64)>,
-    cpu_log_entries: usize,
 }
 
 struct FakeSlot {
@@ -90,43 +86,6 @@ struct FakeSlot {
 
 fn index(n: u64) -> usize {
     usize::try_from(n).unwrap_or(usize::MAX)
-}
-
-impl FakeRing {
-    fn used(&self) -> u32 {
-        self.dirty_index.wrapping_sub(self.reset_index)
-    }
-
-    fn entry(&self, position: u32) -> &Entry {
-        &self.entries[position as usize % self.entries.len()]
-    }
-
-    /// `kvm_dirty_ring_push`, which does not look whether there is room.
-    fn push(&mut self, slot: SlotId, offset: u64) {
-        let entry = self.entry(self.dirty_index);
-        entry.slot.store(slot.0, Ordering::Relaxed);
-        entry.offset.store(offset, Ordering::Relaxed);
-        // As strong as `smp_wmb()` and a plain store.
-        entry.flags.store(DIRTY, Ordering::Release);
-        self.dirty_index = self.dirty_index.wrapping_add(1);
-    }
-
-    /// `KVM_RUN` up to the check of the soft limit; false if the vCPU comes back at once.
-    fn enters_guest(&mut self) -> bool {
-        let full = self.used() >= self.soft_limit;
-        let reason = if full { KVM_EXIT_DIRTY_RING_FULL } else { KVM_EXIT_UNKNOWN };
-        self.exit_reason.store(reason, Ordering::Relaxed);
-        if full {
-            self.flush_cpu_log();
-        }
-        !full
-    }
-
-    fn flush_cpu_log(&mut self) {
-        for (slot, offset) in std::mem::take(&mut self.cpu_log) {
-            self.push(slot, offset);
-        }
-    }
 }
 
 impl Inner {
@@ -185,8 +144,15 @@ impl Inner {
             if entry.flags.load(Ordering::Acquire) & RESET == 0 {
                 break;
             }
-            let (next_slot, next_offset) =
+            let (mut next_slot, next_offset) =
                 (entry.slot.load(Ordering::Relaxed), entry.offset.load(Ordering::Relaxed));
+            if next_slot >> 16 >= ADDRESS_SPACES {
+                match self.unnamed {
+                    UnnamedEntries::Freed => {}
+                    UnnamedEntries::Protected => next_slot = ring.pushed(ring.reset_index),
+                    UnnamedEntries::Kept | UnnamedEntries::Refused => break,
+                }
+            }
             entry.flags.store(EMPTY, Ordering::Release);
             ring.reset_index = ring.reset_index.wrapping_add(1);
             *count += 1;
@@ -258,6 +224,8 @@ impl FakeKernel {
             fails_next_reset: false,
             interruptions: VecDeque::new(),
             granule: None,
+            unnamed: UnnamedEntries::Freed,
+            logging_takes: Duration::ZERO,
             writes_during_reset: Vec::new(),
             written_during_reset: Vec::new(),
         };
@@ -296,6 +264,16 @@ impl FakeKernel {
         }
     }
 
+    /// What it does from now on with ring entries that name no slot.
+    pub fn treats_unnamed_entries(&self, unnamed: UnnamedEntries) {
+        self.lock().unnamed = unnamed;
+    }
+
+    /// From now on it takes so long to switch the logging of a slot, as it does if the slot is large.
+    pub fn logging_takes(&self, time: Duration) {
+        self.lock().logging_takes = time;
+    }
+
     /// From now on pages can be taken from guests, so many at once at least; with `None`, none any more.
     pub fn can_take_pages(&self, granule: Option<NonZeroU64>) {
         self.lock().granule = granule;
@@ -321,7 +299,7 @@ impl FakeKernel {
     pub(crate) fn flag(&self, vcpu: usize, position: u32, entries: u32) {
         let inner = self.lock();
         let from = (0..entries).map(|at| inner.rings[vcpu].entry(position.wrapping_add(at)));
-        for entry in from.take_while(|entry| entry.flags.load(Ordering::Acquire) == DIRTY) {
+        for entry in from.take_while(|entry| entry.flags.load(Ordering::Acquire) == crate::kvm::ring::DIRTY) {
             entry.flags.store(RESET, Ordering::Release);
         }
     }
@@ -331,15 +309,9 @@ impl FakeKernel {
     pub(crate) fn create_vcpu(&self, size: RingSize, position: u32, cpu_log_entries: usize) -> DirtyRing {
         let entries: Arc<[Entry]> = (0..size.entries()).map(|_| Entry::default()).collect();
         let exit_reason = Arc::new(AtomicU32::new(KVM_EXIT_UNKNOWN));
-        let ring = FakeRing {
-            entries: Arc::clone(&entries),
-            exit_reason: Arc::clone(&exit_reason),
-            dirty_index: position,
-            reset_index: position,
-            soft_limit: size.entries() - 64 - u32::try_from(cpu_log_entries).unwrap_or(0),
-            cpu_log: Vec::new(),
-            cpu_log_entries,
-        };
+        let soft_limit = size.entries() - 64 - u32::try_from(cpu_log_entries).unwrap_or(0);
+        let (entries_again, reason_again) = (Arc::clone(&entries), Arc::clone(&exit_reason));
+        let ring = FakeRing::new(entries_again, reason_again, position, soft_limit, cpu_log_entries);
         self.lock().rings.push(ring);
         DirtyRing::over(entries, exit_reason, size, position)
     }
@@ -464,10 +436,18 @@ impl Kernel for FakeKernel {
         if count.entries > 0 {
             inner.flush_tlbs();
         }
+        if inner.unnamed == UnnamedEntries::Refused && inner.rings.iter().any(FakeRing::waits_at_unnamed) {
+            let source = io::Error::from_raw_os_error(libc::EINVAL);
+            return Err(KvmError::Ioctl { name: "KVM_RESET_DIRTY_RINGS", source });
+        }
         Ok(count)
     }
 
     fn set_dirty_logging(&self, region: &Region, enabled: bool) -> Result<(), KvmError> {
+        let takes = self.lock().logging_takes;
+        if !takes.is_zero() {
+            std::thread::sleep(takes);
+        }
         let inner = &mut *self.lock();
         let slot = inner.slots.get_mut(&region.slot.0).ok_or(KvmError::SlotGone(region.slot))?;
         if enabled && inner.refused.contains(&region.slot.0) {
@@ -516,7 +496,12 @@ impl Kernel for FakeKernel {
         if let Some(slot) = inner.slots.get_mut(&region.slot.0) {
             slot.writable.remove_run(PageRun { first: PageIndex(first), pages: pages.pages });
         }
+        inner.flush_tlbs();
         Ok(())
+    }
+
+    fn unseen_per_vcpu(&self) -> u64 {
+        self.lock().rings.iter().map(|ring| ring.cpu_log_entries as u64).max().unwrap_or(0)
     }
 }
 

@@ -6,4 +6,4 @@ mod anonymous_ram;
 mod fake_kernel;
 
 pub use self::anonymous_ram::{AnonymousRam, Backing};
-pub use self::fake_kernel::{FakeKernel, Interruption, WriteDuringReset};
+pub use self::fake_kernel::{FakeKernel, Interruption, UnnamedEntries, WriteDuringReset};

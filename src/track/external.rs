@@ -24,7 +24,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 pub use self::dma::{DmaLogging, DmaMapping, DmaSource, IovaRange};
-#[cfg(any(feature = "vm-memory-0-17", feature = "vm-memory-0-18"))]
+#[cfg(any(feature = "vm-memory-0-16", feature = "vm-memory-0-17", feature = "vm-memory-0-18"))]
 pub use self::region_log::RegionLogSlice;
 pub use self::region_log::{RegionLog, RegionSource};
 pub use self::shared_log::{SharedLog, SharedLogWriter};

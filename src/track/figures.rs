@@ -62,8 +62,24 @@ pub(super) struct VmCounters {
     pub(super) protect_ns: Counter,
 }
 
+/// What becomes of the pages of a ring that is full, or nearly, before anybody wants to read them.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+#[non_exhaustive]
+pub enum FullRings {
+    /// Each is protected, and costs its guest a fault at its next write:
+    /// [`recycles_without_protecting`](super::DirtyTracker::recycles_without_protecting) says why. So it is before anybody tracks, too.
+    #[default]
+    Protected,
+    /// They are to stay writable, and no ring was full yet. Only a ring that a vCPU has filled can show whether KVM plays along; if it
+    /// does not, this and all later ones are recycled with protection, and nothing is lost.
+    NotYetSeen,
+    /// They stay writable, and KVM was seen to play along.
+    LeftWritable,
+}
+
 /// What one vCPU did. Sums are since it was attached.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+#[non_exhaustive]
 pub struct VcpuFigures {
     /// The VMM's index of the vCPU.
     pub index: usize,
@@ -96,6 +112,7 @@ pub struct VcpuFigures {
 
 /// What tracking did. Sums are since the tracker was made.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
+#[non_exhaustive]
 pub struct Figures {
     /// Each vCPU, in the order of attachment.
     pub vcpus: Vec<VcpuFigures>,
@@ -119,6 +136,8 @@ pub struct Figures {
     /// Times that memory was declared dirty and protected anew: all of it after an overflow, or the slots in which
     /// interrupted resets had left pages unprotected.
     pub rearms: u64,
+    /// What becomes of the pages of a full ring.
+    pub full_rings: FullRings,
     /// Calls that protected pages which rings had been recycled without.
     pub protects: u64,
     /// Time spent in them, in nanoseconds.
@@ -126,9 +145,10 @@ pub struct Figures {
 }
 
 impl VmCounters {
-    pub(super) fn figures(&self, vcpus: Vec<VcpuFigures>) -> Figures {
+    pub(super) fn figures(&self, vcpus: Vec<VcpuFigures>, full_rings: FullRings) -> Figures {
         Figures {
             vcpus,
+            full_rings,
             harvests: self.harvests.get(),
             harvest_ns: self.harvest_ns.get(),
             resets: self.resets.get(),

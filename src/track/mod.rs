@@ -10,6 +10,7 @@
 mod bitmap;
 #[cfg(feature = "offload")]
 mod borrowed;
+mod collect;
 mod error;
 pub mod external;
 mod figures;
@@ -42,7 +43,7 @@ mod vcpu;
 pub(crate) use self::borrowed::{BorrowedVcpu, serve_full_rings};
 pub use self::error::{PagemapError, TrackError};
 pub use self::external::ExternalSource;
-pub use self::figures::{Figures, VcpuFigures};
+pub use self::figures::{Figures, FullRings, VcpuFigures};
 pub use self::gate::{BeforeRun, GuestMode};
 pub use self::handle::{KVM_EXIT_DIRTY_RING_FULL, VcpuHandle};
 #[cfg(feature = "offload")]

@@ -9,6 +9,7 @@
 //! until one of them wants to read it. Then `unprotected` protects it.
 
 use super::error::TrackError;
+use super::figures::FullRings;
 use super::redirtied::Redirtied;
 use super::session_pages::{SessionKey, SessionPages};
 use super::slots::Slots;
@@ -51,6 +52,8 @@ pub(super) struct Pending {
     unprotected: PageSet,
     /// Whether pages may be left unprotected, as they can be protected later; or why they cannot.
     may_leave: Result<(), UnmapError>,
+    /// Whether KVM frees entries that name no slot, once it had to. For good.
+    frees_unnamed: Option<bool>,
     /// An overflow lost entries: every page is dirty, and all of memory must be protected anew.
     pub(super) everything: bool,
 }
@@ -68,6 +71,7 @@ impl Pending {
             unsure_handed_out: 0,
             unprotected: PageSet::new(PageIndex(0)),
             may_leave: Err(UnmapError::NotAsked),
+            frees_unnamed: None,
             everything: false,
         }
     }
@@ -193,14 +197,9 @@ impl Pending {
         self.running().for_each(|session| session.pages.insert_run(run));
     }
 
-    /// Between these two calls all that is dirty is collected, and then handed out to a session.
-    pub(super) fn harvest_begins(&mut self) {
-        self.harvesting = true;
-    }
-
-    /// See [`harvest_begins`](Self::harvest_begins).
-    pub(super) fn harvest_ends(&mut self) {
-        self.harvesting = false;
+    /// While this is so, all that is dirty is collected, to be handed out to a session at once.
+    pub(super) fn harvesting(&mut self, harvesting: bool) {
+        self.harvesting = harvesting;
     }
 
     /// Whether what is found can go straight into the set of the only session. Else it goes through `fresh`, so that each
@@ -223,7 +222,27 @@ impl Pending {
 
     /// Whether pages may be left unprotected from now on.
     pub(super) fn may_leave(&mut self, may_leave: Result<(), UnmapError>) {
-        self.may_leave = may_leave;
+        self.may_leave = match self.frees_unnamed {
+            Some(false) => may_leave.and(Err(UnmapError::NotFreed)),
+            _ => may_leave,
+        };
+    }
+
+    /// KVM has freed entries that name no slot, or it has not.
+    pub(super) fn frees_unnamed(&mut self, frees: bool) {
+        if self.frees_unnamed.is_none() || !frees {
+            self.frees_unnamed = Some(frees);
+            self.may_leave(self.why_none_is_left());
+        }
+    }
+
+    /// What becomes of the pages of a full ring.
+    pub(super) fn full_rings(&self) -> FullRings {
+        match (&self.may_leave, self.frees_unnamed) {
+            (Err(_), _) => FullRings::Protected,
+            (Ok(()), None) => FullRings::NotYetSeen,
+            (Ok(()), Some(_)) => FullRings::LeftWritable,
+        }
     }
 
     /// Why none may, if so.
@@ -314,20 +333,25 @@ impl Pending {
         regions
     }
 
-    /// All of memory has been protected anew, or all that had unsure pages.
+    /// These pages have been protected, all of them, and may have been written before: whoever says so also says that they are
+    /// dirty ([`insert_run`](Self::insert_run)), before any page is handed out.
+    pub(super) fn is_protected_anew(&mut self, run: PageRun) {
+        self.unsure.remove_run(run);
+        self.unprotected.remove_run(run);
+    }
+
+    /// All slots were that had to be.
     pub(super) fn rearmed(&mut self) {
-        self.unsure.clear();
         self.unsure_handed_out = 0;
-        if std::mem::take(&mut self.everything) {
-            self.unprotected.clear();
-        }
     }
 
     /// No session runs, and all of memory is protected anew or no longer logged.
     pub(super) fn forget(&mut self) {
         self.fresh.clear();
         self.unprotected.clear();
-        self.rearmed();
+        self.unsure.clear();
+        self.unsure_handed_out = 0;
+        self.everything = false;
     }
 
     /// Whether a set of this capacity can take everything.

@@ -267,9 +267,7 @@ impl Rings {
         cx: Context<'_>,
         pending: &mut Pending,
     ) -> Result<(), TrackError> {
-        let Some(at) = self.rings.iter().position(|ring| Arc::ptr_eq(&ring.vcpu, vcpu)) else {
-            return Ok(());
-        };
+        let Some(at) = self.place_of(vcpu) else { return Ok(()) };
         self.unstick(at, cx, pending)?;
         self.recycle_these(at..at + 1, pending.recycle_early(), cx, pending)?;
         if self.rings[at].ring.unconfirmed() > 0 {
@@ -336,9 +334,7 @@ impl Rings {
         cx: Context<'_>,
         pending: &mut Pending,
     ) -> Result<(), TrackError> {
-        let Some(at) = self.rings.iter().position(|ring| Arc::ptr_eq(&ring.vcpu, vcpu)) else {
-            return Err(TrackError::VcpuUnknown(vcpu.index));
-        };
+        let at = self.place_of(vcpu).ok_or(TrackError::VcpuUnknown(vcpu.index))?;
         self.unstick(at, cx, pending)?;
         let ring = &mut self.rings[at];
         ring.take(pending.recycle_early(), cx, pending);
@@ -349,6 +345,10 @@ impl Rings {
             }
         }
         self.reset(cx, pending).map(drop)
+    }
+
+    fn place_of(&self, vcpu: &Arc<Vcpu>) -> Option<usize> {
+        self.rings.iter().position(|ring| Arc::ptr_eq(&ring.vcpu, vcpu))
     }
 
     fn recycle_these(
@@ -374,12 +374,20 @@ impl Rings {
         let mut idle = 0;
         let mut left = self.unconfirmed();
         while left > 0 {
-            let ResetCount { entries, slept } = timed_reset(cx)?;
+            let ResetCount { entries, slept } = match timed_reset(cx) {
+                Err(TrackError::Kvm(error)) if error.is_invalid() && self.name_again(true, pending) => {
+                    continue;
+                }
+                count => count?,
+            };
             let count = u64::from(entries);
             if count >= left {
                 if slept {
                     // Stopped at the very last entry? Then all is counted, and the last batch is not protected.
                     self.doubt_last_batch(cx, pending);
+                }
+                if self.rings.iter().any(|ring| ring.ring.has_unnamed()) {
+                    pending.frees_unnamed(true);
                 }
                 self.rings.iter_mut().for_each(|ring| ring.ring.confirm());
                 break;
@@ -394,6 +402,10 @@ impl Rings {
             }
             idle = if count == 0 { idle + 1 } else { 0 };
             if idle == IDLE_RESETS_MAX {
+                if self.name_again(false, pending) {
+                    idle = 0;
+                    continue;
+                }
                 for ring in self.rings.iter_mut().filter(|ring| ring.ring.unconfirmed() > 0) {
                     ring.overflowed("KVM does not reset the entries that are flagged");
                 }
@@ -402,6 +414,22 @@ impl Rings {
             }
         }
         Ok(AllReset(()))
+    }
+
+    /// If KVM does not free entries that name no slot: they get their names back, so that it protects their pages, and none loses it
+    /// any more.
+    fn name_again(&mut self, refused: bool, pending: &mut Pending) -> bool {
+        // A ring that has overflowed may be stuck there for that reason.
+        let is_kept = |ring: &Ring| (refused || !ring.suspect) && ring.ring.waits_at_unnamed();
+        let is_kept = self.rings.iter().any(is_kept);
+        if is_kept {
+            tracing::warn!(
+                "KVM does not free ring entries without a slot: every page of a full ring is protected from now on"
+            );
+            self.rings.iter_mut().for_each(|ring| ring.ring.name_again());
+            pending.frees_unnamed(false);
+        }
+        is_kept
     }
 
     /// One of the rings was cut off at its end, and KVM does not say which.
@@ -450,10 +478,16 @@ impl Rings {
         }
         ring.overflowed("entries were overwritten before they were reset");
         pending.everything = true;
+        ring.ring.name_again();
         let mut left = ring.ring.flag_again();
         let mut idle = 0;
         while left > 0 {
             let count = timed_reset(cx)?.entries;
+            let ring = &self.rings[at].ring;
+            if ring.unflagged_prefix().entries == ring.unconfirmed() {
+                // All of them, by whomever: another thread may have been faster.
+                break;
+            }
             left = left.saturating_sub(count);
             idle = if count == 0 { idle + 1 } else { 0 };
             if idle == IDLE_RESETS_MAX {

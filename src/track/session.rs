@@ -1,8 +1,9 @@
 //! One consumer's view of a tracker: what was dirtied since it last asked, whoever else asks meanwhile.
 
-use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
+use std::sync::{Arc, MutexGuard};
 
+use super::collect::Collecting;
 use super::error::TrackError;
 use super::others::Others;
 use super::redirtied::Redirtied;
@@ -11,7 +12,6 @@ use super::shared::{Backend, Shared, State};
 use super::source::{DirtySource, Observed};
 use super::throttle::VcpuThrottle;
 use super::unprotected::protect_some;
-use crate::kvm::caps;
 use crate::layout::{PageRun, SlotId};
 use crate::page_set::PageSet;
 use crate::vm::{Paused, Settled};
@@ -21,6 +21,12 @@ use crate::vm::{Paused, Settled};
 /// Several run at once, and each sees every page that was dirtied since it began or last harvested, once. It cannot be
 /// cloned, so that nobody else can take its pages. Logging goes on in KVM with the first session that starts, and off with the last that stops. Each
 /// session costs the others the protecting of its harvests: a page that any of them has harvested faults at its next write.
+///
+/// ```compile_fail,E0599
+/// # fn f(session: &ringferry::track::Session) {
+/// let another = session.clone().harvest(&mut ringferry::PageSet::default()); // whose pages?
+/// # }
+/// ```
 ///
 /// Dropping a session stops it and forgets its pages. [`end`](Self::end) can give them back instead.
 #[derive(Debug)]
@@ -38,6 +44,10 @@ pub enum Leftover {
     /// backups, of which the next one has to have what this one leaves.
     GiveBack,
 }
+
+/// While the guest runs.
+const NOT_HARVESTED: Collecting = Collecting { quiet: false, for_harvest: false };
+const HARVESTED: Collecting = Collecting { for_harvest: true, ..NOT_HARVESTED };
 
 impl Session {
     pub(super) fn new(shared: Arc<Shared>) -> Self {
@@ -61,7 +71,7 @@ impl Session {
             // A page that was dirtied before, and is still writable, makes no entry when it is written after the start. So
             // everything that is dirty goes to the others first, which protects it: its next write is then seen. What is
             // dirtied while this collects is still in a ring when it is done, and comes to this session too.
-            self.shared.collect_all(&mut state, &mut others, false)?;
+            let (mut state, _) = self.shared.collect_all(state, &mut others, NOT_HARVESTED)?;
             state.pending.begin(self.key)?;
         } else {
             drop(state);
@@ -100,7 +110,7 @@ impl Session {
     pub fn harvest(&self, dirty: &mut PageSet) -> Result<(), TrackError> {
         self.shared.protect_in_steps();
         self.harvest_by(dirty, |state, others, dirty| {
-            let all = self.shared.collect_all(state, others, false)?;
+            let (mut state, all) = self.shared.collect_all(state, others, HARVESTED)?;
             state.pending.hand_out(all, self.key, dirty)
         })
     }
@@ -112,7 +122,7 @@ impl Session {
     /// As for `harvest`.
     pub fn harvest_protected(&self, dirty: &mut PageSet, behind: &mut Redirtied) -> Result<(), TrackError> {
         self.harvest_by(dirty, |state, others, dirty| {
-            let collected = self.shared.collect(state, others, false)?;
+            let (mut state, collected) = self.shared.collect(state, others, HARVESTED)?;
             state.pending.hand_out_protected(collected, self.key, dirty, behind)
         })
     }
@@ -136,7 +146,8 @@ impl Session {
     /// As for `harvest`.
     pub fn harvest_paused(&self, paused: &Paused, dirty: &mut PageSet) -> Result<(), TrackError> {
         self.harvest_by(dirty, |state, others, dirty| {
-            self.shared.collect(state, others, true)?;
+            let how = Collecting { quiet: true, ..HARVESTED };
+            let (mut state, _) = self.shared.collect(state, others, how)?;
             state.pending.hand_out_paused(paused, self.key, dirty)
         })
     }
@@ -203,10 +214,10 @@ impl Session {
     ) -> Result<T, TrackError> {
         self.shared.protect_in_steps();
         let (mut others, mut state) = self.shared.lock_all();
-        let state = &mut *state;
         let run = state.slots.get(slot).ok_or(TrackError::SlotUnknown(slot))?.pages;
         state.pending.running_session(self.key)?;
-        let collected = self.shared.collect_all(state, &mut others, quiet)?;
+        let how = Collecting { quiet, ..NOT_HARVESTED };
+        let (mut state, collected) = self.shared.collect_all(state, &mut others, how)?;
         let taken = state.pending.hand_out_run(collected, self.key, run, take)?;
         self.shared.counters.harvests.add(1);
         Ok(taken)
@@ -246,11 +257,14 @@ impl Session {
         let mut collected = Ok(());
         if leftover == Leftover::GiveBack {
             let (mut others, mut state) = self.shared.lock_all();
-            let state = &mut *state;
             if state.pending.session(self.key)?.running {
-                collected = self.shared.collect(state, &mut others, false).map(drop);
-                if collected.is_err() {
-                    state.slots.logged().for_each(|region| state.pending.insert_run(region.pages));
+                (state, collected) = match self.shared.collect(state, &mut others, NOT_HARVESTED) {
+                    Ok((state, _)) => (state, Ok(())),
+                    Err(error) => (self.shared.lock(), Err(error)),
+                };
+                let State { slots, pending, .. } = &mut *state;
+                if collected.is_err() || pending.everything {
+                    slots.logged().for_each(|region| pending.insert_run(region.pages));
                 }
             }
             state.pending.leave_behind(self.key)?;
@@ -281,16 +295,12 @@ impl Session {
     fn harvest_by(
         &self,
         dirty: &mut PageSet,
-        collect: impl FnOnce(&mut State, &mut Others, &mut PageSet) -> Result<(), TrackError>,
+        collect: impl FnOnce(MutexGuard<'_, State>, &mut Others, &mut PageSet) -> Result<(), TrackError>,
     ) -> Result<(), TrackError> {
         let (mut others, mut state) = self.shared.lock_all();
-        let state = &mut *state;
         state.pending.running_session(self.key)?;
         state.pending.check_fits(dirty)?;
-        state.pending.harvest_begins();
-        let outcome = collect(state, &mut others, dirty);
-        state.pending.harvest_ends();
-        outcome?;
+        collect(state, &mut others, dirty)?;
         self.shared.counters.harvests.add(1);
         Ok(())
     }
@@ -316,7 +326,7 @@ impl DirtySource for Session {
 
     fn unseen_per_vcpu(&self) -> u64 {
         match self.shared.lock().backend {
-            Backend::Ring { .. } => caps::pml_entries(),
+            Backend::Ring { .. } => self.shared.kernel.unseen_per_vcpu(),
             Backend::Bitmap(_) => 0,
         }
     }

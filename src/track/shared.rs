@@ -1,10 +1,10 @@
-//! What a tracker, its sessions and its vCPU handles share: one lock, and the way that dirty pages take under it.
+//! What a tracker, its sessions and its vCPU handles share: the locks, and how logging begins and ends.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
-use super::bitmap::{AllCleared, BitmapLog};
+use super::bitmap::BitmapLog;
 use super::error::TrackError;
 use super::figures::VmCounters;
 #[cfg(feature = "offload")]
@@ -12,12 +12,12 @@ use super::lent::Lent;
 #[cfg(feature = "offload")]
 use super::lent_page;
 use super::others::Others;
-use super::pending::{AllReadable, Pending, ProtectedReadable};
-use super::rings::{AllReset, Context, Rings};
+use super::pending::Pending;
+use super::rings::{Context, Rings};
 use super::session_pages::SessionKey;
-use super::slots::{Slots, log_anew, log_these_anew, stop_logging};
+use super::slots::{Slots, log_these_anew, stop_logging};
 use super::throttle::VcpuThrottle;
-use super::unprotected::{protect_all, protect_step};
+use super::unprotected::protect_step;
 use super::vcpu::Vcpu;
 use crate::kvm::{Kernel, RingSize, UnmapError};
 use crate::layout::PageIndex;
@@ -25,6 +25,8 @@ use crate::page_set::AtomicPageSet;
 
 /// Enough for a thread that waits for the lock to wake up and take it.
 const TURN: Duration = Duration::from_micros(100);
+/// On a busy host it wakes up later. A harvest waits for nobody longer than 5 ms each time.
+const TURNS_MAX: u32 = 50;
 
 /// What the tracker's clones, its sessions and the vCPU handles share.
 #[derive(Debug)]
@@ -76,19 +78,6 @@ impl Backend {
         }
     }
 }
-
-/// Proof from whichever backend it is.
-pub(super) enum Collected {
-    Ring { _proof: AllReset },
-    Bitmap { _proof: AllCleared },
-}
-
-impl ProtectedReadable for Collected {}
-
-/// Proof that pages were protected that the backend had left, too.
-pub(super) struct AllProtected(());
-
-impl AllReadable for AllProtected {}
 
 impl State {
     /// An error while another process follows the rings: what is asked is its business, or changes what it was told.
@@ -227,100 +216,18 @@ impl Shared {
             let State { slots, pending, .. } = &mut *state;
             from = protect_step(self.context(slots), pending, first);
             drop(state);
-            if self.full_rings.load(Ordering::Relaxed) > 0 {
-                // The lock does not queue: without a pause this thread would have it again before any other wakes up.
-                std::thread::sleep(TURN);
+            self.let_full_rings_in();
+        }
+    }
+
+    /// The vCPUs that wait for the lock, which this thread has just released, have their turn.
+    pub(super) fn let_full_rings_in(&self) {
+        // The lock does not queue: without a pause this thread would have it again before any other wakes up.
+        for _ in 0..TURNS_MAX {
+            if self.full_rings.load(Ordering::Relaxed) == 0 {
+                break;
             }
+            std::thread::sleep(TURN);
         }
-    }
-
-    /// Gives what others than vCPUs have written to every session. It is not protected against them: they log their next write
-    /// in any case.
-    pub(super) fn collect_others(&self, state: &mut State, others: Option<&mut Others>) {
-        let State { slots, pending, .. } = state;
-        self.marks.read().unwrap_or_else(PoisonError::into_inner).drain_into(pending.sink());
-        if let Some(others) = others {
-            others.move_into(pending.sink());
-        }
-        pending.remove_from_sink(slots);
-        pending.distribute(None, 0);
-    }
-
-    /// Gives all that is dirty to every session, and protects all of it.
-    pub(super) fn collect_all(
-        &self,
-        state: &mut State,
-        others: &mut Others,
-        quiet: bool,
-    ) -> Result<AllProtected, TrackError> {
-        self.collect(state, others, quiet)?;
-        let State { slots, pending, .. } = state;
-        protect_all(self.context(slots), pending);
-        self.rearm_if_lost(slots, pending)?;
-        Ok(AllProtected(()))
-    }
-
-    /// Gives all that is dirty to every session, protected as far as it was not left unprotected on purpose. `quiet`: every
-    /// vCPU is outside the guest.
-    pub(super) fn collect(
-        &self,
-        state: &mut State,
-        others: &mut Others,
-        quiet: bool,
-    ) -> Result<Collected, TrackError> {
-        let State { backend, slots, pending, .. } = state;
-        let cx = self.context(slots);
-        let collected = match backend {
-            Backend::Ring { rings, .. } if quiet => {
-                Collected::Ring { _proof: rings.recycle_quiet(cx, pending)? }
-            }
-            Backend::Ring { rings, .. } => Collected::Ring { _proof: rings.recycle(cx, pending)? },
-            Backend::Bitmap(log) => Collected::Bitmap { _proof: log.collect(cx, pending.sink())? },
-        };
-        // After the guest's: what a device wrote because of what the guest wrote is then in the same harvest.
-        self.marks.read().unwrap_or_else(PoisonError::into_inner).drain_into(pending.sink());
-        others.move_into(pending.sink());
-        // Last of all: it has what the kernel wrote with no vCPU at hand, on behalf of whatever stopped just now.
-        if let Backend::Ring { beside: Some(log), .. } = backend
-            && quiet
-        {
-            log.collect_beside_rings(cx, pending.sink())?;
-        }
-        pending.remove_runs(&slots.holes(pending.capacity()));
-        pending.distribute(None, 0);
-        if !pending.everything && !quiet {
-            self.protect_unsure(slots, pending)?;
-        }
-        self.rearm_if_lost(slots, pending)?;
-        Ok(collected)
-    }
-
-    /// Protects all of memory anew and declares it dirty, if nobody knows any more what is.
-    fn rearm_if_lost(&self, slots: &Slots, pending: &mut Pending) -> Result<(), TrackError> {
-        if pending.everything {
-            slots.log_anew(&*self.kernel)?;
-            slots.logged().for_each(|region| pending.insert_run(region.pages));
-            pending.rearmed();
-            self.counters.rearms.add(1);
-        }
-        Ok(())
-    }
-
-    /// Protects anew the slots with unsure pages, when that costs no more than what these have cost already.
-    fn protect_unsure(&self, slots: &Slots, pending: &mut Pending) -> Result<(), TrackError> {
-        let regions = pending.slots_better_protected_anew(slots);
-        for region in &regions {
-            if let Err(error) = log_anew(&*self.kernel, region) {
-                // Its logging may be off now.
-                pending.everything = true;
-                return Err(error.into());
-            }
-            pending.insert_run(region.pages);
-        }
-        if !regions.is_empty() {
-            pending.rearmed();
-            self.counters.rearms.add(1);
-        }
-        Ok(())
     }
 }

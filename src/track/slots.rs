@@ -109,12 +109,6 @@ impl Slots {
         }
         holes
     }
-
-    /// Protects every page of every slot and logs writes from then on; none is logged when one was refused. A write in
-    /// between is not seen: the pages count as dirty anyway, or have not been read yet.
-    pub(super) fn log_anew(&self, kernel: &dyn Kernel) -> Result<(), KvmError> {
-        log_these_anew(kernel, self.logged())
-    }
 }
 
 /// Ends dirty logging of some slots. All are tried, and the first refusal is returned.
@@ -122,7 +116,8 @@ pub(super) fn stop_logging(kernel: &dyn Kernel, regions: &[Region]) -> Result<()
     regions.iter().map(|region| kernel.set_dirty_logging(region, false)).fold(Ok(()), Result::and)
 }
 
-/// The same for some slots.
+/// Protects every page of some slots and logs writes from then on; none is logged when one was refused. A write in
+/// between is not seen: the pages count as dirty anyway, or have not been read yet.
 pub(super) fn log_these_anew<'a>(
     kernel: &dyn Kernel,
     regions: impl IntoIterator<Item = &'a Region> + Clone,

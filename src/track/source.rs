@@ -8,6 +8,7 @@ use crate::vm::{Paused, Settled};
 
 /// What was dirtied since the last harvest, observed without disturbing the guest.
 #[derive(Clone, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub enum Observed {
     /// Pages by who dirtied them.
     ///

@@ -6,6 +6,8 @@ mod externals;
 mod lending;
 mod model;
 mod sessions;
+mod unnamed;
+mod waiting;
 
 use proptest::prelude::*;
 
@@ -14,11 +16,16 @@ use super::*;
 use crate::kvm::RingSize;
 use crate::layout::{PageIndex, PageRun, SlotId};
 use crate::page_set::PageSet;
-use crate::testing::{FakeKernel, Interruption};
+use crate::testing::{FakeKernel, Interruption, UnnamedEntries};
 use crate::vm::{Paused, VmError};
 
-fn run(vcpus: usize, position: u32, cpu_log_entries: usize, bitmap: bool, granule: u64, events: &[Event]) {
-    let mut model = Model::leaving(vcpus, position, cpu_log_entries, bitmap, granule);
+fn run(
+    (vcpus, position, cpu_log_entries): (usize, u32, usize),
+    (granule, unnamed): (u64, UnnamedEntries),
+    events: &[Event],
+) {
+    let mut model = Model::leaving(vcpus, position, cpu_log_entries, false, granule);
+    model.kernel.treats_unnamed_entries(unnamed);
     events.iter().for_each(|event| model.apply(event));
     model.check_nothing_is_lost();
 }
@@ -31,6 +38,12 @@ fn position() -> impl Strategy<Value = u32> {
 /// Whether rings are recycled without protection: not where the kernel cannot take pages from a guest later.
 fn granule() -> impl Strategy<Value = u64> {
     prop_oneof![Just(0_u64), Just(1), Just(4)]
+}
+
+/// What the kernel does with entries that name no slot.
+fn unnamed() -> impl Strategy<Value = UnnamedEntries> {
+    use UnnamedEntries::{Freed, Kept, Protected, Refused};
+    prop_oneof![3 => Just(Freed), 1 => Just(Protected), 1 => Just(Kept), 1 => Just(Refused)]
 }
 
 fn cases() -> ProptestConfig {
@@ -47,9 +60,10 @@ proptest! {
         position in position(),
         cpu_log_entries in prop_oneof![Just(0_usize), Just(16)],
         granule in granule(),
+        unnamed in unnamed(),
         events in prop::collection::vec(event(), 1..60),
     ) {
-        run(vcpus, position, cpu_log_entries, false, granule, &events);
+        run((vcpus, position, cpu_log_entries), (granule, unnamed), &events);
     }
 
     #[test]
@@ -57,9 +71,11 @@ proptest! {
         vcpus in 1..5_usize,
         position in position(),
         granule in granule(),
+        // One that stops at them has no overrun rings here: `unnamed` has one such test.
+        unnamed in prop_oneof![Just(UnnamedEntries::Freed), Just(UnnamedEntries::Protected)],
         events in prop::collection::vec(prop_oneof![1 => emulation(), 5 => event()], 1..60),
     ) {
-        run(vcpus, position, 0, false, granule, &events);
+        run((vcpus, position, 0), (granule, unnamed), &events);
     }
 
     #[test]
@@ -67,7 +83,9 @@ proptest! {
         vcpus in 1..5_usize,
         events in prop::collection::vec(event(), 1..60),
     ) {
-        run(vcpus, 0, 0, true, 0, &events);
+        let mut model = Model::new(vcpus, 0, 0, true);
+        events.iter().for_each(|event| model.apply(event));
+        model.check_nothing_is_lost();
     }
 }
 

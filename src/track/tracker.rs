@@ -398,12 +398,13 @@ impl DirtyTracker {
         self.shared.throttles()
     }
 
-    /// Whether a full ring is recycled without protecting its pages, as of the last start of tracking.
+    /// Whether a full ring is recycled without protecting its pages, as far as is known: whether KVM plays along shows with
+    /// the first full ring, and until then [`Figures::full_rings`] says so.
     ///
     /// # Errors
     ///
-    /// Why each of them is protected, which costs the guest a fault: the backend is the bitmap, or pages cannot be protected
-    /// one by one here.
+    /// Why each of them is protected, which costs the guest a fault: the backend is the bitmap, nobody has tracked yet, pages cannot be
+    /// protected one by one here, or KVM was seen not to play along.
     pub fn recycles_without_protecting(&self) -> Result<(), UnmapError> {
         self.shared.lock().pending.why_none_is_left()
     }
@@ -419,6 +420,6 @@ impl DirtyTracker {
     pub fn snapshot(&self) -> Figures {
         let state = self.shared.lock();
         let vcpus = state.vcpus.iter().map(|vcpu| vcpu.figures()).collect();
-        self.shared.counters.figures(vcpus)
+        self.shared.counters.figures(vcpus, state.pending.full_rings())
     }
 }

@@ -31,6 +31,7 @@ pub struct ChannelSpec {
 
 /// Why a text is not a channel.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ChannelSpecError {
     /// The part before `=` is not an address.
     #[error("`{0}` is not an IP address: a channel is written [LOCAL][%DEVICE]=REMOTE:PORT or REMOTE:PORT")]

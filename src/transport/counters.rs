@@ -37,14 +37,15 @@ pub(super) struct ChannelCounters {
     pub zero_copy_sends: Counter,
     pub copied_sends: Counter,
     pub reconnects: Counter,
-    pub bandwidth: Mutex<Bandwidth>,
+    pub(super) bandwidth: Mutex<Bandwidth>,
     /// In microseconds; 0 while unknown.
-    pub round_trip_us: AtomicU64,
-    pub sending: Mutex<Sending>,
+    pub(super) round_trip_us: AtomicU64,
+    pub(super) sending: Mutex<Sending>,
 }
 
 /// How a channel sends at the moment, and why not better.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
+#[non_exhaustive]
 pub struct Sending {
     /// Whether pages are copied, by our own choice or, as it reports, by the kernel.
     pub copies: bool,
@@ -81,6 +82,7 @@ impl ChannelCounters {
 
 /// One channel's figures at one moment.
 #[derive(Clone, PartialEq, Debug)]
+#[non_exhaustive]
 pub struct ChannelSnapshot {
     /// Its place among the channels that the sender was given.
     pub index: usize,
@@ -99,6 +101,7 @@ pub struct ChannelSnapshot {
 /// Sums since some beginning, as every report has them. Pages count when the destination has them in place, bytes when our kernel has taken
 /// them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Totals {
     /// Pages whose content arrived.
     pub pages_sent: u64,
@@ -161,6 +164,7 @@ pub struct SendCounters {
 
 /// A connection that died, and what that cost.
 #[derive(Clone, PartialEq, Debug)]
+#[non_exhaustive]
 pub struct ChannelLoss {
     /// Its place among the channels that the sender was given.
     pub index: usize,

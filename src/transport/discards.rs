@@ -4,7 +4,8 @@
 //! Two things that the migration knows are wrong from then on. The destination has the old content, so the page is
 //! dirty: it goes out again, as a page of zeroes that costs no bytes if nobody has written it since. And memory that
 //! is registered with the kernel is the old page, which would be sent instead of the new one: registration ends, and
-//! with it the pins that kept the balloon from giving anything back.
+//! with it the pins that kept the balloon from giving anything back. It is renewed, with what is populated by then, once the VMM
+//! says that it discards nothing for now ([`Discards::settled`]): to register after each discard would pin all of RAM over and over.
 //!
 //! Order: the VMM discards, then says so. Whoever takes the pages from here ([`Discards::take_into`]) and then has them
 //! sent sees the [`Discards::count`] that ends registration, because both are behind one lock.
@@ -26,6 +27,8 @@ pub struct Discards(Arc<Shared>);
 struct Shared {
     /// How often something was discarded.
     count: AtomicU64,
+    /// What `count` was when the VMM last said that it discards nothing for now.
+    settled_at: AtomicU64,
     /// What was discarded since it was last taken; `None` while nobody wants to know.
     pages: Mutex<Option<PageSet>>,
 }
@@ -41,6 +44,14 @@ impl Discards {
         if let Some(pages) = &mut *pages {
             pages.insert_run(run);
         }
+    }
+
+    /// Nothing is discarded for now: the balloon has its size, a report of free pages was worked off. Guest RAM may be registered
+    /// again; the next [`discarded`](Self::discarded) ends that again. A VMM that never says so has it sent without.
+    pub fn settled(&self) {
+        let _pages = self.0.pages.lock();
+        // Relaxed: who reads it compares it with `count`, and a stale one renews later.
+        self.0.settled_at.store(self.0.count.load(Ordering::Relaxed), Ordering::Relaxed);
     }
 
     /// Keeps what is discarded from now on, of guest RAM that ends at `end`.
@@ -76,6 +87,11 @@ impl Discards {
         if let Some(pages) = &*self.0.pages.lock() {
             undealt.subtract(pages);
         }
+    }
+
+    /// Whether the VMM has discarded nothing since that count and said that it is done.
+    pub(super) fn is_settled_at(&self, count: u64) -> bool {
+        self.0.settled_at.load(Ordering::Relaxed) == count
     }
 
     /// How often something was discarded so far.

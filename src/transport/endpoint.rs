@@ -29,6 +29,7 @@ const DEVICE_NAME_BYTES_MAX: usize = 16;
     "`{0}` is not a host with a port, such as 192.0.2.9:4444, [2001:db8::9]:4444, [fe80::9%eth1]:4444 or \
      host.example:4444"
 )]
+#[non_exhaustive]
 pub struct EndpointError(pub String);
 
 impl Endpoint {

@@ -27,6 +27,7 @@ const NEWEST: f64 = 1.0 / 16.0;
 
 /// What the user wants.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[non_exhaustive]
 pub enum ZeroCopy {
     /// Whatever costs less CPU here, found out on the way.
     #[default]

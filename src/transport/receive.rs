@@ -133,6 +133,7 @@ impl fmt::Debug for Receiver {
 
 /// What has arrived so far.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[non_exhaustive]
 pub struct Received {
     /// Pages of content put in place, those that were sent twice counted twice.
     pub pages: u64,

@@ -91,6 +91,7 @@ impl SendHandle {
 
 /// What a round took.
 #[derive(Clone, PartialEq, Debug)]
+#[non_exhaustive]
 pub struct RoundSent {
     /// The round.
     pub round: u32,

@@ -76,9 +76,10 @@ impl Session {
         self.cancelled.load(Ordering::Relaxed)
     }
 
-    /// Whether guest memory was discarded since the session began: what is registered may be old.
-    pub(super) fn has_discards(&self) -> bool {
-        self.options.discards.count() != self.discards_before
+    /// How often guest memory had been discarded when the session began: what is registered from then on may be old once that
+    /// has changed.
+    pub(super) fn discards_before(&self) -> u64 {
+        self.discards_before
     }
 
     /// Whether the channels shall end.

@@ -2,6 +2,7 @@
 #![expect(unsafe_code, reason = "guest RAM of the tests is anonymous memory behind raw pointers")]
 
 mod arrival;
+mod discards;
 mod faults;
 mod hostile;
 mod recorded;
@@ -237,61 +238,6 @@ fn loopback_is_reported_as_copied_and_registered_memory_as_registered() {
         assert_eq!(channel.sending.registered_bytes, 4660 * 4096, "{channel:?}");
         assert_eq!(channel.sending.fallback, None);
     }
-}
-
-/// Discards a run and writes its pages anew, as a guest does behind a balloon.
-fn discard_and_rewrite(ram: &Ram, run: PageRun, generation: u64) {
-    for host in ram.memory.host_runs(run).unwrap() {
-        // SAFETY: memory of the test, to which nobody has a reference.
-        let discarded = unsafe { libc::madvise(host.host.cast(), host.len_bytes(), libc::MADV_DONTNEED) };
-        assert_eq!(discarded, 0, "{}", io::Error::last_os_error());
-    }
-    (run.first.0..run.end().0).for_each(|page| ram.write(PageIndex(page), generation));
-}
-
-#[test]
-fn memory_that_was_discarded_and_written_anew_arrives_as_it_is_now() {
-    let run = PageRun { first: PageIndex(0x180), pages: 40 };
-    for discards_told in [false, true] {
-        let source = Ram::new(REGIONS);
-        source.fill(1);
-        let (target, _receiver, address) = destination(&source);
-        let options = SendOptions { zero_copy: ZeroCopy::AlwaysRegistered, ..options() };
-        let discards = options.discards.clone();
-        let mut sender = sender(&[address; 2], &source, options);
-        sender.send_round(1, source.pages()).unwrap();
-        discard_and_rewrite(&source, run, 2);
-        if discards_told {
-            discards.discarded(run);
-        }
-        sender.send_round(2, source.pages()).unwrap();
-        let is_same = target.digest() == source.digest();
-        assert_eq!(
-            is_same, discards_told,
-            "what the kernel has registered is the page that was there before"
-        );
-        let has_given_up = |channel: &ChannelSnapshot| {
-            let reason = channel.sending.fallback.as_deref().unwrap_or_default();
-            channel.sending.registered_bytes == 0 && reason.contains("discards guest memory")
-        };
-        assert_eq!(sender.counters().channels().iter().any(has_given_up), discards_told);
-    }
-}
-
-#[test]
-fn nothing_is_registered_unless_the_vmm_allows_it() {
-    assert!(!SendOptions::default().register_memory);
-    let source = Ram::new(REGIONS);
-    source.fill(1);
-    let (target, _receiver, address) = destination(&source);
-    let options = SendOptions { zero_copy: ZeroCopy::Always, ..options() };
-    let mut sender = sender(&[address; 2], &source, options);
-    sender.send_round(1, source.pages()).unwrap();
-    // Nobody is told, and nobody has to be.
-    discard_and_rewrite(&source, PageRun { first: PageIndex(0x180), pages: 40 }, 2);
-    sender.send_round(2, source.pages()).unwrap();
-    assert_eq!(target.digest(), source.digest());
-    assert!(sender.counters().channels().iter().all(|channel| channel.sending.registered_bytes == 0));
 }
 
 #[test]

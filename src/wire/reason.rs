@@ -2,6 +2,7 @@
 
 /// Why a peer refuses or ends a migration.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub enum Reason {
     /// No version of the protocol is common to both sides.
     Version,

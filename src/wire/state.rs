@@ -34,6 +34,7 @@ pub enum RecordKind {
 
 /// Why bytes are not a state stream.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum StateFormatError {
     /// A kind of record that this version does not know.
     #[error("the state has a record of kind {0}, which this release does not know: update this side")]

@@ -6,7 +6,10 @@
 
 use std::sync::atomic::Ordering;
 
-use super::{DirtyRing, EMPTY, NO_SLOT, RingMemory};
+use super::{DirtyRing, EMPTY, RingMemory};
+
+/// A slot that no VM has: its address space is beyond all that KVM has, and its number beyond the highest.
+const NO_SLOT: u32 = u32::MAX;
 
 /// The lower half of a note's offset. No page has such a slot and offset.
 const IN_STEP: u64 = 0x7266_6c65;

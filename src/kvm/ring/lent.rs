@@ -49,6 +49,8 @@ impl DirtyRing {
             if self.flags(self.fetch) != RESET {
                 break;
             }
+            // Whether KVM frees entries without one, the borrower may have been the first to ask.
+            self.memory.entry(self.fetch).give_name();
             self.fetch = self.fetch.wrapping_add(1);
         }
         (self.scanned, self.reported) = (self.fetch, self.fetch);

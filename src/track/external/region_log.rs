@@ -125,20 +125,13 @@ impl fmt::Debug for RegionLog {
     }
 }
 
-// vm-memory 0.17.2 hands out the very traits of 0.18, so that one implementation serves both, and two would clash.
-#[cfg(all(feature = "vm-memory-0-17", not(feature = "vm-memory-0-18")))]
-use vm_memory_0_17 as vm_memory;
-#[cfg(feature = "vm-memory-0-18")]
-use vm_memory_0_18 as vm_memory;
-
-#[cfg(any(feature = "vm-memory-0-17", feature = "vm-memory-0-18"))]
+#[cfg(any(feature = "vm-memory-0-16", feature = "vm-memory-0-17", feature = "vm-memory-0-18"))]
 pub use self::bitmap::RegionLogSlice;
 
-#[cfg(any(feature = "vm-memory-0-17", feature = "vm-memory-0-18"))]
+#[cfg(any(feature = "vm-memory-0-16", feature = "vm-memory-0-17", feature = "vm-memory-0-18"))]
 mod bitmap {
     use std::fmt;
 
-    use super::vm_memory::bitmap::{Bitmap, BitmapSlice, NewBitmap, WithBitmapSlice};
     use super::{RegionLog, Shared};
 
     /// A part of a [`RegionLog`], as vm-memory's slices need it.
@@ -154,52 +147,70 @@ mod bitmap {
         }
     }
 
-    impl<'a> WithBitmapSlice<'a> for RegionLog {
-        type S = RegionLogSlice<'a>;
+    /// The traits are the same in every minor of vm-memory, and yet others.
+    macro_rules! is_bitmap_of {
+        ($vm_memory:ident, $new_bitmap:path) => {
+            const _: () = {
+                use $new_bitmap as NewBitmap;
+                use $vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
+
+                impl<'a> WithBitmapSlice<'a> for RegionLog {
+                    type S = RegionLogSlice<'a>;
+                }
+
+                impl Bitmap for RegionLog {
+                    #[inline]
+                    fn mark_dirty(&self, offset: usize, len: usize) {
+                        self.shared.mark(offset, len);
+                    }
+
+                    fn dirty_at(&self, offset: usize) -> bool {
+                        self.shared.dirty_at(offset)
+                    }
+
+                    #[inline]
+                    fn slice_at(&self, offset: usize) -> RegionLogSlice<'_> {
+                        RegionLogSlice { log: &self.shared, base: offset }
+                    }
+                }
+
+                impl NewBitmap for RegionLog {
+                    fn with_len(len: usize) -> Self {
+                        Self::new(len)
+                    }
+                }
+
+                impl WithBitmapSlice<'_> for RegionLogSlice<'_> {
+                    type S = Self;
+                }
+
+                impl BitmapSlice for RegionLogSlice<'_> {}
+
+                impl Bitmap for RegionLogSlice<'_> {
+                    #[inline]
+                    fn mark_dirty(&self, offset: usize, len: usize) {
+                        // vm-memory has checked that the write is inside the region; a sum that wraps is outside.
+                        self.log.mark(self.base.wrapping_add(offset), len);
+                    }
+
+                    fn dirty_at(&self, offset: usize) -> bool {
+                        self.log.dirty_at(self.base.wrapping_add(offset))
+                    }
+
+                    #[inline]
+                    fn slice_at(&self, offset: usize) -> Self {
+                        Self { log: self.log, base: self.base.wrapping_add(offset) }
+                    }
+                }
+            };
+        };
     }
 
-    impl Bitmap for RegionLog {
-        #[inline]
-        fn mark_dirty(&self, offset: usize, len: usize) {
-            self.shared.mark(offset, len);
-        }
-
-        fn dirty_at(&self, offset: usize) -> bool {
-            self.shared.dirty_at(offset)
-        }
-
-        #[inline]
-        fn slice_at(&self, offset: usize) -> RegionLogSlice<'_> {
-            RegionLogSlice { log: &self.shared, base: offset }
-        }
-    }
-
-    impl NewBitmap for RegionLog {
-        fn with_len(len: usize) -> Self {
-            Self::new(len)
-        }
-    }
-
-    impl WithBitmapSlice<'_> for RegionLogSlice<'_> {
-        type S = Self;
-    }
-
-    impl BitmapSlice for RegionLogSlice<'_> {}
-
-    impl Bitmap for RegionLogSlice<'_> {
-        #[inline]
-        fn mark_dirty(&self, offset: usize, len: usize) {
-            // vm-memory has checked that the write is inside the region; a sum that wraps is outside.
-            self.log.mark(self.base.wrapping_add(offset), len);
-        }
-
-        fn dirty_at(&self, offset: usize) -> bool {
-            self.log.dirty_at(self.base.wrapping_add(offset))
-        }
-
-        #[inline]
-        fn slice_at(&self, offset: usize) -> Self {
-            Self { log: self.log, base: self.base.wrapping_add(offset) }
-        }
-    }
+    #[cfg(feature = "vm-memory-0-16")]
+    is_bitmap_of!(vm_memory_0_16, vm_memory_0_16::mmap::NewBitmap);
+    // vm-memory 0.17.2 hands out the very traits of 0.18, so that one implementation serves both, and two would clash.
+    #[cfg(all(feature = "vm-memory-0-17", not(feature = "vm-memory-0-18")))]
+    is_bitmap_of!(vm_memory_0_17, vm_memory_0_17::bitmap::NewBitmap);
+    #[cfg(feature = "vm-memory-0-18")]
+    is_bitmap_of!(vm_memory_0_18, vm_memory_0_18::bitmap::NewBitmap);
 }

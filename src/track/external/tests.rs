@@ -129,6 +129,40 @@ fn a_vhost_user_log_is_an_external_source() {
     test_external_source(&mut log, &backend);
 }
 
+/// As `log_write` of `drivers/vhost/vhost.c`, which is given an address of this process and writes bits behind it.
+#[expect(unsafe_code, reason = "vhost in the kernel writes by address")]
+fn vhost_writes(base: u64, guest_address: u64) {
+    const VHOST_PAGE_SIZE: u64 = 0x1000;
+    let page = guest_address / VHOST_PAGE_SIZE;
+    let at = std::ptr::with_exposed_provenance_mut(usize::try_from(base + page / 8).unwrap());
+    // SAFETY: a byte of the log, which is mapped as long as the test has it; all access is atomic.
+    unsafe { std::sync::atomic::AtomicU8::from_ptr(at) }.fetch_or(1 << (page % 8), Ordering::SeqCst);
+}
+
+#[test]
+fn what_vhost_in_the_kernel_logs_at_the_base_that_it_is_given_is_drained() {
+    let mut log = VhostUserLog::new(END).unwrap();
+    log.start().unwrap();
+    for page in [0, 7, 8, 63, 64, END.0 - 1] {
+        vhost_writes(log.base(), page * 4096 + 17);
+    }
+    let before = log.base();
+    log.swap(PageIndex(END.0 * 2)).unwrap();
+    assert_ne!(log.base(), before);
+    // The kernel still has the old one, and then the new.
+    vhost_writes(before, 9 * 4096);
+    log.every_backend_acknowledged();
+    vhost_writes(log.base(), END.0 * 4096);
+    let mut dirty = PageSet::new(PageIndex(END.0 * 2));
+    log.drain_into(&mut dirty);
+    let pages: Vec<u64> = dirty.runs().flat_map(|run| run.first.0..run.end().0).collect();
+    assert_eq!(pages, [0, 7, 8, 9, 63, 64, END.0 - 1, END.0]);
+    // What `base` is for: the ioctl takes a pointer to 64 bits.
+    if let Ok(header) = std::fs::read_to_string("/usr/include/linux/vhost.h") {
+        assert!(header.contains("#define VHOST_SET_LOG_BASE _IOW(VHOST_VIRTIO, 0x04, __u64)"));
+    }
+}
+
 /// A device that logs what it writes and can be made to fail.
 #[derive(Clone, Default)]
 struct FakeDevice(Arc<Mutex<FakeDeviceState>>);
@@ -330,6 +364,24 @@ fn a_write_that_found_tracking_off_is_seen_by_who_switched_it_on() {
         }
     });
     assert_eq!(lost.into_inner(), 0);
+}
+
+#[cfg(feature = "vm-memory-0-16")]
+#[test]
+fn writes_through_guest_memory_of_vm_memory_0_16_are_drained() {
+    use vm_memory_0_16::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, MmapRegion};
+    let memory: GuestMemoryMmap<RegionLog> =
+        GuestMemoryMmap::from_ranges(&[(GuestAddress(1 << 20), 1 << 20)]).unwrap();
+    let region = memory.iter().next().unwrap();
+    let first = crate::GuestAddress(region.start_addr().0).page();
+    let mut source = MmapRegion::bitmap(region).source(first);
+    memory.write_obj(1_u64, GuestAddress(1 << 20)).unwrap();
+    source.start().unwrap();
+    memory.write_obj(1_u64, GuestAddress((1 << 20) + 0x2ffe)).unwrap();
+    let mut dirty = PageSet::new(PageIndex(512));
+    source.drain_into(&mut dirty);
+    let runs: Vec<_> = dirty.runs().map(|run| (run.first.0, run.pages)).collect();
+    assert_eq!(runs, [(256 + 2, 2)]);
 }
 
 #[cfg(all(feature = "vm-memory-0-17", feature = "vm-memory-0-18"))]

@@ -1,4 +1,4 @@
-//! The log region of the vhost-user protocol: shared memory with a bit per 4 KiB page of guest physical address
+//! The log region of the vhost-user protocol, and of vhost in the kernel: shared memory with a bit per 4 KiB page of guest physical address
 //! space, which the backends' processes set and we fetch and clear.
 //!
 //! The life of a log, in the messages of the protocol's "Migration" section: the VMM creates it, sends its file,
@@ -57,6 +57,13 @@ impl VhostUserLog {
     /// The size to send with `VHOST_USER_SET_LOG_BASE`, in bytes.
     pub fn len_bytes(&self) -> usize {
         self.current.map.len()
+    }
+
+    /// Where the log is mapped in this process: what vhost in the kernel (`/dev/vhost-net`, `-vsock`, `-scsi`) takes with `VHOST_SET_LOG_BASE`, by
+    /// a pointer to these 64 bits, before its `VHOST_F_LOG_ALL` is set. It writes the same log as backends in other processes: a bit per
+    /// page of 4096 bytes, in bytes from the lowest address on. After [`swap`](Self::swap) the ioctl with the new address is its acknowledgement.
+    pub fn base(&self) -> u64 {
+        self.current.map.as_ptr().addr() as u64
     }
 
     /// Puts a new log of the pages below `end` in place. Send [`file`](Self::file) to each backend; once each has

@@ -125,7 +125,11 @@ impl<'a> Connection<'a> {
             number,
             ring,
             stream,
-            method: Method::new(session.options.zero_copy, session.options.register_memory),
+            method: Method::new(
+                session.options.zero_copy,
+                session.options.register_memory,
+                session.discards_before(),
+            ),
             link: Link::default(),
             encoder: Encoder::default(),
             prepared: None,

@@ -29,17 +29,23 @@ pub(super) struct Method {
     registration: Option<Registration>,
     registration_tried: bool,
     registered_bytes: u64,
+    /// How often guest memory had been discarded when this channel last looked.
+    discards: u64,
+    /// Registration ended, or never began, because the VMM discarded guest memory.
+    waits_for_vmm: bool,
     fallback: Option<String>,
 }
 
 impl Method {
-    pub(super) fn new(wish: ZeroCopy, may_register: bool) -> Self {
+    pub(super) fn new(wish: ZeroCopy, may_register: bool, discards: u64) -> Self {
         Self {
             wish,
             policy: Policy::new(wish),
             registration: None,
             registration_tried: !(may_register || wish == ZeroCopy::AlwaysRegistered),
             registered_bytes: 0,
+            discards,
+            waits_for_vmm: false,
             fallback: None,
         }
     }
@@ -99,11 +105,20 @@ impl Method {
         }
     }
 
-    /// Gives registered memory up, for good, once the VMM has discarded guest memory: the kernel holds the old pages.
+    /// Gives registered memory up once the VMM has discarded guest memory, as the kernel holds the old pages; until the VMM says
+    /// that it is done with that.
     pub(super) fn heed_discards(&mut self, ring: &SendRing, session: &Session) {
-        if !session.has_discards() {
+        let discards = &session.options.discards;
+        let count = discards.count();
+        if count == self.discards {
+            if self.waits_for_vmm && discards.is_settled_at(count) {
+                (self.waits_for_vmm, self.registration_tried) = (false, false);
+            }
             return;
         }
+        self.discards = count;
+        // Unless this channel may not register at all, or could not.
+        self.waits_for_vmm |= !self.registration_tried || self.registration.is_some();
         self.registration_tried = true;
         if self.registration.take().is_none() {
             return;
@@ -114,7 +129,7 @@ impl Method {
         if let Err(error) = ring.unregister() {
             tracing::warn!(%error, "registered guest RAM stays pinned until its channel ends");
         }
-        *session.registered.lock() = Some(Err(reason.clone()));
+        session.registered.lock().take_if(|(at, _)| *at < count);
         self.registered_bytes = 0;
         self.fall_back(reason);
     }
@@ -123,9 +138,18 @@ impl Method {
     fn register(&mut self, ring: &SendRing, session: &Session) {
         let memory = &session.memory;
         let mut shared = session.registered.lock();
-        let buffers = shared.get_or_insert_with(|| {
-            let registered = RegisteredBuffers::new(memory, &extents(self.wish, memory));
-            registered.map_err(|error| format!("registering guest RAM: {error}: {}", advice(&error)))
+        // Of a channel that has not looked yet.
+        shared.take_if(|(at, _)| *at < self.discards);
+        // Memory that was discarded is not to be populated by that.
+        let (wish, gap) = match self.discards == session.discards_before() {
+            true => (self.wish, EXTENT_GAP_PAGES),
+            false => (ZeroCopy::Auto, 0),
+        };
+        let (_, buffers) = shared.get_or_insert_with(|| {
+            let registered = RegisteredBuffers::new(memory, &extents(wish, gap, memory));
+            let registered =
+                registered.map_err(|error| format!("registering guest RAM: {error}: {}", advice(&error)));
+            (self.discards, registered)
         });
         let result = buffers.as_ref().map_err(Clone::clone).and_then(|buffers| {
             let registration = ring.register(buffers).map_err(|error| {
@@ -137,14 +161,16 @@ impl Method {
             Ok((registration, bytes)) => {
                 self.registered_bytes = bytes;
                 self.registration = Some(registration);
+                self.fallback = None;
             }
             Err(reason) => self.fall_back(reason),
         }
     }
 }
 
-/// What is worth registering: what is populated, as far as it lies together. All of RAM, where that is asked for.
-fn extents(wish: ZeroCopy, memory: &GuestMemory) -> Vec<HostRun> {
+/// What is worth registering: what is populated, as far as it lies together but for `gap` pages. All of RAM, where that is asked
+/// for.
+fn extents(wish: ZeroCopy, gap: u64, memory: &GuestMemory) -> Vec<HostRun> {
     let regions = memory.regions().iter().map(|region| region.pages);
     let runs: Vec<PageRun> = if wish == ZeroCopy::AlwaysRegistered {
         regions.collect()
@@ -155,7 +181,7 @@ fn extents(wish: ZeroCopy, memory: &GuestMemory) -> Vec<HostRun> {
             let in_region = extents.len();
             for run in populated.runs_within(region) {
                 match extents[in_region..].last_mut() {
-                    Some(last) if run.first.0 - last.end().0 <= EXTENT_GAP_PAGES => {
+                    Some(last) if run.first.0 - last.end().0 <= gap => {
                         last.pages = run.end().0 - last.first.0;
                     }
                     _ => extents.push(run),

@@ -20,6 +20,7 @@ static MESSAGE: [u8; 4096] = [0; 4096];
 
 /// What io_uring can do here.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub struct UringSupport {
     /// `SEND_ZC`: one piece of memory, zero-copy. Linux 6.0.
     pub send_zc: bool,

@@ -3,7 +3,7 @@
 //! Registering faults every page in, so only what is populated is worth it: the caller says which extents.
 //! A registered buffer pins the page that was there when it was registered. If the VMM discards guest memory
 //! afterwards (balloon, `MADV_DONTNEED`, hole punching), the kernel would go on sending the old page. So nothing is
-//! registered unless the VMM allows it, and the first [discard](crate::transport::Discards) ends it.
+//! registered unless the VMM allows it, and a [discard](crate::transport::Discards) ends it, until the VMM has done with them.
 
 use std::fmt;
 use std::io;
@@ -38,8 +38,9 @@ impl fmt::Debug for RegisteredBuffers {
     }
 }
 
-/// Guest RAM as the first channel registered it, for the others to take over; or why it could not.
-pub(in crate::transport) type SharedRegistration = Mutex<Option<Result<RegisteredBuffers, String>>>;
+/// Guest RAM as the first channel registered it, for the others to take over; or why it could not. With how often guest memory
+/// had been discarded by then.
+pub(in crate::transport) type SharedRegistration = Mutex<Option<(u64, Result<RegisteredBuffers, String>)>>;
 
 /// Which buffer holds an address: the buffers in ascending order, by first address and length.
 #[derive(Clone, Debug)]

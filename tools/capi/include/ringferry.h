@@ -36,6 +36,9 @@
  * Pages are lost, and nothing else, when the VMM clears KVM_MEM_LOG_DIRTY_PAGES of a tracked slot or calls
  * KVM_RESET_DIRTY_RINGS itself, deletes a slot before rf_tracker_remove_slot(), does not report its own writes, or calls
  * rf_session_harvest_final() too early.
+ *
+ * Writers that KVM does not see: rf_tracker_mark_dirty() for the VMM's own writes, rf_tracker_add_source() for a log that the VMM
+ * has of a device, rf_log_create() for another process, which opens the log with rf_log_writer_open().
  */
 
 #ifndef RINGFERRY_H
@@ -222,6 +225,21 @@ typedef struct rf_cancel rf_cancel;
  * The gate that a vCPU passes before it enters the guest, for whoever throttles. Any thread may use it, several at once.
  */
 typedef struct rf_gate rf_gate;
+
+/**
+ * A dirty log in shared memory, at the VMM's end.
+ */
+typedef struct rf_log rf_log;
+
+/**
+ * A dirty log in shared memory, at the end of the process that writes guest memory. Any thread may use it, several at once.
+ */
+typedef struct rf_log_writer rf_log_writer;
+
+/**
+ * Takes the pages that a drain callback has found. It is there as long as the callback runs, for the callback's own thread.
+ */
+typedef struct rf_marks rf_marks;
 
 /**
  * A period of tracking, of one consumer: a migration, a backup, a measurement. Several may be open at once, and each gets every
@@ -591,6 +609,31 @@ typedef struct {
   uint64_t pages;
 } rf_vcpu_pages;
 
+/**
+ * The log of a writer that KVM does not see, kept by the VMM: a device by DMA, a backend with a log of its own. The callbacks run on
+ * whatever thread starts, observes, harvests or ends a session, one at a time, and call no function of the library but
+ * rf_marks_add().
+ */
+typedef struct {
+  /**
+   * Given to each callback.
+   */
+  void *context;
+  /**
+   * Begins to log: whatever is written once this has returned will be drained, and what was logged before is forgotten. Returns
+   * NULL, or why it cannot, a text that stays valid.
+   */
+  const char *(*start)(void *context);
+  /**
+   * Adds every page that was logged to `marks`, and forgets it. Must not be NULL.
+   */
+  void (*drain)(void *context, const rf_marks *marks);
+  /**
+   * Ends logging.
+   */
+  void (*stop)(void *context);
+} rf_source;
+
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
@@ -867,6 +910,112 @@ rf_status rf_set_runs(const rf_set *set,
                       rf_run *runs,
                       size_t capacity,
                       size_t *count);
+
+/**
+ * The pages in which `bytes` bytes at `guest_address` are were written.
+ *
+ * The caller sees to it that:
+ *
+ * `marks` is what the running callback was given, or NULL.
+ */
+rf_status rf_marks_add(const rf_marks *marks, uint64_t guest_address, uint64_t bytes);
+
+/**
+ * From now on the pages that `source` logs are in every harvest. It is started with the first session and stopped with the last;
+ * while one is open, at once: its writer must not have begun before. `number` names it for rf_tracker_remove_source().
+ *
+ * The caller sees to it that:
+ *
+ * `tracker` is a tracker or NULL, `source` and `number` point to such or are NULL. What the callbacks need lives until
+ * rf_tracker_remove_source() has returned, or all handles of the tracker are freed.
+ */
+rf_status rf_tracker_add_source(const rf_tracker *tracker,
+                                const rf_source *source,
+                                uint64_t *number);
+
+/**
+ * Takes a source or a log out again, once its writer has stopped; what it has logged stays dirty. RF_ARGUMENT if it is gone already.
+ *
+ * The caller sees to it that:
+ *
+ * `tracker` is a tracker or NULL.
+ */
+rf_status rf_tracker_remove_source(const rf_tracker *tracker,
+                                   uint64_t number);
+
+/**
+ * Creates a log of `bytes` bytes of guest memory from `guest_address` on, multiples of 4096, that another process writes: a jailed
+ * device, a backend. Each process that is not trusted with the marks of another gets a log of its own.
+ *
+ * The caller sees to it that:
+ *
+ * `log` can be written.
+ */
+rf_status rf_log_create(uint64_t guest_address,
+                        uint64_t bytes,
+                        rf_log **log);
+
+/**
+ * The descriptor to pass to the other process (SCM_RIGHTS), for rf_log_writer_open(). It is the log's, and closed with it.
+ *
+ * The caller sees to it that:
+ *
+ * `log` is a log or NULL, `fd` can be written.
+ */
+rf_status rf_log_fd(const rf_log *log,
+                    int32_t *fd);
+
+/**
+ * From now on the pages that the log's writer marks are in every harvest, as for rf_tracker_add_source(). The log may be freed
+ * afterwards: the tracker has it.
+ *
+ * The caller sees to it that:
+ *
+ * `tracker` and `log` are such or NULL, `number` can be written.
+ */
+rf_status rf_tracker_add_log(const rf_tracker *tracker,
+                             const rf_log *log,
+                             uint64_t *number);
+
+/**
+ * Frees the handle. NULL is allowed.
+ *
+ * The caller sees to it that:
+ *
+ * The handle is not used any more.
+ */
+rf_status rf_log_free(rf_log *log);
+
+/**
+ * Opens a log that the VMM has passed on, in the process that writes guest memory. The descriptor is duplicated.
+ *
+ * The caller sees to it that:
+ *
+ * `writer` can be written.
+ */
+rf_status rf_log_writer_open(int32_t fd,
+                             rf_log_writer **writer);
+
+/**
+ * The pages in which `bytes` bytes at `guest_address` are were written: call it after the write, from any thread. It takes no lock
+ * and makes no system call; a fence and a load while no session is open. Pages that the log is not for are left out.
+ *
+ * The caller sees to it that:
+ *
+ * `writer` is a writer or NULL.
+ */
+rf_status rf_log_writer_mark(const rf_log_writer *writer,
+                             uint64_t guest_address,
+                             uint64_t bytes);
+
+/**
+ * Frees the handle. NULL is allowed.
+ *
+ * The caller sees to it that:
+ *
+ * The handle is not used any more.
+ */
+rf_status rf_log_writer_free(rf_log_writer *writer);
 
 /**
  * Writes the next `length` bytes of the state. It may wait while the destination is behind. After an error no more is taken:

@@ -14,6 +14,7 @@ pub mod offload;
 pub mod session;
 pub mod set;
 mod slots;
+pub mod source;
 pub mod state_out;
 pub mod status;
 pub mod tracker;

@@ -143,7 +143,7 @@ pub unsafe extern "C" fn rf_session_observe(
                 }
                 (Status::Ok, pages.len())
             }
-            Observed::Total(_) | Observed::Unobservable => (Status::Unobservable, 0),
+            _ => (Status::Unobservable, 0),
         };
         // SAFETY: the caller's promise.
         unsafe { count.put(found) };

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use ringferry::kvm::RingSize;
-use ringferry::track::{DirtyTracker, Initially};
+use ringferry::track::{DirtyTracker, ExternalId, Initially};
 use ringferry::{GuestMemory, Region, SlotId};
 
 use crate::handle::{Handle, borrow, give, out, take_back};
@@ -25,6 +25,8 @@ pub(crate) struct Shared {
     pub(crate) tracker: DirtyTracker,
     /// Locked while slots change, and while pages are taken: the sizes of both then agree.
     pub(crate) slots: Mutex<Slots>,
+    /// External sources, by the number that C has of each.
+    pub(crate) sources: Mutex<Vec<Option<ExternalId>>>,
 }
 
 // SAFETY: the mark is its own.
@@ -103,7 +105,8 @@ unsafe fn new_tracker(
 ) -> Status {
     done(|| {
         let tracker = out(tracker, "tracker")?;
-        let shared = Arc::new(Shared { tracker: enable()?, slots: Mutex::default() });
+        let shared =
+            Arc::new(Shared { tracker: enable()?, slots: Mutex::default(), sources: Mutex::default() });
         // SAFETY: the caller's promise.
         unsafe { give(tracker, Tracker { shared }) };
         Ok(())

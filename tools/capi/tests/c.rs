@@ -88,6 +88,17 @@ fn valgrind_finds_no_error_and_no_leak_after_wrong_calls() {
 }
 
 #[test]
+fn what_others_write_is_harvested_by_whatever_log_it_comes() {
+    if can_run(&["gcc", "pkg-config", "valgrind"]) {
+        let directory = tempfile::tempdir().unwrap();
+        let sources = compiled("tests/sources.c", "ringferry-static", &directory);
+        assert_eq!(succeeded(&mut Command::new(&sources)), "every page came once\n");
+        // The Rust runtime keeps a handle of each thread that asks who it is: possibly lost, until the thread ends.
+        assert_eq!(succeeded(&mut under_valgrind(&sources, "definite")), "every page came once\n");
+    }
+}
+
+#[test]
 fn the_example_is_short() {
     let lines = |name| fs::read_to_string(source(name)).unwrap().lines().count();
     assert!(lines(EXAMPLE) + lines("example/guest.h") <= 250);

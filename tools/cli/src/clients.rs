@@ -394,7 +394,8 @@ mod tests {
     #[test]
     fn a_report_of_ten_thousand_rounds_arrives() {
         let (order, theirs) = order();
-        let round = RoundReport { vcpu_pages_dirtied: vec![u64::MAX; 16], ..RoundReport::default() };
+        let mut round = RoundReport::default();
+        round.vcpu_pages_dirtied = vec![u64::MAX; 16];
         let source = SourceReport { rounds: vec![round; 10_000], ..SourceReport::default() };
         let last = order.end(&Answer::Report(Box::new(MigrationReport::new("kvm", source, Vec::new()))));
         let Some(Answer::Report(arrived)) = Line::new(theirs).unwrap().answer(None).unwrap() else {

@@ -158,6 +158,7 @@ fn sentence(event: &Event) -> Option<String> {
         }
         Event::Ended { completed: true, .. } => "the destination runs the VM".to_owned(),
         Event::Ended { completed: false, .. } => return None,
+        other => format!("{other:?}"),
     })
 }
 

@@ -113,7 +113,11 @@ impl Machine {
 
     /// What is known of each vCPU's dirty pages; nothing of threads but that they are there.
     pub fn figures(&self) -> Vec<VcpuFigures> {
-        let nothing = |index| VcpuFigures { index, ..VcpuFigures::default() };
+        let nothing = |index| {
+            let mut figures = VcpuFigures::default();
+            figures.index = index;
+            figures
+        };
         self.kvm_tracker()
             .map_or_else(|| (0..self.vcpus()).map(nothing).collect(), |kvm| kvm.snapshot().vcpus)
     }

@@ -118,7 +118,9 @@ pub fn receive(path: &Path, reception: &Reception<'_>, wait: Option<Duration>) -
     let arrived = offload::receive(connection, build, reception.interrupted)?;
     interrupt::promise("the guest that runs here is checked, and ends");
     let Landing(mut host) = arrived.vm;
-    Told::Received(DestinationReport { vm_id: host.name.clone(), ..DestinationReport::default() })
+    let mut report = DestinationReport::default();
+    report.vm_id = host.name.clone();
+    Told::Received(report)
         .tell(output)
         .map_err(|error| anyhow!(error).context("telling that the VM runs here"))?;
     reception.run(&mut host)?;

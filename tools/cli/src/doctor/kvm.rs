@@ -9,7 +9,7 @@ use anyhow::ensure;
 use kvm_ioctls::{Cap, Kvm};
 use ringferry::PageSet;
 use ringferry::kvm::{Capabilities, RingSize};
-use ringferry::track::DirtyTracker;
+use ringferry::track::{DirtyTracker, Figures, FullRings};
 use ringferry_testvm::bare::{BareVm, DATA, Pages, Privilege, Work};
 
 use super::Use::{Demo, Migration, Tracking};
@@ -162,7 +162,10 @@ fn try_beyond_the_ring() -> anyhow::Result<()> {
             harvested.len()
         );
     }
-    let entries = tracker.snapshot().entries_reset;
+    // KVM may have shown only now that it does not play along.
+    tracker.recycles_without_protecting()?;
+    let Figures { entries_reset: entries, full_rings, .. } = tracker.snapshot();
+    ensure!(full_rings == FullRings::LeftWritable, "a full ring of a guest was not seen: {full_rings:?}");
     // Two passes over memory, twice. The second pass finds every page writable.
     ensure!(entries < PROBE_PAGES * 3, "KVM protects the pages of entries that name no slot");
     Ok(())
