@@ -10,7 +10,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::channel::{Channel, OFFLOAD_PROCESS, VMM};
-use super::protocol::{Message, PIECE_BYTES_MAX, RUNS_MAX, Role, VERSION};
+use super::protocol::{Message, PIECE_BYTES_MAX, RUNS_MAX, Role, Taker, VERSION};
 use super::*;
 use crate::kvm::RingSize;
 use crate::layout::{PAGE_SIZE, PageIndex, PageRun, SlotId};
@@ -115,6 +115,7 @@ struct Vmm {
     tracker: DirtyTracker,
     memory: [RegionFile; 1],
     never: AtomicBool,
+    rings: Rings,
 }
 
 fn region() -> RegionFile {
@@ -128,12 +129,13 @@ impl Vmm {
         let kernel = FakeKernel::new();
         let tracker = DirtyTracker::on_fake_rings(&kernel, RingSize::from_entries(1024).unwrap());
         tracker.add_memory(&kernel.create_slot(SLOT, ram())).unwrap();
-        Self { tracker, memory: [region()], never: AtomicBool::new(false) }
+        Self { tracker, memory: [region()], never: AtomicBool::new(false), rings: Rings::Lend }
     }
 
     fn lend(&self, connection: OwnedFd, vm: &mut FakeVm) -> Result<Ended, OffloadError> {
         let lent = LentVm {
             tracker: &self.tracker,
+            rings: self.rings,
             memory: &self.memory,
             vcpus: &[],
             vm_id: "vm-1",
@@ -427,6 +429,7 @@ proptest! {
                 let (kernel, _other) = sockets();
                 let lent = Message::Lent {
                     version: VERSION,
+                    taker: Taker::OffloadProcess,
                     ring_entries: entries,
                     vcpus,
                     regions,
