@@ -413,9 +413,7 @@ impl Message {
                 let (by_vcpu, others) = (fields.flag()?, fields.u64()?);
                 Self::Observed { vcpus: by_vcpu.then(|| fields.all_words()).transpose()?, others }
             }
-            kind::VCPUS => {
-                Self::Vcpus(fields.all_pairs()?)
-            }
+            kind::VCPUS => Self::Vcpus(fields.all_pairs()?),
             kind::FIGURES => {
                 Self::Figures(figures_of(&fields.all_words()?).ok_or("figures of another kind")?)
             }

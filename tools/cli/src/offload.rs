@@ -210,7 +210,10 @@ fn send(args: &SendArgs, output: Output) -> Result<ExitCode> {
             Ok(ExitCode::FAILURE)
         }
         Err(error) if lent.vmm.has_ended() => {
-            bail!("the VMM has ended, and its VM with it (the migration ended with: {error:#})")
+            bail!(
+                "the VMM lends its VM no more: it has cancelled the migration, or ended and its VM with it (the migration \
+                 ended with: {error:#})"
+            )
         }
         Err(error) => {
             if let Err(untold) = lent.end(End::Stays, &format!("{error:#}")) {
