@@ -21,8 +21,8 @@ pub use self::error::KvmError;
 pub(crate) use self::sys::ResetCount;
 pub use self::unmap::UnmapError;
 use self::unmap::Unmapper;
-pub(crate) use self::unmap::{Granule, Until};
-use crate::layout::{PageRun, Region, SlotId};
+pub(crate) use self::unmap::{Granule, Protection, Until};
+use crate::layout::{Region, SlotId};
 
 /// What tracking needs of a kernel: the real one is [`VmFd`], and tests have one that misbehaves on demand.
 pub(crate) trait Kernel: Send + Sync + fmt::Debug {
@@ -42,9 +42,9 @@ pub(crate) trait Kernel: Send + Sync + fmt::Debug {
     /// Whether pages of this slot can be protected by [`protect`](Self::protect), and how many at once at least.
     fn can_protect(&self, region: &Region) -> Result<Granule, UnmapError>;
 
-    /// Protects pages of a slot that no ring entry names: when this returns, the next write to each of them makes an entry.
-    /// `pages` are of the slot, in whole granules of it.
-    fn protect(&self, region: &Region, pages: PageRun, until: Until) -> Result<(), UnmapError>;
+    /// Protects pages of a slot that no ring entry names, range by range: when this returns, the next write to each of them
+    /// makes an entry. All ranges are of the slot, in whole granules of it.
+    fn protect(&self, region: &Region, ranges: &[Protection]) -> Result<(), UnmapError>;
 
     /// Pages that a vCPU may have dirtied and its processor not yet told KVM of, at most.
     fn unseen_per_vcpu(&self) -> u64 {
@@ -103,7 +103,8 @@ impl Kernel for VmFd {
         self.unmapper.as_ref().map_err(Clone::clone)?.take_on(region)
     }
 
-    fn protect(&self, region: &Region, pages: PageRun, until: Until) -> Result<(), UnmapError> {
-        self.unmapper.as_ref().map_err(Clone::clone)?.unmap(region, pages, until)
+    fn protect(&self, region: &Region, ranges: &[Protection]) -> Result<(), UnmapError> {
+        let unmapper = self.unmapper.as_ref().map_err(Clone::clone)?;
+        ranges.iter().try_for_each(|range| unmapper.unmap(region, *range))
     }
 }

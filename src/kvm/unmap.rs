@@ -33,6 +33,13 @@ pub(crate) enum Until {
     Written,
 }
 
+/// A range of pages to be protected at once.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Protection {
+    pub(crate) pages: PageRun,
+    pub(crate) until: Until,
+}
+
 /// Why pages cannot be taken from a guest one by one.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
@@ -134,7 +141,8 @@ impl Unmapper {
         NonZeroU64::new(granule).ok_or_else(|| refused(io::Error::from_raw_os_error(libc::EINVAL)))
     }
 
-    pub(super) fn unmap(&self, region: &Region, pages: PageRun, until: Until) -> Result<(), UnmapError> {
+    pub(super) fn unmap(&self, region: &Region, range: Protection) -> Result<(), UnmapError> {
+        let Protection { pages, until } = range;
         let host = region.host_range_of(pages);
         // Protecting is what makes the kernel take the pages from every guest: that is what it promises. Unprotecting them
         // afterwards leaves them taken, and spares the guest's next write the host's fault.

@@ -4,13 +4,12 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::channel::{Channel, OFFLOAD_PROCESS};
-use super::client::{HANDSHAKE_LIMIT, Life, POLL, RegionFile, greet, pass_memory, refuse};
+use super::client::{HANDSHAKE_LIMIT, RegionFile, greet, pass_memory, refuse};
 use super::error::OffloadError;
-use super::protocol::{End, Message, Offer, REGIONS_MAX, Role, VERSION};
-use super::serving::{Left, Serving};
+use super::protocol::{End, Message, Offer, REGIONS_MAX, Role, Taker, VERSION};
+use super::serving::{Left, POLL, Serving};
 use crate::layout::PageIndex;
-use crate::os::sched::ShortSlice;
-use crate::track::{LentPage, signs_of_life};
+use crate::track::LentPage;
 use crate::vm::{Vm, VmError};
 
 /// A VM that has arrived.
@@ -59,7 +58,7 @@ pub fn receive<V: Vm>(
     };
     let end = memory.iter().map(|region| region.pages.end()).max().unwrap_or(PageIndex(0));
     let mut serving = Serving::of_destination(channel, &mut vm, end);
-    let served = serve(&mut serving, &page, cancel);
+    let served = serving.serve(&page, cancel);
     match (served, serving.leave().0?) {
         (Ok((End::Arrived, _)), Left::RunsHere) => Ok(Arrived { vm, told: true }),
         (served, Left::RunsHere) => {
@@ -85,6 +84,7 @@ fn lend_memory(channel: &Channel, memory: &[RegionFile]) -> Result<LentPage, Off
     let (page, file) = LentPage::create(c"ringferry-offload", 1).map_err(OffloadError::Page)?;
     let message = Message::Lent {
         version: VERSION,
+        taker: Taker::OffloadProcess,
         ring_entries: 0,
         vcpus: 0,
         regions: u32::try_from(memory.len()).unwrap_or(u32::MAX),
@@ -94,28 +94,4 @@ fn lend_memory(channel: &Channel, memory: &[RegionFile]) -> Result<LentPage, Off
     channel.send(&message, &[file.as_fd()], HANDSHAKE_LIMIT)?;
     pass_memory(channel, memory, |_| false)?;
     Ok(page)
-}
-
-fn serve(
-    serving: &mut Serving<'_>,
-    page: &LentPage,
-    cancel: &AtomicBool,
-) -> Result<(End, String), OffloadError> {
-    // The guest stands still at the source while it waits for some of the answers.
-    let _soon = ShortSlice::for_this_thread();
-    let mut life = Life::default();
-    loop {
-        match serving.channel.receive_within("a request", POLL)? {
-            Some((message, _)) => {
-                if let Some(end) = serving.answer(message)? {
-                    return Ok(end);
-                }
-            }
-            None => life.check(signs_of_life(page), false)?,
-        }
-        // Relaxed: a flag without data, read again at the next turn.
-        if cancel.load(Ordering::Relaxed) {
-            return Err(OffloadError::Cancelled);
-        }
-    }
 }

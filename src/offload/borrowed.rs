@@ -3,20 +3,21 @@
 use std::fmt;
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
+use std::sync::Arc;
 use std::time::Duration;
 
-use super::channel::{Channel, VMM, Watch};
+use super::channel::{Channel, VMM};
 use super::error::OffloadError;
 use super::kernel::{RemoteKernel, RemoteWriters};
+use super::line::SharedLine;
 use super::mapping::{Mapped, Passed, guest_memory};
-use super::protocol::{End, Message, Offer, Role, VERSION};
+use super::protocol::{End, Message, Offer, Role, Taker, VCPUS_MAX, VERSION};
+use super::remote_session::{RemoteSession, figures};
 use super::remote_vm::RemoteVm;
+use super::vmm::Vmm;
 use crate::kvm::RingSize;
 use crate::layout::GuestMemory;
-use crate::track::{BorrowedVcpu, DirtyTracker, LentPage, Session, VcpuHandle, serve_full_rings};
+use crate::track::{BorrowedVcpu, DirtySource, DirtyTracker, LentPage, TrackError, VcpuFigures};
 
 /// How long the VMM may take for each message of the handshake.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
@@ -24,14 +25,13 @@ const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 const BUILD_LIMIT: Duration = Duration::from_secs(30);
 
 /// A VM that its VMM lends to this process, for it to be migrated from here.
-#[derive(Debug)]
 pub struct BorrowedVm {
     /// What the VMM does.
     pub vm: RemoteVm,
-    /// Its dirty pages: a session of the tracker.
-    pub session: Session,
-    /// The tracker in this process: for figures.
-    pub tracker: DirtyTracker,
+    /// Its dirty pages.
+    pub session: Box<dyn DirtySource>,
+    /// Whether the VMM lives.
+    pub vmm: Vmm,
     /// Its memory, as this process maps it.
     pub memory: GuestMemory,
     /// vCPUs.
@@ -40,7 +40,7 @@ pub struct BorrowedVm {
     pub vm_id: String,
     /// What the destination's VMM has to know.
     pub description: Vec<u8>,
-    rings: RingThread,
+    figures: Figures,
 }
 
 /// A VM that its VMM has built in this process's stead, for it to be received into.
@@ -48,9 +48,17 @@ pub struct BorrowedVm {
 pub struct ArrivingVm {
     /// What the VMM does.
     pub vm: RemoteVm,
+    /// Whether the VMM lives.
+    pub vmm: Vmm,
     /// Its memory, as this process maps it.
     pub memory: GuestMemory,
-    rings: RingThread,
+}
+
+/// Who knows what the vCPUs did.
+enum Figures {
+    /// The tracker of this process.
+    Here(DirtyTracker),
+    Vmm(SharedLine),
 }
 
 impl BorrowedVm {
@@ -63,42 +71,49 @@ impl BorrowedVm {
         let mut channel = Channel::new(connection, VMM)?;
         hello(&channel, Role::Source)?;
         let (message, descriptors) = answer(&mut channel, "lend the VM", HANDSHAKE_LIMIT)?;
-        let Message::Lent { ring_entries, vcpus, regions, vm_id, description, .. } = message else {
+        let Message::Lent { taker, ring_entries, vcpus, regions, vm_id, description, .. } = message else {
             return Err(channel.unexpected("Lent", &message));
         };
-        let [page, kernel] = descriptors_of(descriptors)?;
-        let page = LentPage::open(&File::from(page), usize_of(vcpus).max(1)).map_err(OffloadError::Page)?;
-        let mapped = map_memory(&mut channel, regions)?;
-        let (memory, tracked) = (guest_memory(&mapped, false)?, guest_memory(&mapped, true)?);
-        let mut borrowed = Vec::with_capacity(usize_of(vcpus));
-        for _ in 0..vcpus {
-            let (message, descriptors) = answer(&mut channel, "lend a vCPU", HANDSHAKE_LIMIT)?;
-            let Message::Vcpu { index, position } = message else {
-                return Err(channel.unexpected("Vcpu", &message));
-            };
-            let [fd] = descriptors_of(descriptors)?;
-            borrowed.push(BorrowedVcpu { index: usize_of(index), fd, position });
+        let (line, vmm, memory);
+        let (session, figures): (Box<dyn DirtySource>, _);
+        if taker == Taker::OffloadProcess {
+            let [page, kernel] = descriptors_of(descriptors)?;
+            let page = open_page(page, usize_of(vcpus).max(1))?;
+            let mapped = map_memory(&mut channel, regions)?;
+            memory = guest_memory(&mapped, false)?;
+            let kernel = RemoteKernel::new(Channel::new(kernel, VMM)?);
+            let size = RingSize::from_entries(ring_entries).map_err(TrackError::from)?;
+            let vcpus = borrow_vcpus(&mut channel, vcpus)?;
+            let tracked = guest_memory(&mapped, true)?;
+            let tracker = DirtyTracker::borrowed(Box::new(kernel.clone()), size, &tracked, &vcpus, &page)?;
+            let all = memory.regions().iter().map(|region| region.pages).collect();
+            tracker.add_external(Box::new(RemoteWriters { kernel, memory: all }))?;
+            vmm = Vmm::watch(page, tracker.handles(), channel.watch()?)?;
+            line = SharedLine::new(channel);
+            (session, figures) = (Box::new(tracker.session()), Figures::Here(tracker));
+        } else {
+            let [page] = descriptors_of(descriptors)?;
+            let page = open_page(page, VCPUS_MAX)?;
+            memory = guest_memory(&map_memory(&mut channel, regions)?, false)?;
+            vmm = Vmm::watch(Arc::clone(&page), Vec::new(), channel.watch()?)?;
+            line = SharedLine::new(channel);
+            session = Box::new(RemoteSession::new(line.clone(), taker, page, memory.end()));
+            figures = Figures::Vmm(line.clone());
         }
-        let size = RingSize::from_entries(ring_entries).map_err(|error| OffloadError::Track(error.into()))?;
-        let kernel = RemoteKernel::new(Channel::new(kernel, VMM)?);
-        let page = Arc::new(page);
-        let tracker = DirtyTracker::borrowed(Box::new(kernel.clone()), size, &tracked, &borrowed, &page)?;
-        let all = memory.regions().iter().map(|region| region.pages).collect();
-        tracker.add_external(Box::new(RemoteWriters { kernel, memory: all }))?;
-        let rings = RingThread::start(page, tracker.handles(), channel.watch()?)?;
-        let vm = RemoteVm::new(channel);
-        let session = tracker.session();
-        Ok(Self { vm, session, tracker, memory, vcpus, vm_id, description, rings })
+        let vm = RemoteVm::new(line);
+        Ok(Self { vm, session, vmm, memory, vcpus, vm_id, description, figures })
     }
 
-    /// Does something once, soon after the VMM has ended: to give up a migration that has no VM any more.
-    pub fn when_vmm_ends(&self, act: impl FnOnce() + Send + 'static) {
-        self.rings.vmm.when_it_ends(act);
-    }
-
-    /// Whether the VMM has ended.
-    pub fn has_vmm_ended(&self) -> bool {
-        self.rings.vmm.has_ended()
+    /// What its vCPUs did so far, while they were tracked.
+    ///
+    /// # Errors
+    ///
+    /// [`OffloadError`]: the VMM knows it, and did not tell.
+    pub fn figures(&self) -> Result<Vec<VcpuFigures>, OffloadError> {
+        match &self.figures {
+            Figures::Here(tracker) => Ok(tracker.snapshot().vcpus),
+            Figures::Vmm(line) => figures(line),
+        }
     }
 
     /// Tells the VMM how the migration ended. Nothing of the VM is touched from here on.
@@ -108,10 +123,10 @@ impl BorrowedVm {
     /// [`OffloadError`]: the VMM has not heard it. It then goes by what it knows: a VM that was handed over may run at the
     /// destination, any other runs on.
     pub fn end(self, end: End, text: &str) -> Result<(), OffloadError> {
-        drop(self.rings);
+        drop(self.vmm);
         drop(self.session);
-        drop(self.tracker);
-        self.vm.done(&Message::Ended { end, text: text.to_owned() }, "end the migration")
+        drop(self.figures);
+        self.vm.end(end, text)
     }
 }
 
@@ -159,32 +174,22 @@ impl WaitingVmm {
             return Err(channel.unexpected("Lent", &message));
         };
         let [page] = descriptors_of(descriptors)?;
-        let page = LentPage::open(&File::from(page), 1).map_err(OffloadError::Page)?;
+        let page = open_page(page, 1)?;
         let memory = guest_memory(&map_memory(&mut channel, regions)?, false)?;
-        let rings = RingThread::start(Arc::new(page), Vec::new(), channel.watch()?)?;
-        Ok(ArrivingVm { vm: RemoteVm::new(channel), memory, rings })
+        let vmm = Vmm::watch(page, Vec::new(), channel.watch()?)?;
+        Ok(ArrivingVm { vm: RemoteVm::new(SharedLine::new(channel)), vmm, memory })
     }
 }
 
 impl ArrivingVm {
-    /// Does something once, soon after the VMM has ended.
-    pub fn when_vmm_ends(&self, act: impl FnOnce() + Send + 'static) {
-        self.rings.vmm.when_it_ends(act);
-    }
-
-    /// Whether the VMM has ended.
-    pub fn has_vmm_ended(&self) -> bool {
-        self.rings.vmm.has_ended()
-    }
-
     /// Tells the VMM how the migration ended.
     ///
     /// # Errors
     ///
     /// [`OffloadError`]: the VMM has not heard it, and goes by what it knows.
     pub fn end(self, end: End, text: &str) -> Result<(), OffloadError> {
-        drop(self.rings);
-        self.vm.done(&Message::Ended { end, text: text.to_owned() }, "end the migration")
+        drop(self.vmm);
+        self.vm.end(end, text)
     }
 }
 
@@ -230,71 +235,26 @@ fn map_memory(channel: &mut Channel, regions: u32) -> Result<Vec<Mapped>, Offloa
     Ok(mapped)
 }
 
-/// Whether the VMM lives, and who wants to know if not.
-struct WatchedVmm {
-    watch: Watch,
-    act: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+fn open_page(page: OwnedFd, vcpus: usize) -> Result<Arc<LentPage>, OffloadError> {
+    LentPage::open(&File::from(page), vcpus).map(Arc::new).map_err(OffloadError::Page)
 }
 
-impl WatchedVmm {
-    fn act(&self) -> MutexGuard<'_, Option<Box<dyn FnOnce() + Send>>> {
-        self.act.lock().unwrap_or_else(PoisonError::into_inner)
+/// The vCPUs that follow.
+fn borrow_vcpus(channel: &mut Channel, vcpus: u32) -> Result<Vec<BorrowedVcpu>, OffloadError> {
+    let mut borrowed = Vec::with_capacity(usize_of(vcpus));
+    for _ in 0..vcpus {
+        let (message, descriptors) = answer(channel, "lend a vCPU", HANDSHAKE_LIMIT)?;
+        let Message::Vcpu { index, position } = message else {
+            return Err(channel.unexpected("Vcpu", &message));
+        };
+        let [fd] = descriptors_of(descriptors)?;
+        borrowed.push(BorrowedVcpu { index: usize_of(index), fd, position });
     }
-
-    fn when_it_ends(&self, act: impl FnOnce() + Send + 'static) {
-        *self.act() = Some(Box::new(act));
-    }
-
-    fn has_ended(&self) -> bool {
-        self.watch.has_gone()
-    }
-
-    fn look(&self) {
-        if self.has_ended() {
-            let act = self.act().take();
-            if let Some(act) = act {
-                act();
-            }
-        }
-    }
+    Ok(borrowed)
 }
 
-impl fmt::Debug for WatchedVmm {
+impl fmt::Debug for BorrowedVm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("WatchedVmm").field("watch", &self.watch).finish_non_exhaustive()
-    }
-}
-
-/// The thread that recycles full rings, looks whether the VMM lives, and shows the VMM that this process lives. It ends with the value.
-#[derive(Debug)]
-struct RingThread {
-    ends: Arc<AtomicBool>,
-    page: Arc<LentPage>,
-    vmm: Arc<WatchedVmm>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl RingThread {
-    fn start(page: Arc<LentPage>, vcpus: Vec<VcpuHandle>, watch: Watch) -> Result<Self, OffloadError> {
-        let ends = Arc::new(AtomicBool::new(false));
-        let vmm = Arc::new(WatchedVmm { watch, act: Mutex::default() });
-        let (of_thread, its_page, its_vmm) = (Arc::clone(&ends), Arc::clone(&page), Arc::clone(&vmm));
-        let thread = std::thread::Builder::new()
-            .name("ringferry-rings".to_owned())
-            .spawn(move || serve_full_rings(&its_page, &vcpus, &of_thread, || its_vmm.look()))
-            .map_err(OffloadError::Thread)?;
-        Ok(Self { ends, page, vmm, thread: Some(thread) })
-    }
-}
-
-impl Drop for RingThread {
-    fn drop(&mut self) {
-        // Relaxed: a flag without data, read within 100 ms.
-        self.ends.store(true, Ordering::Relaxed);
-        crate::track::ring_bell(&self.page);
-        if let Some(thread) = self.thread.take() {
-            // One that panicked has said so.
-            let _ = thread.join();
-        }
+        f.debug_struct("BorrowedVm").field("vm_id", &self.vm_id).field("vm", &self.vm).finish_non_exhaustive()
     }
 }

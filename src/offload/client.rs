@@ -6,28 +6,23 @@
 //! handles are the tracker's.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::channel::{Channel, OFFLOAD_PROCESS};
 use super::error::OffloadError;
-use super::protocol::{DESCRIPTION_BYTES_MAX, End, Message, NAME_BYTES_MAX, Role, VERSION};
+use super::protocol::{DESCRIPTION_BYTES_MAX, End, Message, NAME_BYTES_MAX, Role, Taker, VCPUS_MAX, VERSION};
 use super::serving::{Left, Serving, send_runs};
-use crate::kvm::{KvmError, Until};
+use super::tracking::Tracking;
+use crate::kvm::KvmError;
 use crate::layout::{PageIndex, PageRun, SlotId};
 use crate::os::sched::ShortSlice;
-use crate::track::{DirtyTracker, Lending, signs_of_life};
+use crate::track::{DirtyTracker, Lending};
 use crate::vm::{Paused, Vm};
 
 /// How long the handshake may take, message by message.
 pub(super) const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
-/// How often the wait for a request looks at everything else.
-pub(super) const POLL: Duration = Duration::from_millis(50);
-/// An offload process that shows no sign of life for so long is frozen. It shows one ten times a second.
-const SILENCE: Duration = Duration::from_secs(5);
-/// The same while the guest stands still: no longer than a standstill may last by default.
-const SILENCE_AT_STANDSTILL: Duration = Duration::from_secs(1);
 
 /// A piece of guest memory in a file.
 #[derive(Debug)]
@@ -44,14 +39,29 @@ pub struct RegionFile {
     pub name: String,
 }
 
+/// What becomes of the dirty rings while a VM is lent.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub enum Rings {
+    /// The offload process follows them. Meanwhile the tracker does nothing else: no session begins, no slot and no vCPU comes
+    /// or goes. Where they cannot be lent, they are kept: there are none (the bitmap), there is a bitmap beside them (arm64), or
+    /// a session runs.
+    #[default]
+    Lend,
+    /// They stay here, and the offload process has a session of the tracker, asked message by message. Sessions of the VMM's own
+    /// run beside it, and memory and vCPUs come and go, as in a migration within the VMM.
+    Keep,
+}
+
 /// What a VMM lends.
 #[derive(Debug)]
 pub struct LentVm<'a> {
-    /// The tracker, on rings. It is lent, too, and does nothing else meanwhile.
+    /// The tracker.
     pub tracker: &'a DirtyTracker,
+    /// Whether its rings are lent, too.
+    pub rings: Rings,
     /// All of guest memory.
     pub memory: &'a [RegionFile],
-    /// Index and descriptor of each vCPU that is attached to the tracker.
+    /// Index and descriptor of each vCPU that is attached to the tracker; none is needed if its rings are kept.
     pub vcpus: &'a [(usize, OwnedFd)],
     /// The VM's name among those of its owner; may be empty.
     pub vm_id: &'a str,
@@ -95,21 +105,53 @@ pub fn lend(
 ) -> Result<Ended, OffloadError> {
     let mut channel = Channel::new(connection, OFFLOAD_PROCESS)?;
     greet(&mut channel, Role::Source)?;
-    let lending = match lent.tracker.lend() {
-        Ok(lending) => lending,
+    let lending = match lent.rings {
+        Rings::Lend => lent.tracker.lend(),
+        Rings::Keep => Ok(None),
+    };
+    let outcome = match lending {
+        Ok(Some(lending)) => lend_rings(channel, vm, lent, lending, cancel)?,
+        Ok(None) => keep_rings(channel, vm, lent, cancel)?,
         Err(error) => return Err(refuse(&channel, error.into())),
     };
-    let for_kernel = match pass(&channel, lent, &lending) {
+    let handed_over = outcome.handed_over;
+    match (outcome.served, outcome.left?) {
+        (Ok((End::Moved, _)), Left::MayRunThere(_)) => Ok(Ended::Moved),
+        (Ok((_, why)), Left::MayRunThere(paused)) => Ok(Ended::Unconfirmed { paused, why }),
+        (Err(error), Left::MayRunThere(paused)) => Ok(Ended::Unconfirmed { paused, why: error.to_string() }),
+        (Ok((End::Stays, why)), _) if !handed_over => Ok(Ended::StaysHere { why }),
+        (Ok((_, why)), _) => {
+            let text = format!("end as it says ({why}): the VM was not handed over");
+            Err(OffloadError::Refused { peer: OFFLOAD_PROCESS, action: "be believed", text })
+        }
+        (Err(error), _) => Err(error),
+    }
+}
+
+/// What serving came to.
+struct Outcome {
+    served: Result<(End, String), OffloadError>,
+    left: Result<Left, OffloadError>,
+    handed_over: bool,
+}
+
+/// The offload process follows the rings: it is told how far they are taken, and a second thread has them reset for it.
+fn lend_rings(
+    channel: Channel,
+    vm: &mut dyn Vm,
+    lent: &LentVm<'_>,
+    lending: Lending,
+    cancel: &AtomicBool,
+) -> Result<Outcome, OffloadError> {
+    let (kernel_socket, kernel) = match pass(&channel, lent, &lending) {
         Ok(for_kernel) => for_kernel,
         Err(error) => return Err(refuse(&channel, error)),
     };
-    let end = lent.memory.iter().map(|region| region.pages.end()).max().unwrap_or(PageIndex(0));
-    let mut serving = Serving::of_source(channel, vm, end);
+    let mut serving = Serving::of_source(channel, vm, end_of(lent), None);
     let served = thread::scope(|scope| {
-        let (kernel_socket, kernel) = for_kernel;
         let thread = thread::Builder::new().name("ringferry-reset".to_owned());
         let served = match thread.spawn_scoped(scope, || serve_kernel(kernel, &lending)) {
-            Ok(_) => serve(&mut serving, &lending, cancel),
+            Ok(_) => serving.serve(lending.page(), cancel),
             Err(error) => Err(OffloadError::Thread(error)),
         };
         // Ends the thread.
@@ -123,17 +165,40 @@ pub fn lend(
         Err(OffloadError::Silent { .. }) => lending.freeze(channel.into_socket()),
         _ => drop(lending),
     }
-    match (served, left?) {
-        (Ok((End::Moved, _)), Left::MayRunThere(_)) => Ok(Ended::Moved),
-        (Ok((_, why)), Left::MayRunThere(paused)) => Ok(Ended::Unconfirmed { paused, why }),
-        (Err(error), Left::MayRunThere(paused)) => Ok(Ended::Unconfirmed { paused, why: error.to_string() }),
-        (Ok((End::Stays, why)), _) if !handed_over => Ok(Ended::StaysHere { why }),
-        (Ok((_, why)), _) => {
-            let text = format!("end as it says ({why}): the VM was not handed over");
-            Err(OffloadError::Refused { peer: OFFLOAD_PROCESS, action: "be believed", text })
-        }
-        (Err(error), _) => Err(error),
+    Ok(Outcome { served, left, handed_over })
+}
+
+/// The rings stay with the tracker, of which the offload process has a session.
+fn keep_rings(
+    channel: Channel,
+    vm: &mut dyn Vm,
+    lent: &LentVm<'_>,
+    cancel: &AtomicBool,
+) -> Result<Outcome, OffloadError> {
+    let keeping = match lent.tracker.lend_gates(VCPUS_MAX) {
+        Ok(keeping) => keeping,
+        Err(error) => return Err(refuse(&channel, error.into())),
+    };
+    let on_rings = lent.tracker.backend() == "ring";
+    let taker = if on_rings { Taker::VmmOnRings } else { Taker::VmmOnBitmap };
+    let passed = introduce(lent, taker, 0, keeping.vcpus().len()).and_then(|message| {
+        channel.send(&message, &[keeping.page_file().as_fd()], HANDSHAKE_LIMIT)?;
+        pass_tracked_memory(&channel, lent, &keeping.slots())
+    });
+    if let Err(error) = passed {
+        return Err(refuse(&channel, error));
     }
+    let tracking = Tracking::new(lent.tracker, &keeping);
+    let mut serving = Serving::of_source(channel, vm, end_of(lent), Some(tracking));
+    let served = serving.serve(keeping.page(), cancel);
+    let handed_over = serving.is_handed_over();
+    let (left, _) = serving.leave();
+    Ok(Outcome { served, left, handed_over })
+}
+
+/// Where guest memory ends.
+fn end_of(lent: &LentVm<'_>) -> PageIndex {
+    lent.memory.iter().map(|region| region.pages.end()).max().unwrap_or(PageIndex(0))
 }
 
 /// Hears which version the offload process speaks, and what it is for.
@@ -165,38 +230,47 @@ pub(super) fn refuse(channel: &Channel, error: OffloadError) -> OffloadError {
     error
 }
 
-/// Passes everything that is lent. Returns our end of the connection for the kernel's requests, and a descriptor to end it by.
-fn pass(channel: &Channel, lent: &LentVm<'_>, lending: &Lending) -> Result<(OwnedFd, Channel), OffloadError> {
-    let terms = lending.terms();
+/// What the offload process hears first, if it is not too long.
+fn introduce(
+    lent: &LentVm<'_>,
+    taker: Taker,
+    ring_entries: u32,
+    vcpus: usize,
+) -> Result<Message, OffloadError> {
     let fits = |what, bytes: usize, bytes_max| match bytes <= bytes_max {
         true => Ok(()),
         false => Err(OffloadError::TooLong { what, bytes, bytes_max }),
     };
     fits("the VM's description", lent.description.len(), DESCRIPTION_BYTES_MAX)?;
     fits("the VM's name", lent.vm_id.len(), NAME_BYTES_MAX)?;
+    Ok(Message::Lent {
+        version: VERSION,
+        taker,
+        ring_entries,
+        vcpus: count(vcpus),
+        regions: count(lent.memory.len()),
+        vm_id: lent.vm_id.to_owned(),
+        description: lent.description.to_vec(),
+    })
+}
+
+fn count(number: usize) -> u32 {
+    u32::try_from(number).unwrap_or(u32::MAX)
+}
+
+/// Passes everything that is lent, rings included. Returns our end of the connection for the kernel's requests, and a
+/// descriptor to end it by.
+fn pass(channel: &Channel, lent: &LentVm<'_>, lending: &Lending) -> Result<(OwnedFd, Channel), OffloadError> {
+    let terms = lending.terms();
+    let message = introduce(lent, Taker::OffloadProcess, terms.ring.entries(), terms.vcpus.len())?;
     let (kernel, theirs) = Channel::pair(OFFLOAD_PROCESS)?;
     let again = kernel.as_fd().try_clone_to_owned().map_err(|source| OffloadError::Socket {
         peer: OFFLOAD_PROCESS,
         action: "duplicating the socket to",
         source,
     })?;
-    let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
-    let message = Message::Lent {
-        version: VERSION,
-        ring_entries: terms.ring.entries(),
-        vcpus: count(terms.vcpus.len()),
-        regions: count(lent.memory.len()),
-        vm_id: lent.vm_id.to_owned(),
-        description: lent.description.to_vec(),
-    };
     channel.send(&message, &[lending.page_file().as_fd(), theirs.as_fd()], HANDSHAKE_LIMIT)?;
-    let has_file = |slot: &SlotId, pages: &PageRun| {
-        lent.memory.iter().any(|region| region.slot == *slot && region.pages == *pages)
-    };
-    if let Some((slot, _)) = terms.slots.iter().find(|(slot, pages)| !has_file(slot, pages)) {
-        return Err(OffloadError::NoFile(*slot));
-    }
-    pass_memory(channel, lent.memory, |slot| terms.slots.iter().any(|(tracked, _)| *tracked == slot))?;
+    pass_tracked_memory(channel, lent, &terms.slots)?;
     for (index, position) in &terms.vcpus {
         let given = lent.vcpus.iter().find(|(given, _)| given == index);
         let (_, vcpu) = given.ok_or(OffloadError::NoVcpu(*index))?;
@@ -204,6 +278,21 @@ fn pass(channel: &Channel, lent: &LentVm<'_>, lending: &Lending) -> Result<(Owne
         channel.send(&message, &[vcpu.as_fd()], HANDSHAKE_LIMIT)?;
     }
     Ok((again, kernel))
+}
+
+/// Passes guest memory, of which each of the slots `tracked` has to have its file.
+fn pass_tracked_memory(
+    channel: &Channel,
+    lent: &LentVm<'_>,
+    tracked: &[(SlotId, PageRun)],
+) -> Result<(), OffloadError> {
+    let has_file = |slot: &SlotId, pages: &PageRun| {
+        lent.memory.iter().any(|region| region.slot == *slot && region.pages == *pages)
+    };
+    if let Some((slot, _)) = tracked.iter().find(|(slot, pages)| !has_file(slot, pages)) {
+        return Err(OffloadError::NoFile(*slot));
+    }
+    pass_memory(channel, lent.memory, |slot| tracked.iter().any(|(tracked, _)| *tracked == slot))
 }
 
 /// Passes guest memory.
@@ -220,58 +309,6 @@ pub(super) fn pass_memory(
         channel.send(&message, &[region.file.as_fd()], HANDSHAKE_LIMIT)?;
     }
     Ok(())
-}
-
-/// Serves the VM's requests until the migration has ended.
-fn serve(
-    serving: &mut Serving<'_>,
-    lending: &Lending,
-    cancel: &AtomicBool,
-) -> Result<(End, String), OffloadError> {
-    // The guest stands still while it waits for some of the answers.
-    let _soon = ShortSlice::for_this_thread();
-    let mut life = Life::default();
-    loop {
-        match serving.channel.receive_within("a request", POLL)? {
-            Some((message, _)) => {
-                if let Some(end) = serving.answer(message)? {
-                    return Ok(end);
-                }
-            }
-            None => life.check(signs_of_life(lending.page()), serving.stands_still())?,
-        }
-        // Relaxed: a flag without data, read again at the next turn.
-        if cancel.load(Ordering::Relaxed) && !serving.is_handed_over() {
-            return Err(OffloadError::Cancelled);
-        }
-    }
-}
-
-/// Since when the offload process has shown no sign of life.
-#[derive(Debug)]
-pub(super) struct Life {
-    seen: u32,
-    since: Instant,
-}
-
-impl Default for Life {
-    fn default() -> Self {
-        Self { seen: 0, since: Instant::now() }
-    }
-}
-
-impl Life {
-    /// `signs` so far; an error if there were no new ones for too long.
-    pub(super) fn check(&mut self, signs: u32, stands_still: bool) -> Result<(), OffloadError> {
-        let waited = if stands_still { SILENCE_AT_STANDSTILL } else { SILENCE };
-        if signs != self.seen {
-            *self = Self { seen: signs, since: Instant::now() };
-        } else if self.since.elapsed() > waited {
-            let waiting_for = "a sign of life";
-            return Err(OffloadError::Silent { peer: OFFLOAD_PROCESS, waiting_for, waited });
-        }
-        Ok(())
-    }
 }
 
 /// Serves resets and logging until the connection ends. A thread of its own, because a vCPU with a full ring waits for them
@@ -309,13 +346,10 @@ fn serve_kernel_request(channel: &Channel, lending: &Lending, request: &Message)
             Ok(granule) => Message::Bytes(granule.get()),
             Err(error) => failed(&error),
         },
-        Message::Protect { slot, pages, until_written } => {
-            let until = if *until_written { Until::Written } else { Until::Touched };
-            match lending.protect(*slot, *pages, until) {
-                Ok(()) => Message::Done,
-                Err(error) => failed(&error),
-            }
-        }
+        Message::Protect { slot, ranges } => match lending.protect(*slot, ranges) {
+            Ok(()) => Message::Done,
+            Err(error) => failed(&error),
+        },
         Message::StartWriters => match lending.start_writers() {
             Ok(()) => Message::Done,
             Err(error) => failed(&error),

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use super::channel::Channel;
 use super::error::OffloadError;
-use super::protocol::Message;
-use crate::kvm::{Granule, Kernel, KvmError, ResetCount, UnmapError, Until};
+use super::protocol::{Message, RUNS_MAX};
+use crate::kvm::{Granule, Kernel, KvmError, Protection, ResetCount, UnmapError};
 use crate::layout::{PageRun, Region, SlotId};
 use crate::page_set::PageSet;
 use crate::track::ExternalSource;
@@ -139,9 +139,12 @@ impl Kernel for RemoteKernel {
         granule.map_err(Failure::of_protection)
     }
 
-    fn protect(&self, region: &Region, pages: PageRun, until: Until) -> Result<(), UnmapError> {
-        let (slot, until_written) = (region.slot, until == Until::Written);
-        self.done(&Message::Protect { slot, pages, until_written }, slot).map_err(Failure::of_protection)
+    fn protect(&self, region: &Region, ranges: &[Protection]) -> Result<(), UnmapError> {
+        let slot = region.slot;
+        ranges.chunks(RUNS_MAX).try_for_each(|ranges| {
+            let request = Message::Protect { slot, ranges: ranges.to_vec() };
+            self.done(&request, slot).map_err(Failure::of_protection)
+        })
     }
 }
 

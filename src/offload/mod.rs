@@ -12,7 +12,11 @@
 //! arrival    the VMM's end at the destination
 //! kernel     the offload process asks for resets and logging
 //! serving    what the VMM does for it, in which order, and what is left of a VM when nobody asks any more
-//! remote_vm  the offload process asks the VMM that owns the VM
+//! tracking   the VMM takes dirty pages for it, where the rings stay with the VMM
+//! line       the offload process asks one question at a time
+//! remote_vm  it asks the VMM that owns the VM
+//! remote_session  it asks the VMM for dirty pages, where it does not follow the rings
+//! vmm        it looks whether the VMM lives, and shows that it does itself
 //! mapping    guest memory as the offload process maps it
 //! borrowed   the offload process: the VM as it has it
 //! ```
@@ -25,18 +29,23 @@ mod channel;
 mod client;
 mod error;
 mod kernel;
+mod line;
 mod listener;
 mod mapping;
 mod protocol;
+mod remote_session;
 mod remote_vm;
 mod serving;
 #[cfg(test)]
 mod tests;
+mod tracking;
+mod vmm;
 
 pub use self::arrival::{Arrived, receive};
 pub use self::borrowed::{ArrivingVm, BorrowedVm, WaitingVmm};
-pub use self::client::{Ended, LentVm, RegionFile, lend};
+pub use self::client::{Ended, LentVm, RegionFile, Rings, lend};
 pub use self::error::OffloadError;
 pub use self::listener::{Listener, connect};
 pub use self::protocol::{End, Offer};
 pub use self::remote_vm::RemoteVm;
+pub use self::vmm::Vmm;

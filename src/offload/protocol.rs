@@ -3,7 +3,16 @@
 //! One packet is one message: a kind, then fixed fields in little-endian order, then at most one part of any length. Both ends
 //! are built from one release as a rule; the handshake has versions for when they are not.
 
-use crate::layout::{PageIndex, PageRun, SlotId};
+mod fields;
+mod tracking;
+
+pub(super) use self::fields::Malformed;
+use self::fields::{In, Out, cut, printable};
+pub(super) use self::tracking::{Harvest, Taker, VcpuPlace};
+use self::tracking::{figures_of, words_of};
+use crate::kvm::Protection;
+use crate::layout::{PageRun, SlotId};
+use crate::track::VcpuFigures;
 
 /// The version that is spoken here.
 pub(super) const VERSION: u16 = 1;
@@ -11,7 +20,7 @@ pub(super) const VERSION: u16 = 1;
 pub(super) const PACKET_BYTES_MAX: usize = 64 << 10;
 /// Bytes of state in one packet.
 pub(super) const PIECE_BYTES_MAX: usize = 60 << 10;
-/// Runs of pages in one packet.
+/// Runs of pages in one packet, each of which may be told how it is to be protected.
 pub(super) const RUNS_MAX: usize = 3800;
 /// The longest text of an error.
 const TEXT_BYTES_MAX: usize = 1 << 10;
@@ -74,6 +83,7 @@ pub(super) enum Message {
     /// With the page of gates and, at the source, the connection for the kernel's requests.
     Lent {
         version: u16,
+        taker: Taker,
         ring_entries: u32,
         vcpus: u32,
         regions: u32,
@@ -113,15 +123,29 @@ pub(super) enum Message {
     CanProtect {
         slot: SlotId,
     },
-    /// Until the guest writes them; or until it touches them.
     Protect {
         slot: SlotId,
-        pages: PageRun,
-        until_written: bool,
+        ranges: Vec<Protection>,
     },
     StartWriters,
     DrainWriters,
     StopWriters,
+
+    StartTracking,
+    /// And tell which pages were dirtied since the last time.
+    Observe {
+        telling: bool,
+    },
+    Harvest(Harvest),
+    /// Of the pages that a harvest left behind.
+    ProtectBehind {
+        runs: Vec<PageRun>,
+    },
+    GiveBack {
+        runs: Vec<PageRun>,
+    },
+    StopTracking,
+    AskFigures,
 
     Pause,
     Resume,
@@ -165,138 +189,15 @@ pub(super) enum Message {
         runs: Vec<PageRun>,
     },
     Bytes(u64),
-}
-
-/// What a packet is that is no message.
-pub(super) type Malformed = &'static str;
-
-/// Writes fields.
-struct Out(Vec<u8>);
-
-impl Out {
-    fn u8(mut self, value: u8) -> Self {
-        self.0.push(value);
-        self
-    }
-
-    fn u16(mut self, value: u16) -> Self {
-        self.0.extend(value.to_le_bytes());
-        self
-    }
-
-    fn u32(mut self, value: u32) -> Self {
-        self.0.extend(value.to_le_bytes());
-        self
-    }
-
-    fn u64(mut self, value: u64) -> Self {
-        self.0.extend(value.to_le_bytes());
-        self
-    }
-
-    fn run(self, run: PageRun) -> Self {
-        self.u64(run.first.0).u64(run.pages)
-    }
-
-    fn runs(self, runs: &[PageRun]) -> Self {
-        runs.iter().fold(self, |out, run| out.run(*run))
-    }
-
-    /// A part whose length is told.
-    fn sized(mut self, bytes: &[u8]) -> Self {
-        // No longer than a packet, or sending it fails.
-        self = self.u32(u32::try_from(bytes.len()).unwrap_or(u32::MAX));
-        self.rest(bytes)
-    }
-
-    /// The last part: as long as the packet.
-    fn rest(mut self, bytes: &[u8]) -> Self {
-        self.0.extend_from_slice(bytes);
-        self
-    }
-}
-
-/// Reads fields.
-struct In<'a>(&'a [u8]);
-
-impl<'a> In<'a> {
-    fn take<const N: usize>(&mut self) -> Result<[u8; N], Malformed> {
-        let (head, rest) = self.0.split_first_chunk().ok_or("too short")?;
-        self.0 = rest;
-        Ok(*head)
-    }
-
-    fn u8(&mut self) -> Result<u8, Malformed> {
-        self.take().map(u8::from_le_bytes)
-    }
-
-    fn u16(&mut self) -> Result<u16, Malformed> {
-        self.take().map(u16::from_le_bytes)
-    }
-
-    fn u32(&mut self) -> Result<u32, Malformed> {
-        self.take().map(u32::from_le_bytes)
-    }
-
-    fn u64(&mut self) -> Result<u64, Malformed> {
-        self.take().map(u64::from_le_bytes)
-    }
-
-    fn flag(&mut self) -> Result<bool, Malformed> {
-        match self.u8()? {
-            0 => Ok(false),
-            1 => Ok(true),
-            _ => Err("a flag is neither 0 nor 1"),
-        }
-    }
-
-    fn run(&mut self) -> Result<PageRun, Malformed> {
-        Ok(PageRun { first: PageIndex(self.u64()?), pages: self.u64()? })
-    }
-
-    fn runs(&mut self, count: usize) -> Result<Vec<PageRun>, Malformed> {
-        if count.checked_mul(16).is_none_or(|bytes| bytes > self.0.len()) {
-            return Err("fewer runs than announced");
-        }
-        (0..count).map(|_| self.run()).collect()
-    }
-
-    fn sized(&mut self, bytes_max: usize) -> Result<&'a [u8], Malformed> {
-        let bytes = usize::try_from(self.u32()?).map_err(|_| "a part is too long")?;
-        if bytes > bytes_max {
-            return Err("a part is too long");
-        }
-        let (part, rest) = self.0.split_at_checked(bytes).ok_or("too short")?;
-        self.0 = rest;
-        Ok(part)
-    }
-
-    fn rest(&mut self, bytes_max: usize) -> Result<&'a [u8], Malformed> {
-        let part = std::mem::take(&mut self.0);
-        if part.len() > bytes_max { Err("a part is too long") } else { Ok(part) }
-    }
-
-    fn name(&mut self) -> Result<String, Malformed> {
-        let name = self.sized(NAME_BYTES_MAX)?;
-        match std::str::from_utf8(name) {
-            Ok(name) if name.bytes().all(|byte| byte.is_ascii_graphic()) => Ok(name.to_owned()),
-            _ => Err("a name is not printable"),
-        }
-    }
-}
-
-/// An error's text as it may be printed.
-fn printable(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
-}
-
-/// What of an error's text is sent.
-fn cut(text: &str) -> &[u8] {
-    let mut end = text.len().min(TEXT_BYTES_MAX);
-    while !text.is_char_boundary(end) {
-        end -= 1;
-    }
-    &text.as_bytes()[..end]
+    /// By vCPU, and of others; or nothing can be observed.
+    Observed {
+        vcpus: Option<Vec<u64>>,
+        others: u64,
+    },
+    /// The vCPUs, from now on.
+    Vcpus(Vec<VcpuPlace>),
+    /// Of one vCPU.
+    Figures(VcpuFigures),
 }
 
 /// Numbers of messages.
@@ -333,11 +234,21 @@ mod kind {
     pub const RELEASE: u8 = 45;
     pub const ENOUGH: u8 = 46;
     pub const ENDED: u8 = 47;
+    pub const START_TRACKING: u8 = 48;
+    pub const OBSERVE: u8 = 49;
+    pub const HARVEST: u8 = 50;
+    pub const PROTECT_BEHIND: u8 = 51;
+    pub const GIVE_BACK: u8 = 52;
+    pub const STOP_TRACKING: u8 = 53;
+    pub const ASK_FIGURES: u8 = 54;
     pub const DONE: u8 = 64;
     pub const FAILED: u8 = 65;
     pub const PIECE: u8 = 66;
     pub const RUNS: u8 = 67;
     pub const BYTES: u8 = 68;
+    pub const OBSERVED: u8 = 69;
+    pub const VCPUS: u8 = 70;
+    pub const FIGURES: u8 = 71;
 }
 
 impl Message {
@@ -348,8 +259,9 @@ impl Message {
             Self::Hello { newest, oldest, role } => {
                 of(kind::HELLO).u16(*newest).u16(*oldest).u8(u8::from(*role == Role::Destination))
             }
-            Self::Lent { version, ring_entries, vcpus, regions, vm_id, description } => of(kind::LENT)
+            Self::Lent { version, taker, ring_entries, vcpus, regions, vm_id, description } => of(kind::LENT)
                 .u16(*version)
+                .u8(taker.number())
                 .u32(*ring_entries)
                 .u32(*vcpus)
                 .u32(*regions)
@@ -368,12 +280,17 @@ impl Message {
             Self::SlotGone => of(kind::SLOT_GONE),
             Self::SlotDiffers => of(kind::SLOT_DIFFERS),
             Self::CanProtect { slot } => of(kind::CAN_PROTECT).u32(slot.0),
-            Self::Protect { slot, pages, until_written } => {
-                of(kind::PROTECT).u32(slot.0).run(*pages).u8((*until_written).into())
-            }
+            Self::Protect { slot, ranges } => of(kind::PROTECT).u32(slot.0).ranges(ranges),
             Self::StartWriters => of(kind::START_WRITERS),
             Self::DrainWriters => of(kind::DRAIN_WRITERS),
             Self::StopWriters => of(kind::STOP_WRITERS),
+            Self::StartTracking => of(kind::START_TRACKING),
+            Self::Observe { telling } => of(kind::OBSERVE).u8((*telling).into()),
+            Self::Harvest(what) => of(kind::HARVEST).u8(what.number()),
+            Self::ProtectBehind { runs } => of(kind::PROTECT_BEHIND).runs(runs),
+            Self::GiveBack { runs } => of(kind::GIVE_BACK).runs(runs),
+            Self::StopTracking => of(kind::STOP_TRACKING),
+            Self::AskFigures => of(kind::ASK_FIGURES),
             Self::Pause => of(kind::PAUSE),
             Self::Resume => of(kind::RESUME),
             Self::Quiesce => of(kind::QUIESCE),
@@ -397,6 +314,14 @@ impl Message {
             Self::Piece { bytes } => of(kind::PIECE).rest(bytes),
             Self::Runs { more, runs } => of(kind::RUNS).u8((*more).into()).runs(runs),
             Self::Bytes(bytes) => of(kind::BYTES).u64(*bytes),
+            Self::Observed { vcpus, others } => {
+                let out = of(kind::OBSERVED).u8(vcpus.is_some().into()).u64(*others);
+                out.words(vcpus.as_deref().unwrap_or_default())
+            }
+            Self::Vcpus(vcpus) => {
+                vcpus.iter().fold(of(kind::VCPUS), |out, (index, place)| out.u32(*index).u32(*place))
+            }
+            Self::Figures(figures) => of(kind::FIGURES).words(&words_of(figures)),
         };
         out.0
     }
@@ -421,6 +346,7 @@ impl Message {
             }
             kind::LENT => Self::Lent {
                 version: fields.u16()?,
+                taker: Taker::of(fields.u8()?).ok_or("a taker that nobody knows")?,
                 ring_entries: fields.u32()?,
                 vcpus: bounded(fields.u32()?, VCPUS_MAX)?,
                 regions: bounded(fields.u32()?, REGIONS_MAX)?,
@@ -443,14 +369,17 @@ impl Message {
             kind::SLOT_GONE => Self::SlotGone,
             kind::SLOT_DIFFERS => Self::SlotDiffers,
             kind::CAN_PROTECT => Self::CanProtect { slot: SlotId(fields.u32()?) },
-            kind::PROTECT => Self::Protect {
-                slot: SlotId(fields.u32()?),
-                pages: fields.run()?,
-                until_written: fields.flag()?,
-            },
+            kind::PROTECT => Self::Protect { slot: SlotId(fields.u32()?), ranges: fields.all_ranges()? },
             kind::START_WRITERS => Self::StartWriters,
             kind::DRAIN_WRITERS => Self::DrainWriters,
             kind::STOP_WRITERS => Self::StopWriters,
+            kind::START_TRACKING => Self::StartTracking,
+            kind::OBSERVE => Self::Observe { telling: fields.flag()? },
+            kind::HARVEST => Self::Harvest(Harvest::of(fields.u8()?).ok_or("a harvest that nobody knows")?),
+            kind::PROTECT_BEHIND => Self::ProtectBehind { runs: fields.all_runs()? },
+            kind::GIVE_BACK => Self::GiveBack { runs: fields.all_runs()? },
+            kind::STOP_TRACKING => Self::StopTracking,
+            kind::ASK_FIGURES => Self::AskFigures,
             kind::PAUSE => Self::Pause,
             kind::RESUME => Self::Resume,
             kind::QUIESCE => Self::Quiesce,
@@ -478,12 +407,16 @@ impl Message {
             kind::DONE => Self::Done,
             kind::FAILED => Self::Failed { text: printable(fields.rest(TEXT_BYTES_MAX)?) },
             kind::PIECE => Self::Piece { bytes: fields.rest(PIECE_BYTES_MAX)?.to_vec() },
-            kind::RUNS => {
-                let more = fields.flag()?;
-                let count = fields.0.len() / 16;
-                Self::Runs { more, runs: fields.runs(count)? }
-            }
+            kind::RUNS => Self::Runs { more: fields.flag()?, runs: fields.all_runs()? },
             kind::BYTES => Self::Bytes(fields.u64()?),
+            kind::OBSERVED => {
+                let (by_vcpu, others) = (fields.flag()?, fields.u64()?);
+                Self::Observed { vcpus: by_vcpu.then(|| fields.all_words()).transpose()?, others }
+            }
+            kind::VCPUS => Self::Vcpus(fields.all_pairs()?),
+            kind::FIGURES => {
+                Self::Figures(figures_of(&fields.all_words()?).ok_or("figures of another kind")?)
+            }
             _ => return Err("a kind that nobody knows"),
         })
     }
@@ -507,6 +440,13 @@ impl Message {
             Self::StartWriters => "StartWriters",
             Self::DrainWriters => "DrainWriters",
             Self::StopWriters => "StopWriters",
+            Self::StartTracking => "StartTracking",
+            Self::Observe { .. } => "Observe",
+            Self::Harvest(_) => "Harvest",
+            Self::ProtectBehind { .. } => "ProtectBehind",
+            Self::GiveBack { .. } => "GiveBack",
+            Self::StopTracking => "StopTracking",
+            Self::AskFigures => "AskFigures",
             Self::Pause => "Pause",
             Self::Resume => "Resume",
             Self::Quiesce => "Quiesce",
@@ -528,6 +468,9 @@ impl Message {
             Self::Piece { .. } => "Piece",
             Self::Runs { .. } => "Runs",
             Self::Bytes(_) => "Bytes",
+            Self::Observed { .. } => "Observed",
+            Self::Vcpus(_) => "Vcpus",
+            Self::Figures(_) => "Figures",
         }
     }
 }

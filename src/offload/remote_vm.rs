@@ -1,97 +1,37 @@
 //! The VM as the offload process asks its VMM about it: each question of a migration is a message and its answer.
 
 use std::io::{self, Write};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::channel::Channel;
 use super::error::OffloadError;
-use super::protocol::{Message, PIECE_BYTES_MAX};
+use super::line::{ANSWER_LIMIT, SharedLine};
+use super::protocol::{End, Message, PIECE_BYTES_MAX};
 use crate::page_set::PageSet;
 use crate::vm::{Moment, Paused, Quiesced, Vm, VmError};
 
-/// How long the VMM may take to answer, and between two pieces of state.
-const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 /// How old an answer about the device state that is left may be: the migration asks each millisecond.
 const BYTES_LEFT_VALID: Duration = Duration::from_millis(10);
 
 /// A VM in another process.
 #[derive(Debug)]
 pub struct RemoteVm {
-    line: Mutex<Line>,
+    line: SharedLine,
     bytes_left: Option<(Instant, u64)>,
 }
 
-/// The connection, until it fails: a late answer would be taken for that of the next question.
-#[derive(Debug)]
-struct Line(Option<Channel>);
-
-impl Line {
-    /// Asks, and gives each answer but the last to `take`; returns the last.
-    fn ask(
-        &mut self,
-        request: &Message,
-        action: &'static str,
-        take: &mut dyn FnMut(&mut Channel, Message) -> Result<(), OffloadError>,
-    ) -> Result<Message, OffloadError> {
-        self.with(|channel| {
-            channel.send(request, &[], ANSWER_LIMIT)?;
-            loop {
-                match channel.receive(action, ANSWER_LIMIT)?.0 {
-                    part @ (Message::Piece { .. } | Message::Runs { more: true, .. }) => take(channel, part)?,
-                    answer => return Ok(answer),
-                }
-            }
-        })
-    }
-
-    fn with<T>(
-        &mut self,
-        act: impl FnOnce(&mut Channel) -> Result<T, OffloadError>,
-    ) -> Result<T, OffloadError> {
-        let gone = OffloadError::Gone { peer: super::channel::VMM, waiting_for: "an earlier answer" };
-        let acted = act(self.0.as_mut().ok_or(gone)?);
-        if acted.is_err() {
-            self.0 = None;
-        }
-        acted
-    }
-
-    /// Asks what is answered by `Done`.
-    fn done(&mut self, request: &Message, action: &'static str) -> Result<(), OffloadError> {
-        let answer =
-            self.ask(request, action, &mut |channel, part| Err(channel.unexpected("Done", &part)))?;
-        self.is_done(answer, action)
-    }
-
-    fn is_done(&mut self, answer: Message, action: &'static str) -> Result<(), OffloadError> {
-        match answer {
-            Message::Done => Ok(()),
-            Message::Failed { text } => {
-                Err(OffloadError::Refused { peer: super::channel::VMM, action, text })
-            }
-            other => self.with(|channel| Err(channel.unexpected("Done", &other))),
-        }
-    }
-}
-
 impl RemoteVm {
-    pub(super) fn new(channel: Channel) -> Self {
-        Self { line: Mutex::new(Line(Some(channel))), bytes_left: None }
+    pub(super) fn new(line: SharedLine) -> Self {
+        Self { line, bytes_left: None }
     }
 
-    fn line(&self) -> MutexGuard<'_, Line> {
-        // A panic elsewhere leaves at worst an answer unread, which the next question finds out of place.
-        self.line.lock().unwrap_or_else(PoisonError::into_inner)
+    fn done(&self, request: &Message, action: &'static str) -> Result<(), OffloadError> {
+        self.line.lock().done(request, action)
     }
 
-    pub(super) fn done(&self, request: &Message, action: &'static str) -> Result<(), OffloadError> {
-        self.line().done(request, action)
-    }
-
-    /// Sends a message that is not answered.
-    fn tell(&self, message: &Message) -> Result<(), OffloadError> {
-        self.line().with(|channel| channel.send(message, &[], ANSWER_LIMIT))
+    /// Tells the VMM how the migration ended.
+    pub(super) fn end(self, end: End, text: &str) -> Result<(), OffloadError> {
+        self.done(&Message::Ended { end, text: text.to_owned() }, "end the migration")
     }
 }
 
@@ -107,7 +47,7 @@ impl Vm for RemoteVm {
 
     fn save_state(&mut self, _: &Quiesced<'_>) -> Result<Vec<u8>, VmError> {
         let mut state = Vec::new();
-        let mut line = self.line();
+        let mut line = self.line.lock();
         let answer = line.ask(&Message::SaveState, "save its state", &mut |channel, part| match part {
             Message::Piece { bytes } => {
                 state.extend_from_slice(&bytes);
@@ -121,7 +61,7 @@ impl Vm for RemoteVm {
 
     fn restore_state(&mut self, state: &[u8]) -> Result<Paused, VmError> {
         for piece in state.chunks(PIECE_BYTES_MAX) {
-            self.tell(&Message::MachineState { piece: piece.to_vec() })?;
+            self.line.lock().tell(&Message::MachineState { piece: piece.to_vec() })?;
         }
         self.done(&Message::RestoreState, "restore its state")?;
         Ok(Paused::declare_every_vcpu_is_outside_kvm_run())
@@ -129,7 +69,7 @@ impl Vm for RemoteVm {
 
     fn kick(&self, index: usize) {
         let Ok(index) = u32::try_from(index) else { return };
-        if let Err(error) = self.tell(&Message::Kick { index }) {
+        if let Err(error) = self.line.lock().tell(&Message::Kick { index }) {
             tracing::debug!(%error, "a vCPU was not kicked");
         }
     }
@@ -147,7 +87,7 @@ impl Vm for RemoteVm {
         };
         let action = "save the state of its devices";
         let mut failure: Option<io::Error> = None;
-        let mut line = self.line();
+        let mut line = self.line.lock();
         let answer =
             line.ask(&Message::SaveDeviceState { running }, action, &mut |channel, part| match part {
                 // The VMM is told to stop, and what it has sent until then is read and dropped.
@@ -174,7 +114,7 @@ impl Vm for RemoteVm {
             return bytes;
         }
         let action = "say how much device state is left";
-        let answer = self.line().ask(&Message::DeviceStateBytesLeft, action, &mut |channel, part| {
+        let answer = self.line.lock().ask(&Message::DeviceStateBytesLeft, action, &mut |channel, part| {
             Err(channel.unexpected("Bytes", &part))
         });
         // Whoever asks next finds out that the connection has failed.
@@ -197,7 +137,7 @@ impl Vm for RemoteVm {
             }
             Ok(())
         };
-        let mut line = self.line();
+        let mut line = self.line.lock();
         match line.ask(&Message::DiscardedPages, "say which pages it has discarded", &mut take) {
             Ok(Message::Runs { runs, .. }) => runs.into_iter().for_each(|run| discarded.insert_run(run)),
             // They are sent, which costs time and no page.

@@ -2,25 +2,38 @@
 //! again when that process is gone.
 
 use std::io::{self, Write};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
-use super::channel::Channel;
+use super::channel::{Channel, OFFLOAD_PROCESS};
 use super::error::OffloadError;
 use super::protocol::{End, Message, PIECE_BYTES_MAX, RUNS_MAX};
+use super::tracking::{Stillness, Tracking};
 use crate::layout::PageIndex;
+use crate::os::sched::ShortSlice;
 use crate::page_set::PageSet;
+use crate::track::{LentPage, signs_of_life};
 use crate::vm::{Moment, Paused, Quiesced, Vm, VmError};
 
 /// How long the offload process may take to read a packet. It reads while it waits for an answer; device state waits here for
 /// the destination.
-const READ_LIMIT: Duration = Duration::from_secs(60);
+pub(super) const READ_LIMIT: Duration = Duration::from_secs(60);
 /// The longest state of the machine that is restored: what a destination holds, and as much again.
 const MACHINE_STATE_BYTES_MAX: usize = 128 << 20;
 
+/// How often the wait for a request looks at everything else.
+pub(super) const POLL: Duration = Duration::from_millis(50);
+/// An offload process that shows no sign of life for so long is frozen. It shows one ten times a second.
+const SILENCE: Duration = Duration::from_secs(5);
+/// The same while the guest stands still: no longer than a standstill may last by default.
+const SILENCE_AT_STANDSTILL: Duration = Duration::from_secs(1);
+
 /// A VM that is being asked about.
 pub(super) struct Serving<'v> {
-    pub(super) channel: Channel,
+    channel: Channel,
     vm: &'v mut dyn Vm,
+    /// What the offload process has of the tracker, if it does not follow the rings.
+    tracking: Option<Tracking<'v>>,
     /// Where guest memory ends.
     end: PageIndex,
     standing: Standing,
@@ -56,13 +69,46 @@ pub(super) enum Left {
 
 impl<'v> Serving<'v> {
     /// The VM of a source, which runs.
-    pub(super) fn of_source(channel: Channel, vm: &'v mut dyn Vm, end: PageIndex) -> Self {
-        Self { channel, vm, end, standing: Standing::Runs, machine: Vec::new(), released: false }
+    pub(super) fn of_source(
+        channel: Channel,
+        vm: &'v mut dyn Vm,
+        end: PageIndex,
+        tracking: Option<Tracking<'v>>,
+    ) -> Self {
+        let standing = Standing::Runs;
+        Self { channel, vm, tracking, end, standing, machine: Vec::new(), released: false }
     }
 
     /// The VM of a destination, which is built and has not run.
     pub(super) fn of_destination(channel: Channel, vm: &'v mut dyn Vm, end: PageIndex) -> Self {
-        Self { channel, vm, end, standing: Standing::Arriving, machine: Vec::new(), released: false }
+        let standing = Standing::Arriving;
+        Self { channel, vm, tracking: None, end, standing, machine: Vec::new(), released: false }
+    }
+
+    /// Serves requests until the migration has ended. `page` is where the offload process shows that it lives; `cancel` ends
+    /// it from here, unless the VM is handed over.
+    pub(super) fn serve(
+        &mut self,
+        page: &LentPage,
+        cancel: &AtomicBool,
+    ) -> Result<(End, String), OffloadError> {
+        // A guest stands still while its migration waits for some of the answers.
+        let _soon = ShortSlice::for_this_thread();
+        let mut life = Life::default();
+        loop {
+            match self.channel.receive_within("a request", POLL)? {
+                Some((message, _)) => {
+                    if let Some(end) = self.answer(message)? {
+                        return Ok(end);
+                    }
+                }
+                None => life.check(signs_of_life(page), self.stands_still())?,
+            }
+            // Relaxed: a flag without data, read again at the next turn.
+            if cancel.load(Ordering::Relaxed) && !self.is_handed_over() {
+                return Err(OffloadError::Cancelled);
+            }
+        }
     }
 
     pub(super) fn is_handed_over(&self) -> bool {
@@ -70,13 +116,20 @@ impl<'v> Serving<'v> {
     }
 
     /// Whether the guest stands still at its source, and runs nowhere else.
-    pub(super) fn stands_still(&self) -> bool {
+    fn stands_still(&self) -> bool {
         matches!(self.standing, Standing::Paused(_) | Standing::Quiesced(_))
     }
 
     /// Answers one message; the end, if it was that.
-    pub(super) fn answer(&mut self, message: Message) -> Result<Option<(End, String)>, OffloadError> {
+    fn answer(&mut self, message: Message) -> Result<Option<(End, String)>, OffloadError> {
         let answer = match message {
+            Message::StartTracking
+            | Message::Observe { .. }
+            | Message::Harvest(_)
+            | Message::ProtectBehind { .. }
+            | Message::GiveBack { .. }
+            | Message::StopTracking
+            | Message::AskFigures => return self.track(&message).map(|()| None),
             Message::Kick { index } => {
                 if let Ok(index) = usize::try_from(index) {
                     self.vm.kick(index);
@@ -134,6 +187,19 @@ impl<'v> Serving<'v> {
         };
         self.say(&answer)?;
         Ok(None)
+    }
+
+    /// Does what is asked of the tracker.
+    fn track(&mut self, request: &Message) -> Result<(), OffloadError> {
+        let stillness = match &self.standing {
+            Standing::Paused(paused) => Stillness::Paused(paused),
+            Standing::Quiesced(paused) => Stillness::Quiesced(paused),
+            _ => Stillness::None,
+        };
+        match &mut self.tracking {
+            Some(tracking) => tracking.answer(&self.channel, request, stillness),
+            None => Err(self.channel.unexpected("a request to a VMM that has lent its rings", request)),
+        }
     }
 
     fn release(&mut self) {
@@ -243,6 +309,43 @@ fn said(done: Result<(), VmError>) -> Message {
         Ok(()) => Message::Done,
         Err(error) => Message::Failed { text: error.to_string() },
     }
+}
+
+/// Since when the offload process has shown no sign of life.
+#[derive(Debug)]
+struct Life {
+    seen: u32,
+    since: Instant,
+}
+
+impl Default for Life {
+    fn default() -> Self {
+        Self { seen: 0, since: Instant::now() }
+    }
+}
+
+impl Life {
+    /// `signs` so far; an error if there were no new ones for too long.
+    fn check(&mut self, signs: u32, stands_still: bool) -> Result<(), OffloadError> {
+        let waited = if stands_still { SILENCE_AT_STANDSTILL } else { SILENCE };
+        if signs != self.seen {
+            *self = Self { seen: signs, since: Instant::now() };
+        } else if self.since.elapsed() > waited {
+            let waiting_for = "a sign of life";
+            return Err(OffloadError::Silent { peer: OFFLOAD_PROCESS, waiting_for, waited });
+        }
+        Ok(())
+    }
+}
+
+/// Sends pages as parts of an answer that is to come.
+pub(super) fn send_parts(channel: &Channel, pages: &PageSet) -> Result<(), OffloadError> {
+    let mut runs = pages.runs().peekable();
+    while runs.peek().is_some() {
+        let some = runs.by_ref().take(RUNS_MAX).collect();
+        channel.send(&Message::Runs { more: true, runs: some }, &[], READ_LIMIT)?;
+    }
+    Ok(())
 }
 
 /// Sends a set of pages, in as many messages as it takes.

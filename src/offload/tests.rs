@@ -1,5 +1,7 @@
 //! Both ends against each other in one process, without a vCPU, and each against a peer that says whatever it likes.
 
+mod kept;
+
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -10,14 +12,14 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::channel::{Channel, OFFLOAD_PROCESS, VMM};
-use super::protocol::{Message, PIECE_BYTES_MAX, RUNS_MAX, Role, VERSION};
+use super::protocol::{Harvest, Message, PIECE_BYTES_MAX, RUNS_MAX, Role, Taker, VERSION};
 use super::*;
 use crate::kvm::RingSize;
 use crate::layout::{PAGE_SIZE, PageIndex, PageRun, SlotId};
 use crate::os::file::memfd;
 use crate::page_set::PageSet;
 use crate::testing::FakeKernel;
-use crate::track::{DirtyTracker, LentPage};
+use crate::track::{DirtyTracker, LentPage, TrackError};
 use crate::vm::{Moment, Paused, Quiesced, Vm, VmError};
 
 const SOON: Duration = Duration::from_secs(10);
@@ -115,6 +117,7 @@ struct Vmm {
     tracker: DirtyTracker,
     memory: [RegionFile; 1],
     never: AtomicBool,
+    rings: Rings,
 }
 
 fn region() -> RegionFile {
@@ -128,12 +131,13 @@ impl Vmm {
         let kernel = FakeKernel::new();
         let tracker = DirtyTracker::on_fake_rings(&kernel, RingSize::from_entries(1024).unwrap());
         tracker.add_memory(&kernel.create_slot(SLOT, ram())).unwrap();
-        Self { tracker, memory: [region()], never: AtomicBool::new(false) }
+        Self { tracker, memory: [region()], never: AtomicBool::new(false), rings: Rings::Lend }
     }
 
     fn lend(&self, connection: OwnedFd, vm: &mut FakeVm) -> Result<Ended, OffloadError> {
         let lent = LentVm {
             tracker: &self.tracker,
+            rings: self.rings,
             memory: &self.memory,
             vcpus: &[],
             vm_id: "vm-1",
@@ -340,7 +344,30 @@ fn request() -> impl Strategy<Value = Message> {
         1 => Just(Message::Prepare),
         1 => Just(Message::Release),
         1 => Just(Message::Enough),
+        1 => Just(Message::StartTracking),
+        1 => Just(Message::StopTracking),
+        1 => any::<bool>().prop_map(|telling| Message::Observe { telling }),
+        1 => Just(Message::Harvest(Harvest::All)),
+        1 => Just(Message::Harvest(Harvest::Final)),
+        1 => Just(Message::ProtectBehind { runs: vec![PageRun { first: PageIndex(u64::MAX), pages: 9 }] }),
+        1 => Just(Message::GiveBack { runs: vec![PageRun { first: PageIndex(3), pages: u64::MAX }] }),
+        1 => Just(Message::AskFigures),
     ]
+}
+
+/// What is asked only of a VMM that keeps its rings.
+fn is_of_tracking(request: &Message) -> bool {
+    use Message::{AskFigures, GiveBack, Harvest, Observe, ProtectBehind, StartTracking, StopTracking};
+    matches!(
+        request,
+        StartTracking
+            | StopTracking
+            | Observe { .. }
+            | Harvest(_)
+            | ProtectBehind { .. }
+            | GiveBack { .. }
+            | AskFigures
+    )
 }
 
 /// Takes what is lent, as bare messages.
@@ -360,9 +387,10 @@ proptest! {
     #[test]
     fn whatever_is_asked_and_whenever_it_ends_the_guest_runs_here_or_may_run_there(
         requests in prop::collection::vec(request(), 0..25),
+        rings in prop::sample::select(vec![Rings::Lend, Rings::Keep]),
         last_words in prop::option::of(prop::collection::vec(any::<u8>(), 1..40)),
     ) {
-        let vmm = Vmm::new();
+        let vmm = Vmm { rings, ..Vmm::new() };
         let mut vm = FakeVm { device_state: 1000, ..FakeVm::default() };
         let (near, far) = sockets();
         let may_run_there = thread::scope(|scope| {
@@ -371,13 +399,22 @@ proptest! {
             let _descriptors = take_all_that_is_lent(&mut channel);
             let mut may_run_there = false;
             for request in requests {
+                if rings == Rings::Lend && is_of_tracking(&request) {
+                    continue;
+                }
                 channel.send(&request, &[], SOON).unwrap();
-                if matches!(request, Message::Kick { .. } | Message::MachineState { .. } | Message::Enough) {
+                if matches!(
+                    request,
+                    Message::Kick { .. }
+                        | Message::MachineState { .. }
+                        | Message::Enough
+                        | Message::GiveBack { .. }
+                ) {
                     continue;
                 }
                 let answer = loop {
                     match channel.receive("an answer", SOON).unwrap().0 {
-                        Message::Piece { .. } => {}
+                        Message::Piece { .. } | Message::Vcpus(_) => {}
                         answer => break answer,
                     }
                 };
@@ -427,6 +464,7 @@ proptest! {
                 let (kernel, _other) = sockets();
                 let lent = Message::Lent {
                     version: VERSION,
+                    taker: Taker::OffloadProcess,
                     ring_entries: entries,
                     vcpus,
                     regions,

@@ -20,7 +20,7 @@ pub use self::ring::UnnamedEntries;
 use self::ring::{ADDRESS_SPACES, FakeRing};
 use super::{AnonymousRam, Backing};
 use crate::kvm::ring::{DirtyRing, EMPTY, Entry, RESET};
-use crate::kvm::{Granule, Kernel, KvmError, ResetCount, RingSize, UnmapError, Until};
+use crate::kvm::{Granule, Kernel, KvmError, Protection, ResetCount, RingSize, UnmapError};
 use crate::layout::{GuestMemory, PageIndex, PageRun, Region, SlotId};
 use crate::page_set::PageSet;
 
@@ -488,15 +488,16 @@ impl Kernel for FakeKernel {
         inner.granule.ok_or_else(refused)
     }
 
-    fn protect(&self, region: &Region, pages: PageRun, _: Until) -> Result<(), UnmapError> {
+    fn protect(&self, region: &Region, ranges: &[Protection]) -> Result<(), UnmapError> {
         let granule = self.can_protect(region)?.get();
-        let first = pages.first.0 - region.pages.first.0;
-        assert!(first.is_multiple_of(granule) && pages.pages.is_multiple_of(granule), "whole granules");
-        let inner = &mut *self.lock();
-        if let Some(slot) = inner.slots.get_mut(&region.slot.0) {
-            slot.writable.remove_run(PageRun { first: PageIndex(first), pages: pages.pages });
+        for Protection { pages, .. } in ranges {
+            let first = pages.first.0 - region.pages.first.0;
+            assert!(first.is_multiple_of(granule) && pages.pages.is_multiple_of(granule), "whole granules");
+            if let Some(slot) = self.lock().slots.get_mut(&region.slot.0) {
+                slot.writable.remove_run(PageRun { first: PageIndex(first), pages: pages.pages });
+            }
         }
-        inner.flush_tlbs();
+        self.lock().flush_tlbs();
         Ok(())
     }
 

@@ -14,6 +14,7 @@ use super::handle::VcpuHandle;
 use super::lent_page::{LentGate, LentPage, bell, full_vcpus, has_room, show_life, wait_for_bell};
 use super::rings::Rings;
 use super::shared::Backend;
+use super::throttle::VcpuThrottle;
 use super::tracker::DirtyTracker;
 use super::vcpu::Vcpu;
 use crate::kvm::ring::DirtyRing;
@@ -70,6 +71,12 @@ impl DirtyTracker {
     pub(crate) fn handles(&self) -> Vec<VcpuHandle> {
         VcpuHandle::all(&self.shared)
     }
+}
+
+/// The gate at a place of a page, of a vCPU whose ring its VMM follows. Where there is none, it holds back nobody.
+pub(crate) fn borrowed_throttle(page: &Arc<LentPage>, index: usize, place: usize) -> VcpuThrottle {
+    let gate = LentGate::new(page, place).map_or_else(Gate::default, Gate::borrowed);
+    VcpuThrottle::new(Arc::new(Vcpu::borrowed(index, gate)))
 }
 
 /// How often the VMM is shown that this process lives.

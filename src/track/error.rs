@@ -20,10 +20,11 @@ pub enum TrackError {
     AlreadyTracking,
     /// The tracker was ended: nothing can be added or started any more.
     Ended,
-    /// Another process follows the rings: nothing can be added, removed or started meanwhile.
+    /// Another process follows the rings: nothing can be added, removed or started meanwhile. A VMM that wants to keeps them
+    /// when it lends its VM.
     Lent,
-    /// Only dirty rings can be followed by another process, and this VM has the bitmap, or one beside its rings (arm64).
-    RingsOnly,
+    /// The VMM, which tracks for this process, could not.
+    Vmm(VmError),
     /// Something was asked that only a started tracker can answer.
     NotTracking,
     /// A slot was added that the tracker has already.
@@ -78,13 +79,10 @@ impl fmt::Display for TrackError {
             Self::Ended => write!(f, "dirty tracking of this VM was ended for good"),
             Self::Lent => write!(
                 f,
-                "another process migrates this VM and follows its rings: wait until it is done, or end it"
+                "another process migrates this VM and follows its rings: wait until it is done, or end it; a VMM that has \
+                 other use for them meanwhile lends the VM and keeps its rings"
             ),
-            Self::RingsOnly => write!(
-                f,
-                "another process can follow dirty rings only, and this VM is tracked by a bitmap: migrate it from \
-                 within the VMM"
-            ),
+            Self::Vmm(error) => write!(f, "the VMM could not track for the migration: {error}"),
             Self::NotTracking => write!(f, "dirty tracking is off: call `start` first"),
             Self::SlotKnown(slot) => write!(f, "{slot:?} is tracked already: remove it before it is reused"),
             Self::Layout(error) => {
@@ -129,7 +127,7 @@ impl std::error::Error for TrackError {
             Self::Kvm(error) => Some(error),
             Self::Pagemap(error) => Some(error),
             Self::Layout(error) => Some(error),
-            Self::External { source, .. } => Some(&**source),
+            Self::External { source, .. } | Self::Vmm(source) => Some(&**source),
             Self::Timer { source, .. } => Some(source),
             _ => None,
         }

@@ -19,7 +19,7 @@ use super::others::Others;
 use super::shared::{Backend, Shared};
 use super::slots::stop_logging;
 use super::tracker::DirtyTracker;
-use crate::kvm::{Granule, KvmError, ResetCount, RingSize, UnmapError, Until};
+use crate::kvm::{Granule, KvmError, Protection, ResetCount, RingSize, UnmapError};
 use crate::layout::{PageRun, SlotId};
 use crate::page_set::PageSet;
 
@@ -43,25 +43,23 @@ pub(crate) struct Terms {
 }
 
 impl DirtyTracker {
-    /// Lets another process follow the rings. Tracking is off, and the borrower switches it on and off.
+    /// Lets another process follow the rings. Tracking is off, and the borrower switches it on and off. `None` if they are
+    /// needed here, because a session runs or a bitmap is beside them (arm64), or if there are none.
     ///
     /// # Errors
     ///
-    /// [`TrackError::AlreadyTracking`], [`TrackError::Lent`], [`TrackError::RingsOnly`] on the bitmap, or what the kernel
-    /// refused. The tracker is then as before.
-    pub(crate) fn lend(&self) -> Result<Lending, TrackError> {
+    /// [`TrackError::Lent`], or what the kernel refused. The tracker is then as before.
+    pub(crate) fn lend(&self) -> Result<Option<Lending>, TrackError> {
         let state = &mut *self.shared.lock();
-        state.check_ours()?;
-        if state.pending.is_tracking() {
-            return Err(TrackError::AlreadyTracking);
+        state.check_not_lent()?;
+        if state.pending.is_tracking() || !matches!(state.backend, Backend::Ring { beside: None, .. }) {
+            return Ok(None);
         }
         let refused = |source: io::Error| TrackError::Kvm(KvmError::Ioctl { name: "memfd_create", source });
         let (page, file) =
             LentPage::create(c"ringferry-offload", state.vcpus.len().max(1)).map_err(refused)?;
         let page = Arc::new(page);
-        let Backend::Ring { size, rings, beside: None } = &mut state.backend else {
-            return Err(TrackError::RingsOnly);
-        };
+        let Backend::Ring { size, rings, .. } = &mut state.backend else { return Ok(None) };
         rings.recycle(self.shared.context(&state.slots), &mut state.pending)?;
         state.pending.forget();
         let positions = rings.positions();
@@ -77,7 +75,7 @@ impl DirtyTracker {
             }
         }
         state.lent = Some(Lent::Followed(Arc::clone(&page)));
-        Ok(Lending { shared: Arc::clone(&self.shared), page, file, terms })
+        Ok(Some(Lending { shared: Arc::clone(&self.shared), page, file, terms }))
     }
 }
 
@@ -113,14 +111,18 @@ impl Lending {
         self.shared.kernel.can_protect(state.slots.get(slot).ok_or_else(not_of_the_slot)?)
     }
 
-    /// Protects pages of a slot, if they are of it.
-    pub(crate) fn protect(&self, slot: SlotId, pages: PageRun, until: Until) -> Result<(), UnmapError> {
-        let state = self.shared.lock();
-        let region = state.slots.get(slot).ok_or_else(not_of_the_slot)?;
-        if pages.pages == 0 || pages.first < region.pages.first || pages.end() > region.pages.end() {
-            return Err(not_of_the_slot());
+    /// Protects pages of a slot, if they are of it. Each range has the lock for itself: a vCPU with a full ring waits for one.
+    pub(crate) fn protect(&self, slot: SlotId, ranges: &[Protection]) -> Result<(), UnmapError> {
+        for range in ranges {
+            let state = self.shared.lock();
+            let region = state.slots.get(slot).ok_or_else(not_of_the_slot)?;
+            let (pages, of_slot) = (range.pages, region.pages);
+            if pages.pages == 0 || pages.first < of_slot.first || pages.end() > of_slot.end() {
+                return Err(not_of_the_slot());
+            }
+            self.shared.kernel.protect(region, std::slice::from_ref(range))?;
         }
-        self.shared.kernel.protect(region, pages, until)
+        Ok(())
     }
 
     /// What no ring sees is gathered from now on.

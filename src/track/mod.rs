@@ -17,6 +17,8 @@ mod figures;
 mod gate;
 mod handle;
 #[cfg(feature = "offload")]
+mod kept;
+#[cfg(feature = "offload")]
 mod lending;
 #[cfg(feature = "offload")]
 mod lent;
@@ -40,12 +42,14 @@ mod unprotected;
 mod vcpu;
 
 #[cfg(feature = "offload")]
-pub(crate) use self::borrowed::{BorrowedVcpu, serve_full_rings};
+pub(crate) use self::borrowed::{BorrowedVcpu, borrowed_throttle, serve_full_rings};
 pub use self::error::{PagemapError, TrackError};
 pub use self::external::ExternalSource;
 pub use self::figures::{Figures, FullRings, VcpuFigures};
 pub use self::gate::{BeforeRun, GuestMode};
 pub use self::handle::{KVM_EXIT_DIRTY_RING_FULL, VcpuHandle};
+#[cfg(feature = "offload")]
+pub(crate) use self::kept::Keeping;
 #[cfg(feature = "offload")]
 pub(crate) use self::lending::Lending;
 #[cfg(feature = "offload")]

@@ -44,8 +44,21 @@ impl Redirtied {
         self.top.reach(self.pages.capacity());
     }
 
+    /// Adds pages.
+    #[cfg(feature = "offload")]
+    pub(crate) fn add_runs(&mut self, runs: &[PageRun]) {
+        runs.iter().for_each(|run| self.pages.insert_run(*run));
+        self.top.reach(self.pages.capacity());
+    }
+
+    /// Which they are: for another process, where they are as unreadable.
+    #[cfg(feature = "offload")]
+    pub(crate) fn for_another_process(&self) -> &PageSet {
+        &self.pages
+    }
+
     /// Takes up to `pages` pages out, the highest first, as ascending runs.
-    pub(super) fn take_highest(&mut self, pages: u64) -> Vec<PageRun> {
+    pub(crate) fn take_highest(&mut self, pages: u64) -> Vec<PageRun> {
         let mut runs = Vec::new();
         self.top.take(&mut self.pages, pages, &mut runs);
         runs

@@ -8,6 +8,8 @@ use super::bitmap::BitmapLog;
 use super::error::TrackError;
 use super::figures::VmCounters;
 #[cfg(feature = "offload")]
+use super::kept::LentGates;
+#[cfg(feature = "offload")]
 use super::lent::Lent;
 #[cfg(feature = "offload")]
 use super::lent_page;
@@ -56,6 +58,9 @@ pub(super) struct State {
     /// Another process follows the rings.
     #[cfg(feature = "offload")]
     pub(super) lent: Option<Lent>,
+    /// Another process has the gates, and not the rings.
+    #[cfg(feature = "offload")]
+    pub(super) gates: Option<LentGates>,
 }
 
 #[derive(Debug)]
@@ -95,6 +100,13 @@ impl State {
             None => {}
         }
         Ok(())
+    }
+
+    /// An error while the VM is lent in any way.
+    #[cfg(feature = "offload")]
+    pub(super) fn check_not_lent(&mut self) -> Result<(), TrackError> {
+        self.check_ours()?;
+        if self.gates.is_some() { Err(TrackError::Lent) } else { Ok(()) }
     }
 
     /// Rings may be recycled without protecting their pages if pages of every slot can be protected later.

@@ -138,6 +138,8 @@ impl DirtyTracker {
             ended: false,
             #[cfg(feature = "offload")]
             lent: None,
+            #[cfg(feature = "offload")]
+            gates: None,
         };
         let shared = Shared {
             kernel,
@@ -316,6 +318,10 @@ impl DirtyTracker {
         if let Backend::Ring { size, rings, .. } = &mut state.backend {
             let ring = map(*size, rings.none_yet())?;
             rings.push(ring, Arc::clone(&vcpu));
+        }
+        #[cfg(feature = "offload")]
+        if let Some(gates) = &mut state.gates {
+            gates.lend(&vcpu);
         }
         state.vcpus.push(Arc::clone(&vcpu));
         state.pending.vcpu_attached();

@@ -10,7 +10,7 @@ use super::error::TrackError;
 use super::pending::{Pending, TheseReadable};
 use super::rings::Context;
 use super::session_pages::SessionKey;
-use crate::kvm::{Granule, UnmapError, Until};
+use crate::kvm::{Granule, Protection, UnmapError, Until};
 use crate::layout::{PageIndex, PageRun, Region};
 use crate::page_set::PageSet;
 
@@ -27,19 +27,12 @@ const GAP_MAX: u64 = 32;
 /// No call covers more: a guest that faults waits for it, 0.6 ms here.
 const CALL_PAGES_MAX: u64 = 2048;
 
-/// What one call protects.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Part {
-    pages: PageRun,
-    until: Until,
-}
-
-/// Ascending runs as parts that are cheap to protect.
-fn parts(runs: impl Iterator<Item = PageRun>) -> Vec<Part> {
-    let mut parts: Vec<Part> = Vec::new();
+/// Ascending runs as ranges that are cheap to protect.
+fn ranges(runs: impl Iterator<Item = PageRun>) -> Vec<Protection> {
+    let mut ranges: Vec<Protection> = Vec::new();
     for run in runs {
-        match parts.last_mut() {
-            Some(Part { pages, until })
+        match ranges.last_mut() {
+            Some(Protection { pages, until })
                 if run.pages < LONG_RUN
                     && run.first.0 - pages.end().0 <= GAP_MAX
                     && (*until == Until::Written || pages.pages < LONG_RUN) =>
@@ -47,10 +40,10 @@ fn parts(runs: impl Iterator<Item = PageRun>) -> Vec<Part> {
                 pages.pages = run.end().0 - pages.first.0;
                 *until = Until::Written;
             }
-            _ => parts.push(Part { pages: run, until: Until::Touched }),
+            _ => ranges.push(Protection { pages: run, until: Until::Touched }),
         }
     }
-    parts
+    ranges
 }
 
 /// A part of a region in whole granules, no more than a call may cover at a time.
@@ -69,12 +62,15 @@ fn calls(region: &Region, granule: Granule, pages: PageRun) -> impl Iterator<Ite
 /// Protects the pages of `runs`, ascending, wherever they are RAM.
 fn protect(cx: Context<'_>, runs: impl Fn(PageRun) -> Vec<PageRun>) -> Result<Unmapped, UnmapError> {
     for (region, granule) in cx.slots.protectable() {
-        let found = runs(region.pages);
-        for part in parts(found.into_iter()) {
-            for call in calls(region, granule, part.pages) {
-                cx.kernel.protect(region, call, part.until)?;
-                cx.counters.protects.add(1);
-            }
+        let found = ranges(runs(region.pages).into_iter()).into_iter();
+        let calls: Vec<Protection> = found
+            .flat_map(|Protection { pages, until }| {
+                calls(region, granule, pages).map(move |pages| Protection { pages, until })
+            })
+            .collect();
+        if !calls.is_empty() {
+            cx.kernel.protect(region, &calls)?;
+            cx.counters.protects.add(calls.len() as u64);
         }
     }
     Ok(Unmapped(()))
@@ -161,17 +157,17 @@ mod tests {
 
     #[test]
     fn long_runs_are_protected_exactly_and_short_neighbours_together() {
-        let part = |first, pages, until| Part { pages: run(first, pages), until };
+        let range = |first, pages, until| Protection { pages: run(first, pages), until };
         let given =
             [run(0, 100), run(110, 1), run(120, 2), run(154, 1), run(300, 1), run(310, 16), run(330, 4)];
         assert_eq!(
-            parts(given.into_iter()),
+            ranges(given.into_iter()),
             [
-                part(0, 100, Until::Touched),
-                part(110, 45, Until::Written),
-                part(300, 1, Until::Touched),
-                part(310, 16, Until::Touched),
-                part(330, 4, Until::Touched),
+                range(0, 100, Until::Touched),
+                range(110, 45, Until::Written),
+                range(300, 1, Until::Touched),
+                range(310, 16, Until::Touched),
+                range(330, 4, Until::Touched),
             ]
         );
     }

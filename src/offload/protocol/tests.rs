@@ -3,6 +3,8 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::kvm::Until;
+use crate::layout::PageIndex;
 
 fn run() -> impl Strategy<Value = PageRun> {
     (any::<u64>(), any::<u64>()).prop_map(|(first, pages)| PageRun { first: PageIndex(first), pages })
@@ -19,15 +21,22 @@ fn message() -> impl Strategy<Value = Message> {
     let bytes = || prop::collection::vec(any::<u8>(), 0..300);
     let end = prop::sample::select(vec![End::Moved, End::Stays, End::Unconfirmed, End::Arrived]);
     let role = prop::sample::select(vec![Role::Source, Role::Destination]);
+    let taker = prop::sample::select(vec![Taker::OffloadProcess, Taker::VmmOnRings, Taker::VmmOnBitmap]);
+    let harvest = [Harvest::All, Harvest::Protected, Harvest::Paused, Harvest::Final];
+    let harvest = prop::sample::select(harvest.to_vec());
+    let until = prop::sample::select(vec![Until::Touched, Until::Written]);
+    let range = (run(), until).prop_map(|(pages, until)| Protection { pages, until });
+    let runs = || prop::collection::vec(run(), 0..20);
     prop_oneof![
         (any::<u16>(), any::<u16>(), role).prop_map(|(newest, oldest, role)| Message::Hello {
             newest,
             oldest,
             role
         }),
-        (any::<u16>(), any::<u32>(), 0..4096_u32, 0..1024_u32, "[!-~]{0,64}", bytes()).prop_map(
-            |(version, ring_entries, vcpus, regions, vm_id, description)| Message::Lent {
+        (any::<u16>(), taker, any::<u32>(), 0..4096_u32, 0..1024_u32, "[!-~]{0,64}", bytes()).prop_map(
+            |(version, taker, ring_entries, vcpus, regions, vm_id, description)| Message::Lent {
                 version,
+                taker,
                 ring_entries,
                 vcpus,
                 regions,
@@ -51,11 +60,16 @@ fn message() -> impl Strategy<Value = Message> {
         (any::<u32>(), any::<bool>())
             .prop_map(|(slot, enabled)| Message::SetLogging { slot: SlotId(slot), enabled }),
         any::<u32>().prop_map(|slot| Message::CanProtect { slot: SlotId(slot) }),
-        (any::<u32>(), run(), any::<bool>()).prop_map(|(slot, pages, until_written)| Message::Protect {
-            slot: SlotId(slot),
-            pages,
-            until_written
-        }),
+        (any::<u32>(), prop::collection::vec(range, 0..20))
+            .prop_map(|(slot, ranges)| Message::Protect { slot: SlotId(slot), ranges }),
+        any::<bool>().prop_map(|telling| Message::Observe { telling }),
+        harvest.prop_map(Message::Harvest),
+        runs().prop_map(|runs| Message::ProtectBehind { runs }),
+        runs().prop_map(|runs| Message::GiveBack { runs }),
+        (prop::option::of(prop::collection::vec(any::<u64>(), 0..20)), any::<u64>())
+            .prop_map(|(vcpus, others)| Message::Observed { vcpus, others }),
+        prop::collection::vec(any::<(u32, u32)>(), 0..20).prop_map(Message::Vcpus),
+        any::<[u64; 13]>().prop_map(|words| Message::Figures(figures_of(&words).unwrap())),
         any::<Option<u64>>().prop_map(|running| Message::SaveDeviceState { running }),
         any::<u32>().prop_map(|index| Message::Kick { index }),
         bytes().prop_map(|piece| Message::LoadDeviceState { piece }),
@@ -63,8 +77,7 @@ fn message() -> impl Strategy<Value = Message> {
         (end, "[ -~]{0,100}").prop_map(|(end, text)| Message::Ended { end, text }),
         "[ -~]{0,100}".prop_map(|text| Message::Failed { text }),
         bytes().prop_map(|bytes| Message::Piece { bytes }),
-        (any::<bool>(), prop::collection::vec(run(), 0..20))
-            .prop_map(|(more, runs)| Message::Runs { more, runs }),
+        (any::<bool>(), runs()).prop_map(|(more, runs)| Message::Runs { more, runs }),
         any::<u64>().prop_map(Message::Bytes),
         prop::sample::select(vec![
             Message::ResetRings,
@@ -73,6 +86,9 @@ fn message() -> impl Strategy<Value = Message> {
             Message::StartWriters,
             Message::DrainWriters,
             Message::StopWriters,
+            Message::StartTracking,
+            Message::StopTracking,
+            Message::AskFigures,
             Message::Pause,
             Message::Resume,
             Message::Quiesce,
@@ -119,6 +135,7 @@ proptest! {
 fn every_bound_is_enforced() {
     let refused = |message: &Message| Message::decode(&message.encode()).unwrap_err();
     let lent = |vcpus, regions, bytes| Message::Lent {
+        taker: Taker::OffloadProcess,
         version: 1,
         ring_entries: 1024,
         vcpus,

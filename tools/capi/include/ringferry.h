@@ -579,6 +579,10 @@ typedef struct {
    * See `description`.
    */
   size_t description_bytes;
+  /**
+   * Not 0: the rings stay here, sessions run beside, slots and vCPUs come and go, and `vcpus` may be empty.
+   */
+  uint32_t keep_rings;
 } rf_lent;
 
 /**
@@ -711,8 +715,8 @@ rf_status rf_tracker_vcpu_figures(const rf_tracker *tracker,
 /**
  * Lends a running VM to the offload process (`ringferry offload send`) that is connected on `connection`, a Unix socket of the
  * type SOCK_SEQPACKET, and serves it on this thread until the migration has ended. Any other thread goes on as before: the
- * vCPUs' threads call what they always call. Meanwhile no session can be started, no slot and no vCPU comes or goes. The
- * tracker must be on rings ("ring"), and have no open session.
+ * vCPUs' threads call what they always call. Unless the rings are kept, the offload process follows them, and meanwhile no
+ * session can be started, no slot and no vCPU comes or goes. They are kept on the bitmap, and while a session is open.
  *
  * The library owns `connection` from the call on and closes it, also after an error. `vm` and `lent` are the VMM's again when
  * the call returns. Pass `sizeof *vm` as `vm_bytes`; `cancel` may be NULL.

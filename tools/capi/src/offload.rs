@@ -3,7 +3,7 @@
 
 use std::ffi::c_char;
 
-use ringferry::offload::{Ended, LentVm, lend};
+use ringferry::offload::{Ended, LentVm, Rings, lend};
 
 use crate::callbacks::{CVm, VmCallbacks};
 use crate::cancel::Cancel;
@@ -35,6 +35,8 @@ pub struct LentParts {
     pub description: *const u8,
     /// See `description`.
     pub description_bytes: usize,
+    /// Not 0: the rings stay here, sessions run beside, slots and vCPUs come and go, and `vcpus` may be empty.
+    pub keep_rings: u32,
 }
 
 /// Where a VM is when its offload process has done its work.
@@ -63,8 +65,8 @@ pub struct OffloadOutcome {
 
 /// Lends a running VM to the offload process (`ringferry offload send`) that is connected on `connection`, a Unix socket of the
 /// type SOCK_SEQPACKET, and serves it on this thread until the migration has ended. Any other thread goes on as before: the
-/// vCPUs' threads call what they always call. Meanwhile no session can be started, no slot and no vCPU comes or goes. The
-/// tracker must be on rings ("ring"), and have no open session.
+/// vCPUs' threads call what they always call. Unless the rings are kept, the offload process follows them, and meanwhile no
+/// session can be started, no slot and no vCPU comes or goes. They are kept on the bitmap, and while a session is open.
 ///
 /// The library owns `connection` from the call on and closes it, also after an error. `vm` and `lent` are the VMM's again when
 /// the call returns. Pass `sizeof *vm` as `vm_bytes`; `cancel` may be NULL.
@@ -111,6 +113,7 @@ pub unsafe extern "C" fn rf_offload_lend(
         let outcome = out(outcome, "outcome")?;
         let lent = LentVm {
             tracker: &tracker.shared.tracker,
+            rings: if parts.keep_rings != 0 { Rings::Keep } else { Rings::Lend },
             memory: &memory,
             vcpus: &vcpus,
             // SAFETY: the caller's promise.

@@ -125,7 +125,6 @@ fn of_track_error(error: &TrackError) -> Status {
         TrackError::VcpuKnown(_) => Status::VcpuKnown,
         TrackError::VcpuUnknown(_) => Status::VcpuUnknown,
         TrackError::RingLost(_) => Status::RingLost,
-        TrackError::RingsOnly => Status::Unsupported,
         _ => Status::Other,
     }
 }

@@ -72,7 +72,7 @@ fn send(socket: &Path, to: SocketAddr) -> Result<(), String> {
         ..SourceOptions::default()
     };
     let progress = Progress::new(Parameters::default());
-    let source = Source::new(&mut lent.vm, &mut lent.session, &lent.memory, options, progress);
+    let source = Source::new(&mut lent.vm, lent.session.as_mut(), &lent.memory, options, progress);
     let sent = source.run().map_err(|error| error.to_string());
     let sent = sent.and_then(|outcome| outcome.confirmed().map(drop).map_err(|who| who.to_string()));
     let (end, text) = match &sent {

@@ -188,9 +188,10 @@ fn send(args: &SendArgs, output: Output) -> Result<ExitCode> {
     interrupt::promise("the migration is cancelled, and the guest goes on at the source");
     let progress = args.migrate.progress()?;
     let mut lent = BorrowedVm::borrow(connection)?;
+    let before = lent.figures()?;
     match migrate(args, &mut lent, &progress, interrupted, output) {
         Ok(Migrated::Moved(report)) => {
-            let vcpus = lent.tracker.snapshot().vcpus.iter().map(vcpu_report).collect();
+            let vcpus = figures_since(&lent, &before);
             let report = MigrationReport::new("kvm", *report, vcpus);
             // The VM is the destination's, whether its old VMM hears it or not.
             if let Err(error) = lent.end(End::Moved, "") {
@@ -208,8 +209,11 @@ fn send(args: &SendArgs, output: Output) -> Result<ExitCode> {
             output.note(message);
             Ok(ExitCode::FAILURE)
         }
-        Err(error) if lent.has_vmm_ended() => {
-            bail!("the VMM has ended, and its VM with it (the migration ended with: {error:#})")
+        Err(error) if lent.vmm.has_ended() => {
+            bail!(
+                "the VMM lends its VM no more: it has cancelled the migration, or ended and its VM with it (the migration \
+                 ended with: {error:#})"
+            )
         }
         Err(error) => {
             if let Err(untold) = lent.end(End::Stays, &format!("{error:#}")) {
@@ -235,9 +239,9 @@ fn migrate(
 ) -> Result<Migrated> {
     let options = args.migrate.options(&args.to, lent.vcpus, lent.vm_id.clone(), lent.description.clone())?;
     let without_vm = progress.clone();
-    lent.when_vmm_ends(move || without_vm.parameters().cancel());
+    lent.vmm.when_it_ends(move || without_vm.parameters().cancel());
     let mut display = Display::new(output);
-    let source = Source::new(&mut lent.vm, &mut lent.session, &lent.memory, options, progress.clone());
+    let source = Source::new(&mut lent.vm, lent.session.as_mut(), &lent.memory, options, progress.clone());
     let outcome = thread::scope(|scope| {
         scope.spawn(|| follow(progress, |update| display.show(update)));
         interrupt::cancelling(interrupted, || progress.parameters().cancel(), || source.run())
@@ -253,16 +257,25 @@ fn migrate(
     })
 }
 
-/// What the rings say of a vCPU; what its guest felt, only its VMM could say.
-fn vcpu_report(figures: &VcpuFigures) -> VcpuReport {
-    VcpuReport {
-        index: figures.index,
-        pages_dirtied: figures.pages,
-        ring_entries: figures.pages + figures.duplicate_entries,
-        ring_full_exits: figures.ring_full_exits,
-        throttled_ms: figures.throttled_ns as f64 / 1e6,
-        ..VcpuReport::default()
-    }
+/// What the rings say of each vCPU since `before`; what its guest felt, only its VMM could say.
+fn figures_since(lent: &BorrowedVm, before: &[VcpuFigures]) -> Vec<VcpuReport> {
+    let now = lent.figures().unwrap_or_else(|error| {
+        tracing::warn!(%error, "the VMM did not say what its vCPUs did");
+        Vec::new()
+    });
+    let report = |now: &VcpuFigures| {
+        let then = before.iter().find(|then| then.index == now.index).copied().unwrap_or_default();
+        let since = |of: fn(&VcpuFigures) -> u64| of(now).saturating_sub(of(&then));
+        VcpuReport {
+            index: now.index,
+            pages_dirtied: since(|vcpu| vcpu.pages),
+            ring_entries: since(|vcpu| vcpu.pages + vcpu.duplicate_entries),
+            ring_full_exits: since(|vcpu| vcpu.ring_full_exits),
+            throttled_ms: since(|vcpu| vcpu.throttled_ns) as f64 / 1e6,
+            ..VcpuReport::default()
+        }
+    };
+    now.iter().map(report).collect()
 }
 
 fn receive(args: &ReceiveArgs, output: Output) -> Result<ExitCode> {
@@ -289,7 +302,7 @@ fn receive(args: &ReceiveArgs, output: Output) -> Result<ExitCode> {
     let cancel = Arc::new(AtomicBool::new(false));
     let without_vmm = Arc::clone(&cancel);
     // Relaxed, here and below: a flag without data, polled.
-    arriving.when_vmm_ends(move || without_vmm.store(true, Ordering::Relaxed));
+    arriving.vmm.when_it_ends(move || without_vmm.store(true, Ordering::Relaxed));
     let received = interrupt::cancelling(
         interrupted,
         || cancel.store(true, Ordering::Relaxed),
@@ -303,7 +316,7 @@ fn receive(args: &ReceiveArgs, output: Output) -> Result<ExitCode> {
             Told::Received(report).tell(output)?;
             Ok(ExitCode::SUCCESS)
         }
-        Err(error) if arriving.has_vmm_ended() => {
+        Err(error) if arriving.vmm.has_ended() => {
             bail!("the VMM has ended; the VM stays with its source (the migration ended with: {error})")
         }
         Err(error) => {

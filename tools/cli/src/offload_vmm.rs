@@ -6,9 +6,9 @@ use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use ringferry::destination::DestinationReport;
-use ringferry::offload::{self, Ended, LentVm, Listener, Offer, RegionFile};
+use ringferry::offload::{self, Ended, LentVm, Listener, Offer, RegionFile, Rings};
 use ringferry::vm::VmError;
 use serde::Serialize;
 
@@ -24,19 +24,46 @@ const POLL: Duration = Duration::from_millis(20);
 
 /// Where a VM waits for its offload process.
 #[derive(Debug)]
-pub struct Lender(Listener);
+pub struct Lender {
+    listener: Listener,
+    rings: Rings,
+}
 
 impl Lender {
     /// Waits on `path`. The VM's RAM has to be a file for that.
-    pub fn bind(path: &Path, host: &mut HostArgs) -> Result<Self> {
+    pub fn bind(path: &Path, rings: Rings, host: &mut HostArgs) -> Result<Self> {
+        ensure!(
+            host.backing != Some(BackingArg::Anonymous),
+            "an offload process maps guest RAM by its descriptor, and anonymous memory has none: say --backing memfd"
+        );
         host.backing = Some(BackingArg::Memfd);
-        let listener = Listener::bind(path);
-        listener.map(Self).with_context(|| format!("listening on {}", path.display()))
+        let listener = Listener::bind(path).with_context(|| format!("listening on {}", path.display()))?;
+        Ok(Self { listener, rings })
     }
 
     /// An offload process that has come.
     pub fn accept(&self) -> Result<Option<OwnedFd>> {
-        self.0.accept(Duration::ZERO).context("accepting an offload process")
+        self.listener.accept(Duration::ZERO).context("accepting an offload process")
+    }
+
+    /// Lends the VM of `host`, until its offload process is done.
+    pub fn lend(&self, connection: OwnedFd, host: &mut Host, cancel: &AtomicBool) -> Result<Ended> {
+        let memory = region_files(&host.vm)?;
+        let vm = host.vm.kvm().context("a guest of threads has no rings")?;
+        let tracker = vm.tracker().context("the VM has no dirty tracking")?.clone();
+        let again = vm.vcpu_fds().iter().map(|vcpu| vcpu.try_clone());
+        let vcpus: Vec<_> = again.collect::<Result<Vec<_>, _>>()?.into_iter().enumerate().collect();
+        let description = host.description.to_bytes()?;
+        let vm_id = host.name.clone();
+        let lent = LentVm {
+            tracker: &tracker,
+            rings: self.rings,
+            memory: &memory,
+            vcpus: &vcpus,
+            vm_id: &vm_id,
+            description: &description,
+        };
+        Ok(offload::lend(connection, host.vm.as_vm(), &lent, cancel)?)
     }
 }
 
@@ -57,25 +84,6 @@ fn region_files(machine: &Machine) -> Result<Vec<RegionFile>> {
         })
     });
     passed.collect()
-}
-
-/// Lends the VM of `host`, until its offload process is done.
-pub fn lend(connection: OwnedFd, host: &mut Host, cancel: &AtomicBool) -> Result<Ended> {
-    let memory = region_files(&host.vm)?;
-    let vm = host.vm.kvm().context("a guest of threads has no rings")?;
-    let tracker = vm.tracker().context("the VM has no dirty tracking")?.clone();
-    let again = vm.vcpu_fds().iter().map(|vcpu| vcpu.try_clone());
-    let vcpus: Vec<_> = again.collect::<Result<Vec<_>, _>>()?.into_iter().enumerate().collect();
-    let description = host.description.to_bytes()?;
-    let vm_id = host.name.clone();
-    let lent = LentVm {
-        tracker: &tracker,
-        memory: &memory,
-        vcpus: &vcpus,
-        vm_id: &vm_id,
-        description: &description,
-    };
-    Ok(offload::lend(connection, host.vm.as_vm(), &lent, cancel)?)
 }
 
 /// Where a destination waits for its offload process.

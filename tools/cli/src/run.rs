@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, bail};
-use ringferry::offload::Ended;
+use ringferry::offload::{Ended, Rings};
 use ringferry::source::SourceError;
 use ringferry::vm::Paused;
 use ringferry_testvm::VcpuStatus;
@@ -18,7 +18,7 @@ use crate::guest::{GuestArgs, Host, Marks};
 use crate::interrupt;
 use crate::migrate::{Decision, Migrated};
 use crate::monitor::{Answer, Monitor, MonitorArg};
-use crate::offload_vmm::{Lender, lend};
+use crate::offload_vmm::Lender;
 use crate::output::Output;
 use crate::report::{MigrationReport, rate};
 use crate::told::Told;
@@ -53,6 +53,10 @@ pub struct Args {
     #[arg(long, value_name = "PATH")]
     offload: Option<PathBuf>,
 
+    /// Keep the dirty rings while the guest is lent: the offload process asks for dirty pages, and does not follow the rings
+    #[arg(long, requires = "offload")]
+    keep_rings: bool,
+
     #[command(flatten)]
     guest: GuestArgs,
 }
@@ -69,8 +73,9 @@ pub fn run(mut args: Args, output: Output) -> Result<ExitCode> {
     let interrupted = interrupt::flag()?;
     interrupt::promise(GUEST_ENDS);
     let clients = Clients::of(Monitor::bind(&args.monitor.path())?)?;
-    let lender =
-        args.offload.as_deref().map(|path| Lender::bind(path, &mut args.guest.vm.host)).transpose()?;
+    let rings = if args.keep_rings { Rings::Keep } else { Rings::Lend };
+    let lender = args.offload.as_deref().map(|path| Lender::bind(path, rings, &mut args.guest.vm.host));
+    let lender = lender.transpose()?;
     let mut host = args.guest.boot()?;
     if !output.json() {
         output.line("the guest runs; `ringferry send --to ADDRESS:PORT` moves it; Ctrl-C ends it")?;
@@ -90,8 +95,10 @@ pub fn run(mut args: Args, output: Output) -> Result<ExitCode> {
                 Served::Dropped => return Ok(ExitCode::SUCCESS),
             }
         }
-        if let Some(connection) = lender.as_ref().map(Lender::accept).transpose()?.flatten() {
-            match waiting.lend(connection, &mut host)? {
+        if let Some(lender) = &lender
+            && let Some(connection) = lender.accept()?
+        {
+            match waiting.lend(lender, connection, &mut host)? {
                 Served::StillHere => pace.skip(&host),
                 Served::Moved(..) | Served::Dropped => return Ok(ExitCode::SUCCESS),
             }
@@ -229,10 +236,10 @@ impl Waiting<'_> {
     }
 
     /// Lends the VM to an offload process.
-    fn lend(&self, connection: OwnedFd, host: &mut Host) -> Result<Served> {
+    fn lend(&self, lender: &Lender, connection: OwnedFd, host: &mut Host) -> Result<Served> {
         interrupt::promise("the migration is cancelled, and the guest ends");
         let vm_id = host.name.clone();
-        let ended = lend(connection, host, self.interrupted);
+        let ended = lender.lend(connection, host, self.interrupted);
         interrupt::promise(GUEST_ENDS);
         let offloaded = |moved, why| Told::Offloaded { vm_id: vm_id.clone(), moved, why };
         match ended {

@@ -14,7 +14,7 @@ use std::thread;
 use std::time::Duration;
 
 use ringferry::Vm;
-use ringferry::offload::{self, Ended, LentVm, Listener, Offer, RegionFile};
+use ringferry::offload::{self, Ended, LentVm, Listener, Offer, RegionFile, Rings};
 use vmm::{ExampleVmm, RAM, SLOT};
 
 type AnyError = Box<dyn Error + Send + Sync>;
@@ -38,8 +38,14 @@ fn source(socket: &str) -> Result<(), AnyError> {
     vmm.boot()?;
     let connection = accept(socket)?;
     let (memory, vcpus, tracker) = ([region(&vmm)?], [(0, vmm.vcpu_fd.try_clone()?)], vmm.tracker.clone());
-    let lent =
-        LentVm { tracker: &tracker, memory: &memory, vcpus: &vcpus, vm_id: "", description: b"example" };
+    let lent = LentVm {
+        tracker: &tracker,
+        rings: Rings::Lend,
+        memory: &memory,
+        vcpus: &vcpus,
+        vm_id: "",
+        description: b"example",
+    };
     match offload::lend(connection, &mut vmm, &lent, &AtomicBool::new(false))? {
         Ended::Moved => println!("moved after pass {}", vmm.look().0),
         Ended::StaysHere { why } => println!("runs on here: {why}"),

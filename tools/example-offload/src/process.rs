@@ -22,7 +22,7 @@ pub fn send(socket: &str, destination: &str) -> Result<(), Box<dyn Error>> {
     };
     let source = Source::new(
         &mut lent.vm,
-        &mut lent.session,
+        lent.session.as_mut(),
         &lent.memory,
         options,
         Progress::new(Parameters::default()),

@@ -2,11 +2,32 @@
 
 use serde_json::Value;
 
-use crate::guest::{SMALL, SMALL_WORK, kvm};
+use crate::guest::{
+    By, Guest, SMALL, SMALL_WORK, assert_consistent, in_every_way, kvm, receive, whoever_migrates,
+};
 use crate::support::ringferry;
 
-/// The report of a demo with these options, which moves its guest whole.
-fn report_of_demo(more: &[&str]) -> Value {
+whoever_migrates! {
+    a_guest_with_kvmclock_verifies_equal,
+    the_state_of_a_device_arrives_whole_and_is_counted,
+}
+
+in_every_way! {
+    the_state_of_a_device_arrives_whole_and_is_counted,
+}
+
+/// The report of the migration of a guest with these options, which moves whole: the demo's, or that of a process beside.
+fn report_of_move(by: By, more: &[&str]) -> Value {
+    if by.is_beside() {
+        let guest = Guest::start_for(by, &SMALL, &[&SMALL_WORK, more].concat());
+        let (receive, to) = receive(&["--run-for", "100ms"]);
+        let send = ringferry(&[&guest.send(&to)[..], &["--verify", "--json"]].concat());
+        assert_eq!(send.code, Some(0), "{send:?}");
+        assert_consistent(&receive.end());
+        let report = send.objects().pop().unwrap();
+        assert_eq!(report["ram_digest_match"], true, "{report}");
+        return report;
+    }
     let demo = ringferry(&[&["demo", "--json"], &SMALL[..], &SMALL_WORK, more].concat());
     assert_eq!(demo.code, Some(0), "{demo:?}");
     let report = demo.objects().pop().unwrap();
@@ -18,17 +39,15 @@ fn report_of_demo(more: &[&str]) -> Value {
     report
 }
 
-#[test]
-fn a_guest_with_kvmclock_verifies_equal() {
+fn a_guest_with_kvmclock_verifies_equal(by: By) {
     if kvm() {
-        report_of_demo(&["--kvmclock"]);
+        report_of_move(by, &["--kvmclock"]);
     }
 }
 
-#[test]
-fn the_state_of_a_device_arrives_whole_and_is_counted() {
+fn the_state_of_a_device_arrives_whole_and_is_counted(by: By) {
     if kvm() {
-        let report = report_of_demo(&["--device-state", "64MiB"]);
+        let report = report_of_move(by, &["--device-state", "64MiB"]);
         assert!(report["state_bytes"].as_u64().unwrap() > 64 << 20, "{report}");
     }
 }

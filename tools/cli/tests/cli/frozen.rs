@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use rustix::process::Signal;
 
 use crate::faults::random::Random;
-use crate::guest::{Guest, kvm, receive};
+use crate::guest::{By, Guest, kvm, receive, whoever_migrates};
 use crate::support::{Outcome, Running, ringferry};
 
 /// Destinations that are frozen before `Commit`, if the environment does not say how many.
@@ -43,8 +43,11 @@ enum Found {
     Moved,
 }
 
-#[test]
-fn a_destination_frozen_at_any_moment_of_the_standstill_costs_the_guest_no_more_than_the_budget() {
+whoever_migrates! {
+    a_destination_frozen_at_any_moment_of_the_standstill_costs_the_guest_no_more_than_the_budget,
+}
+
+fn a_destination_frozen_at_any_moment_of_the_standstill_costs_the_guest_no_more_than_the_budget(by: By) {
     if !kvm() {
         return;
     }
@@ -59,7 +62,7 @@ fn a_destination_frozen_at_any_moment_of_the_standstill_costs_the_guest_no_more_
             others.len() < 10 + 3 * usize::try_from(runs).unwrap(),
             "too few were frozen in time: {others:?}"
         );
-        match freeze(random.up_to(STANDSTILL)) {
+        match freeze(by, random.up_to(STANDSTILL)) {
             Found::RanOn => ran_on += 1,
             other => others.push(other),
         }
@@ -68,9 +71,9 @@ fn a_destination_frozen_at_any_moment_of_the_standstill_costs_the_guest_no_more_
 }
 
 /// Freezes the destination `after` the guest was stopped.
-fn freeze(after: Duration) -> Found {
+fn freeze(by: By, after: Duration) -> Found {
     let vm = ["--memory", "256MiB", "--vcpus", "1"];
-    let mut guest = Guest::start_as(&vm, &["--fill", "160MiB", "--work", "each=ws:8MiB"]);
+    let mut guest = Guest::start_for(by, &vm, &["--fill", "160MiB", "--work", "each=ws:8MiB"]);
     let (destination, to) = receive(&[]);
     let mut send = Running::start(&[&guest.send(&to)[..], &TERMS].concat());
     send.line_with("\"switchover\"");

@@ -7,43 +7,44 @@ use ringferry_testvm::links::{Links, MTU};
 use ringferry_testvm::skip;
 use serde_json::Value;
 
+use crate::guest::{By, Guest, whoever_migrates};
 use crate::support::{Running, ringferry};
 
 /// Unoptimized, a comparison of RAM takes seconds.
 const PATIENTLY: [&str; 2] = ["--standstill-floor", "60s"];
 
 /// Two shaped links for data, and a third for control.
-fn links() -> std::io::Result<Links> {
-    let links = Links::new("cli")?;
+fn links(name: &str) -> std::io::Result<Links> {
+    let links = Links::new(name)?;
     links.add(1, Some(125_000_000), MTU)?;
     links.add(2, Some(62_500_000), MTU)?;
     links.add(3, None, MTU)?;
     Ok(links)
 }
 
-#[test]
-fn a_vm_arrives_whole_although_one_of_its_two_links_falls_silent_and_the_report_says_which_when_and_how_much()
-{
+whoever_migrates! {
+    a_vm_arrives_whole_although_one_of_its_two_links_falls_silent_and_the_report_says_which_when_and_how_much,
+}
+
+fn a_vm_arrives_whole_although_one_of_its_two_links_falls_silent_and_the_report_says_which_when_and_how_much(
+    by: By,
+) {
     if let Err(error) = std::fs::File::options().read(true).write(true).open("/dev/kvm") {
         return skip(&format!("/dev/kvm cannot be opened: {error}"));
     }
-    let links = match links() {
+    let links = match links(if by.is_beside() { "cli-beside" } else { "cli" }) {
         Ok(links) => links,
         Err(reason) => return skip(&format!("namespaces with shaped links cannot be made here: {reason}")),
     };
-    let directory = tempfile::tempdir().unwrap();
-    let monitor = directory.path().join("monitor").to_str().unwrap().to_owned();
     let vm = ["--memory", "512MiB", "--vcpus", "2"];
     let work = ["--fill", "384MiB", "--work", "each=ws:4MiB,pace:2000"];
-    let mut guest =
-        Running::start_in(links.near(), &[&["run", "--monitor", &monitor], &vm[..], &work].concat());
-    guest.line_with("steps: ");
+    let guest = Guest::start_by(by, |run| Running::start_in(links.near(), &[run, &vm, &work].concat()));
     let listen = ["--listen", "10.77.3.2:7000", "--data-listen", "10.77.1.2:7001"];
     let more = ["--data-listen", "10.77.2.2:7002", "--insecure", "--run-for", "1s"];
     let mut receive = Running::start_in(links.far(), &[&["receive", "--json"], &listen[..], &more].concat());
     receive.line_with("listening");
     let channels = ["--channel", "10.77.1.1%v1=10.77.1.2:7001", "--channel", "10.77.2.1%v2=10.77.2.2:7002"];
-    let send = ["send", "--json", "--verify", "--monitor", &monitor, "--to", "10.77.3.2:7000"];
+    let send = [&guest.send("10.77.3.2:7000")[..], &["--json", "--verify"]].concat();
     let send = Running::start_in(links.near(), &[&send[..], &channels, &PATIENTLY].concat());
     // The first round takes two seconds or more: 384 MiB over 1.5 Gbit/s.
     std::thread::sleep(std::time::Duration::from_millis(900));

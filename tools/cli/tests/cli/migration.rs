@@ -8,7 +8,9 @@ use ringferry::wire::hello::Hello;
 use ringferry::{PageIndex, PageRun};
 use ringferry_testvm::skip;
 
-use crate::guest::{Guest, SMALL, SMALL_WORK, assert_failed, closed_port, kvm, receive};
+use crate::guest::{
+    By, Guest, SMALL, SMALL_WORK, assert_failed, closed_port, in_every_way, kvm, receive, whoever_migrates,
+};
 use crate::support::{
     Running, ringferry, ringferry_as_nobody, ringferry_with_little_locked_memory, ringferry_without_devices,
 };
@@ -73,12 +75,23 @@ fn the_demo_ends_with_one_report_that_has_every_promised_field() {
     }
 }
 
-#[test]
-fn a_guest_moves_between_three_terminals_and_finds_every_write_of_its_own() {
+whoever_migrates! {
+    a_guest_moves_between_three_terminals_and_finds_every_write_of_its_own,
+    ctrl_c_cancels_the_migration_and_the_guest_runs_on_at_the_source_and_can_move_again,
+    nobody_listening_is_told_and_the_guest_runs_on,
+    a_destination_that_breaks_off_is_told_and_the_guest_runs_on,
+}
+
+in_every_way! {
+    a_guest_moves_between_three_terminals_and_finds_every_write_of_its_own,
+    ctrl_c_cancels_the_migration_and_the_guest_runs_on_at_the_source_and_can_move_again,
+}
+
+fn a_guest_moves_between_three_terminals_and_finds_every_write_of_its_own(by: By) {
     if !kvm() {
         return;
     }
-    let guest = Guest::start();
+    let guest = Guest::small_for(by);
     let (mut receive, address) = receive(&[]);
     let send = ringferry(&[&guest.send(&address)[..], &["--verify"]].concat());
     assert_eq!(send.code, Some(0), "{send:?}");
@@ -91,21 +104,21 @@ fn a_guest_moves_between_three_terminals_and_finds_every_write_of_its_own() {
     assert_eq!(receive.objects().last().unwrap()["guest_consistent"], true, "{}", receive.stdout);
 }
 
-#[test]
-fn ctrl_c_on_send_cancels_the_migration_and_the_guest_runs_on_at_the_source() {
+fn ctrl_c_cancels_the_migration_and_the_guest_runs_on_at_the_source_and_can_move_again(by: By) {
     if !kvm() {
         return;
     }
-    let guest = Guest::start();
+    let mut guest = Guest::small_for(by);
     let (receive, address) = receive(&[]);
-    // 12 MiB at this rate take a minute.
-    let slowly = ["--max-bandwidth", "200kB/s"];
-    let mut send = Running::start(&[&guest.send(&address)[..], &slowly].concat());
-    send.line_with("tracking is on");
+    let send = guest.send_slowly(&address);
     send.interrupt();
     assert_failed(&send.end(), &["cancelled"]);
     assert_failed(&receive.end(), &["the source ended the migration", "cancelled"]);
-    guest.assert_runs_on();
+    if by.is_beside() {
+        guest.run.line_with("the guest runs on here: cancelled");
+    }
+    guest.assert_runs();
+    guest.assert_moves();
 }
 
 #[test]
@@ -133,24 +146,22 @@ fn the_terms_of_a_migration_are_adjusted_while_it_runs() {
     assert_eq!(receive.end().code, Some(0));
 }
 
-#[test]
-fn nobody_listening_is_told_and_the_guest_runs_on() {
+fn nobody_listening_is_told_and_the_guest_runs_on(by: By) {
     if !kvm() {
         return;
     }
-    let guest = Guest::start();
+    let guest = Guest::small_for(by);
     let address = closed_port();
     let send = ringferry(&guest.send(&address));
     assert_failed(&send, &[&address, "Connection refused", "is `ringferry receive` running there?"]);
     guest.assert_runs_on();
 }
 
-#[test]
-fn a_destination_that_breaks_off_is_told_and_the_guest_runs_on() {
+fn a_destination_that_breaks_off_is_told_and_the_guest_runs_on(by: By) {
     if !kvm() {
         return;
     }
-    let guest = Guest::start();
+    let guest = Guest::small_for(by);
     let stranger = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let address = stranger.local_addr().unwrap().to_string();
     let closing = std::thread::spawn(move || drop(stranger.accept().unwrap()));

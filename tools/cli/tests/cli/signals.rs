@@ -6,7 +6,7 @@ use std::path::Path;
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::guest::{Guest, SMALL, SMALL_WORK, assert_failed, kvm, receive};
+use crate::guest::{By, Guest, SMALL, SMALL_WORK, assert_failed, kvm, receive, whoever_migrates};
 use crate::support::Running;
 
 const ALL: [(Signal, &str); 4] =
@@ -42,21 +42,22 @@ fn each_signal_ends_a_destination_that_waits() {
     }
 }
 
-#[test]
-fn each_signal_cancels_a_migration_of_run_and_then_ends_it_and_both_sides_know() {
+whoever_migrates! {
+    each_signal_cancels_a_migration_of_run_and_then_ends_it_and_both_sides_know,
+}
+
+fn each_signal_cancels_a_migration_of_run_and_then_ends_it_and_both_sides_know(by: By) {
     if !kvm() {
         return;
     }
     for (signal, name) in ALL {
-        let guest = Guest::start();
+        let guest = Guest::small_for(by);
         let (receive, to) = receive(&[]);
-        // 12 MiB at this rate take a minute.
-        let slowly = ["--max-bandwidth", "200kB/s"];
-        let mut send = Running::start(&[&guest.send(&to)[..], &slowly].concat());
-        send.line_with("tracking is on");
+        let send = guest.send_slowly(&to);
         guest.run.signal(signal);
-        assert_failed(&send.end(), &["cancelled"]);
-        assert_failed(&receive.end(), &["the source ended the migration", "cancelled"]);
+        let told = if by.is_beside() { "the VMM lends its VM no more" } else { "cancelled" };
+        assert_failed(&send.end(), &[told]);
+        assert_failed(&receive.end(), &["the source ended the migration"]);
         let run = guest.run.end();
         assert_eq!(run.code, Some(0), "{name}: {run:?}");
         assert!(run.stderr.contains("the migration is cancelled, and the guest ends"), "{run:?}");
