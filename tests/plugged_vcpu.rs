@@ -17,7 +17,7 @@ use ringferry::converge::AtTimeout;
 use ringferry::destination::{Destination, DestinationOptions, ListenOptions};
 use ringferry::kvm::RingSize;
 use ringferry::progress::{Parameters, Progress};
-use ringferry::source::{Source, SourceOptions, SourceReport};
+use ringferry::source::{Source, SourceOptions, SourceReport, StandstillLimit};
 use ringferry::testing::{AnonymousRam, Backing};
 use ringferry::track::{BeforeRun, DirtyTracker, VcpuHandle};
 use ringferry::vm::VmError;
@@ -121,6 +121,9 @@ fn create_vcpu(vm: &BareVm, tracker: &DirtyTracker, index: usize, pages: u64) ->
     (vcpu, handle)
 }
 
+/// Each of these tests takes what the machine has.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
 /// A VM of a quiet vCPU, and one that has filled all of its memory.
 struct World {
     vm: BareVm,
@@ -153,6 +156,8 @@ impl World {
         let options = SourceOptions {
             destination: destination.local_addr().unwrap().to_string(),
             verify: true,
+            // Unoptimized, on a host that is busy with other tests, digests take longer than a guest may stand still.
+            standstill: StandstillLimit { floor: Duration::from_secs(20), ..StandstillLimit::default() },
             ..SourceOptions::default()
         };
         let parameters = Parameters::default();
@@ -189,6 +194,7 @@ impl World {
 #[test]
 fn a_vcpu_that_is_plugged_in_during_a_migration_is_held_back_if_it_writes_too_much() {
     let Some(kvm) = bare::kvm() else { return };
+    let _turn = ONE_AT_A_TIME.lock();
     let world = World::new(&kvm);
     let World { vm, tracker, runner } = &world;
     let report = world.migrate(|progress| {
@@ -207,6 +213,7 @@ fn a_vcpu_that_is_plugged_in_during_a_migration_is_held_back_if_it_writes_too_mu
 #[test]
 fn a_vcpu_that_is_unplugged_during_a_migration_leaves_its_pages_and_the_migration_goes_on() {
     let Some(kvm) = bare::kvm() else { return };
+    let _turn = ONE_AT_A_TIME.lock();
     let world = World::new(&kvm);
     let World { vm, tracker, runner } = &world;
     let (vcpu, handle) = create_vcpu(vm, tracker, PLUGGED, HOT_PAGES);
