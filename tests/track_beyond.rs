@@ -4,51 +4,30 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot set up its guest fails")]
 
 mod bare;
+mod guest;
 
 use std::collections::BTreeSet;
 
-use bare::{BareVcpu, BareVm, DATA, Privilege, Work, kvm};
+use bare::{BareVm, DATA, kvm};
+use guest::{Guest, pages};
 use ringferry::kvm::RingSize;
-use ringferry::track::{DirtyTracker, Session, VcpuHandle};
+use ringferry::track::DirtyTracker;
 use ringferry::{PageIndex, PageSet, Paused, Redirtied};
 
 const SLOT_PAGES: [u64; 2] = [5000, 1000];
-
-struct Guest {
-    vm: BareVm,
-    tracker: DirtyTracker,
-    session: Session,
-    vcpu: BareVcpu,
-    handle: VcpuHandle,
-    value: u64,
-}
 
 impl Guest {
     /// With a ring that is full after 192 pages, and logging on.
     fn new(kvm: &kvm_ioctls::Kvm) -> Self {
         let vm = BareVm::new(kvm, &SLOT_PAGES).unwrap();
         let tracker = DirtyTracker::enable(vm.fd(), RingSize::MIN).unwrap();
-        tracker.add_memory(vm.memory()).unwrap();
-        let vcpu = vm.create_vcpu(0, Privilege::User).unwrap();
-        let handle = tracker.attach_vcpu(0, vcpu.fd()).unwrap();
-        let session = tracker.start().unwrap();
-        Self { vm, tracker, session, vcpu, handle, value: 0 }
-    }
-
-    fn write(&mut self, pages: &BTreeSet<PageIndex>) {
-        self.value += 1;
-        self.vcpu.set_work(&Work::List(pages.iter().copied().collect()), self.value).unwrap();
-        self.vcpu.run_to_end(Some(&self.handle)).unwrap();
+        let guest = Self::tracked(vm, tracker);
+        guest.session.start().unwrap();
+        guest
     }
 
     fn set(&self) -> PageSet {
         PageSet::new(self.vm.memory().end())
-    }
-
-    fn harvest(&mut self) -> BTreeSet<PageIndex> {
-        let mut dirty = self.set();
-        self.session.harvest(&mut dirty).unwrap();
-        pages(&dirty)
     }
 
     /// Ring entries that the vCPU has made so far, as far as they were taken.
@@ -57,10 +36,6 @@ impl Guest {
         let vcpu = self.tracker.snapshot().vcpus[0];
         vcpu.pages + vcpu.duplicate_entries + vcpu.ring_entries
     }
-}
-
-fn pages(set: &PageSet) -> BTreeSet<PageIndex> {
-    set.runs().flat_map(|run| (run.first.0..run.end().0).map(PageIndex)).collect()
 }
 
 fn every(step: usize, first: u64) -> BTreeSet<PageIndex> {

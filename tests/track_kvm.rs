@@ -3,13 +3,15 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot set up its guest fails")]
 
 mod bare;
+mod guest;
 
 use std::collections::BTreeSet;
 
-use bare::{BareVcpu, BareVm, DATA, Exit, Pages, Privilege, Work, kvm, take_and_give_back};
+use bare::{BareVm, DATA, Exit, Pages, Privilege, Work, kvm, take_and_give_back};
+use guest::{Guest, pages};
 use kvm_ioctls::Kvm;
 use ringferry::kvm::{KvmError, RingSize};
-use ringferry::track::{DirtyTracker, Leftover, Observed, Session, VcpuHandle};
+use ringferry::track::{DirtyTracker, Leftover, Observed, Session};
 use ringferry::{PageIndex, PageRun, PageSet, Paused, Redirtied, SlotId, TrackError};
 
 const SLOT_PAGES: [u64; 2] = [4096, 1000];
@@ -22,44 +24,15 @@ enum Backend {
 
 const BACKENDS: [Backend; 2] = [Backend::Ring, Backend::Bitmap];
 
-/// A VM of two data slots and one vCPU, known to a tracker that has not started.
-struct Guest {
-    vm: BareVm,
-    tracker: DirtyTracker,
-    session: Session,
-    vcpu: BareVcpu,
-    handle: VcpuHandle,
-    value: u64,
-}
-
 impl Guest {
+    /// A VM of two data slots and one vCPU, known to a tracker that has not started.
     fn new(kvm: &Kvm, backend: Backend, size: RingSize) -> Self {
         let vm = BareVm::new(kvm, &SLOT_PAGES).unwrap();
         let tracker = match backend {
             Backend::Ring => DirtyTracker::enable(vm.fd(), size),
             Backend::Bitmap => DirtyTracker::enable_bitmap(vm.fd()),
         };
-        let tracker = tracker.unwrap();
-        tracker.add_memory(vm.memory()).unwrap();
-        let vcpu = vm.create_vcpu(0, Privilege::User).unwrap();
-        let handle = tracker.attach_vcpu(0, vcpu.fd()).unwrap();
-        Self { vm, session: tracker.session(), tracker, vcpu, handle, value: 0 }
-    }
-
-    fn write(&mut self, pages: &BTreeSet<PageIndex>) {
-        self.value += 1;
-        self.vcpu.set_work(&Work::List(pages.iter().copied().collect()), self.value).unwrap();
-        self.vcpu.run_to_end(Some(&self.handle)).unwrap();
-        assert!(
-            pages.iter().all(|page| self.vm.word(*page).unwrap() == self.value),
-            "the guest did not write"
-        );
-    }
-
-    fn harvest(&mut self) -> BTreeSet<PageIndex> {
-        let mut dirty = PageSet::new(self.vm.memory().end());
-        self.session.harvest(&mut dirty).unwrap();
-        pages(&dirty)
+        Self::tracked(vm, tracker.unwrap())
     }
 
     fn harvest_final(&mut self) -> BTreeSet<PageIndex> {
@@ -68,10 +41,6 @@ impl Guest {
         self.session.harvest_final(&paused.declare_nothing_else_writes(), &mut dirty).unwrap();
         pages(&dirty)
     }
-}
-
-fn pages(set: &PageSet) -> BTreeSet<PageIndex> {
-    set.runs().flat_map(|run| (run.first.0..run.end().0).map(PageIndex)).collect()
 }
 
 /// Every `step`-th data page, from the `first` on.
