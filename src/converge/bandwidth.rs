@@ -178,7 +178,7 @@ mod tests {
 
     #[test]
     fn pauses_between_bursts_count_while_there_is_something_to_send_and_a_link_that_stands_still_carries_nothing()
-    {
+     {
         let mut link = of_a_connection();
         // 2 MB at once, every 100 ms.
         for ms in 0..2000 {

@@ -16,8 +16,8 @@ use super::sampling::Sampling;
 use super::throttle::{LONGEST_STALL, LONGEST_STALL_EVER, Throttle};
 use super::units::whole;
 use super::{
-    Action, AtTimeout, Change, Event, GateState, LastCheck, LinkSample, Observation, Pages, Policy, Prediction, Settings,
-    Share, Why, auto_converge, stop, switchover,
+    Action, AtTimeout, Change, Event, GateState, LastCheck, LinkSample, Observation, Pages, Policy,
+    Prediction, Settings, Share, Why, auto_converge, stop, switchover,
 };
 use crate::PAGE_SIZE;
 
@@ -355,7 +355,8 @@ impl Controller {
         if matches!(why, Why::Limit(_)) {
             return LastCheck::GoOn;
         }
-        let bandwidth = self.settings.switchover_bandwidth.unwrap_or_else(|| self.model.link.at_switchover_now());
+        let bandwidth =
+            self.settings.switchover_bandwidth.unwrap_or_else(|| self.model.link.at_switchover_now());
         let fits = self.fits_at(now, bandwidth);
         let check = switchover::last_check(left, fits, self.called_off);
         if check == LastCheck::CallOff {

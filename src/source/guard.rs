@@ -82,9 +82,8 @@ impl Guard {
         }
         let since = *self.too_long_since.get_or_insert(now);
         let stays = now.saturating_duration_since(since) >= self.stretch / STAYS_SHARE;
-        let pages_fit = crate::converge::Pages::floor(
-            pages_per_s * self.limit.saturating_sub(spent).as_secs_f64(),
-        );
+        let pages_fit =
+            crate::converge::Pages::floor(pages_per_s * self.limit.saturating_sub(spent).as_secs_f64());
         stays.then_some(TooLong { expected, pages_left, pages_fit: pages_fit.0 })
     }
 }

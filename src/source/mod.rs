@@ -94,7 +94,7 @@ fn attempt<V: Vm + ?Sized, D: DirtySource + ?Sized>(
     let (mut rounds, mut standstill) = precopy::run(migration, &mut link)?;
     loop {
         match stop_and_copy::run(standstill, &mut rounds.steering, migration, &mut link)? {
-            Ended::Prepared(prepared) => return commit::run(prepared, migration, &link),
+            Ended::Prepared(prepared) => return commit::run(*prepared, migration, &link),
             Ended::CalledOff { under_way, given_back } => {
                 standstill = rounds.go_on(under_way, given_back, migration, &mut link)?;
             }

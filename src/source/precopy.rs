@@ -250,7 +250,9 @@ impl<V: Vm + ?Sized, D: DirtySource + ?Sized> Precopy<'_, '_, V, D> {
     fn round(&mut self) -> Result<RoundEnd, SourceError> {
         loop {
             self.rounds.behind.top_up(self.migration, self.link, &self.rounds.steering)?;
-            if let Some(sent) = self.link.sender.wait_round(self.rounds.behind.wait(self.rounds.steering.next_sample()))? {
+            if let Some(sent) =
+                self.link.sender.wait_round(self.rounds.behind.wait(self.rounds.steering.next_sample()))?
+            {
                 return Ok(RoundEnd::Complete(sent));
             }
             match self.sample()? {
@@ -307,7 +309,8 @@ impl<V: Vm + ?Sized, D: DirtySource + ?Sized> Precopy<'_, '_, V, D> {
     /// any case; the rest of the verification, and state that is on its way or becomes less, if it comes now.
     fn plan_besides(&mut self) -> Result<(), SourceError> {
         self.rounds.device.bytes_left = self.migration.vm.device_state_bytes_left();
-        let device = self.rounds.steering.time_to_send(self.rounds.device.bytes_left).max(self.rounds.device.takes());
+        let device =
+            self.rounds.steering.time_to_send(self.rounds.device.bytes_left).max(self.rounds.device.takes());
         let (fixed, waits) =
             if self.rounds.device.stays { (device, Duration::ZERO) } else { (Duration::ZERO, device) };
         let verifying = self.migration.verification.as_ref().map_or(Duration::ZERO, Verification::left);
@@ -389,7 +392,8 @@ impl<V: Vm + ?Sized, D: DirtySource + ?Sized> Precopy<'_, '_, V, D> {
     fn guard(&self, since: Instant) -> Guard {
         let verifying = self.migration.verification.as_ref().map_or(Duration::ZERO, Verification::left);
         let round_trip = self.link.round_trip();
-        let besides = HANDING_OVER.saturating_add(verifying).saturating_add(round_trip * ROUND_TRIPS_AT_THE_END);
+        let besides =
+            HANDING_OVER.saturating_add(verifying).saturating_add(round_trip * ROUND_TRIPS_AT_THE_END);
         Guard::new(since, self.rounds.steering.pause_limit(), besides, round_trip)
     }
 

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use super::migration::Migration;
 use crate::converge::units::whole;
 use crate::converge::{
-    Action, Change, Controller, GateState, LastCheck, LinkSample, Observation, Pages, Prediction, Settings, VcpuSample,
-    Why,
+    Action, Change, Controller, GateState, LastCheck, LinkSample, Observation, Pages, Prediction, Settings,
+    VcpuSample, Why,
 };
 use crate::layout::PAGE_SIZE;
 use crate::progress::{self, Event, Phase, Progress};

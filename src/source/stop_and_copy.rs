@@ -44,10 +44,13 @@ pub(super) struct Prepared {
 /// How a standstill ended without a failure.
 #[derive(Debug)]
 pub(super) enum Ended {
-    Prepared(Prepared),
+    Prepared(Box<Prepared>),
     /// It was going to last too long: the guest runs, `under_way` is still being sent, and `given_back` pages were harvested
     /// since the stop.
-    CalledOff { under_way: UnderWay, given_back: u64 },
+    CalledOff {
+        under_way: UnderWay,
+        given_back: u64,
+    },
 }
 
 /// What a standstill comes to.
@@ -66,10 +69,9 @@ pub(super) fn run<V: Vm + ?Sized, D: DirtySource + ?Sized>(
 ) -> Result<Ended, SourceError> {
     let state_bytes_before = link.state_bytes;
     // Unwind safety: what a panic leaves half done is given up with the migration.
-    let brought =
-        catch_unwind(AssertUnwindSafe(|| bring_over(&mut standstill, steering, migration, link)));
+    let brought = catch_unwind(AssertUnwindSafe(|| bring_over(&mut standstill, steering, migration, link)));
     match brought {
-        Ok(Ok(Brought::Over(copied_at))) => Ok(Ended::Prepared(Prepared { standstill, copied_at })),
+        Ok(Ok(Brought::Over(copied_at))) => Ok(Ended::Prepared(Box::new(Prepared { standstill, copied_at }))),
         Ok(Ok(Brought::TooLong(too_long, pages_to_send))) => {
             let state_left = link.state_bytes > state_bytes_before;
             steering.called_off(too_long.pages_left, too_long.pages_fit);

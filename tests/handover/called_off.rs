@@ -1,7 +1,7 @@
 //! A link that becomes slower while the guest stands still: the guest runs on, the rounds go on, and nothing is lost.
 
-use std::sync::atomic::Ordering;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 

@@ -151,7 +151,9 @@ impl Link {
         let sure = self.estimator.bandwidth().samples >= SURE_SAMPLES && pace == Pace::Free;
         let min = if sure { WINDOW_BYTES_MIN } else { WINDOW_BYTES_UNSURE };
         let frame_time = self.min_frame_time.unwrap_or_default() * 2;
-        self.carries((self.min_rtt * 2 + self.slack).max(frame_time)).unwrap_or(0).clamp(min, WINDOW_BYTES_MAX)
+        self.carries((self.min_rtt * 2 + self.slack).max(frame_time))
+            .unwrap_or(0)
+            .clamp(min, WINDOW_BYTES_MAX)
     }
 
     /// The destination acknowledged a frame so long after it left.
@@ -205,16 +207,30 @@ mod tests {
     #[test]
     fn a_slow_link_gets_small_frames_and_little_under_way_and_a_fast_long_one_all_it_holds() {
         let ms = Duration::from_millis;
-        assert_eq!((Link::default().frame_pages(Pace::Free), Link::default().window_bytes(Pace::Free)), (64, 1 << 20));
+        assert_eq!(
+            (Link::default().frame_pages(Pace::Free), Link::default().window_bytes(Pace::Free)),
+            (64, 1 << 20)
+        );
         let slow = link(1_250_000, ms(1));
-        assert_eq!((slow.frame_pages(Pace::Free), slow.window_bytes(Pace::Free)), (FRAME_PAGES_MIN, WINDOW_BYTES_MIN));
+        assert_eq!(
+            (slow.frame_pages(Pace::Free), slow.window_bytes(Pace::Free)),
+            (FRAME_PAGES_MIN, WINDOW_BYTES_MIN)
+        );
         let gigabit = link(125_000_000, Duration::from_micros(200));
         assert_eq!(gigabit.frame_pages(Pace::Free), 61);
-        assert!((1_290_000..1_310_000).contains(&gigabit.window_bytes(Pace::Free)), "{}", gigabit.window_bytes(Pace::Free));
+        assert!(
+            (1_290_000..1_310_000).contains(&gigabit.window_bytes(Pace::Free)),
+            "{}",
+            gigabit.window_bytes(Pace::Free)
+        );
         // 25 Gbit/s over 5 ms hold 15.6 MB; twice that, and 10 ms more.
         let long = link(3_125_000_000, ms(5));
         assert_eq!(long.frame_pages(Pace::Free), FRAME_PAGES_MAX);
-        assert!((62_000_000..63_000_000).contains(&long.window_bytes(Pace::Free)), "{}", long.window_bytes(Pace::Free));
+        assert!(
+            (62_000_000..63_000_000).contains(&long.window_bytes(Pace::Free)),
+            "{}",
+            long.window_bytes(Pace::Free)
+        );
         // 100 MB/s: 5 ms of it, although the link would take more.
         assert_eq!(long.frame_pages(limited(100_000_000)), 122);
         assert_eq!(long.frame_pages(limited(1_000)), FRAME_PAGES_MIN);

@@ -219,9 +219,10 @@ impl Scenario {
             work.pattern.writes().then_some(work.working_set_pages * PAGE_SIZE as u64)
         });
         let written: u64 = written.sum();
-        let rate = self.limits.max_bandwidth.map_or(self.link.rate.bytes_per_s, |limit| {
-            limit.bytes_per_s.min(self.link.rate.bytes_per_s)
-        });
+        let rate = self
+            .limits
+            .max_bandwidth
+            .map_or(self.link.rate.bytes_per_s, |limit| limit.bytes_per_s.min(self.link.rate.bytes_per_s));
         (self.guest.fill.bytes + 2 * written) as f64 / rate as f64 * 1e3
     }
 }

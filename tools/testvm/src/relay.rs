@@ -114,9 +114,14 @@ fn pass_on(near: TcpStream, to: SocketAddr, link: &Arc<Link>, control: bool) -> 
     let there = Arc::clone(link);
     pipe(near, far, delay, move |from| take_piece(from).inspect(|piece| there.carry(piece.len())))?;
     let back = Arc::clone(link);
-    pipe(far_back, near_back, delay, move |from| {
-        if control { take_message(from, to, &back) } else { take_piece(from) }
-    })
+    pipe(
+        far_back,
+        near_back,
+        delay,
+        move |from| {
+            if control { take_message(from, to, &back) } else { take_piece(from) }
+        },
+    )
 }
 
 fn take_piece(from: &mut TcpStream) -> io::Result<Vec<u8>> {

@@ -159,7 +159,8 @@ impl Changing {
         if let (Some(drop), Some(relay)) = (drop, &relay) {
             change_later(relay, drop.after.0, drop.rate.bytes_per_s)?;
         }
-        let bursts = scenario.guest.bursts.map(|bursts| Bursts::start(crossing.host(), bursts)).transpose()?;
+        let bursts =
+            scenario.guest.bursts.map(|bursts| Bursts::start(crossing.host(), bursts)).transpose()?;
         Ok(Self { relay, at_stop: Mutex::new(at_stop), usual_bytes_per_s: rate.bytes_per_s, bursts })
     }
 
