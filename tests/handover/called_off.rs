@@ -122,7 +122,7 @@ fn a_limit_that_round_trips_of_100_ms_leave_room_for_is_kept_and_one_that_they_d
         let told = |event: &Event| matches!(event, Event::DowntimeLimitOutOfReach { fixed_ms, .. } if *fixed_ms > 300.0);
         assert_eq!(watching.join().unwrap().iter().any(told), !is_kept, "{limit} ms");
         assert_eq!(report.downtime_limit_kept, is_kept, "{limit} ms: {}", report.downtime_ms);
-        assert_eq!(report.switchovers_called_off, 0);
+        assert!(!is_kept || report.switchovers_called_off == 0);
         assert!(report.downtime_ms > 200.0, "{} ms over round trips of 100 ms", report.downtime_ms);
     }
 }
