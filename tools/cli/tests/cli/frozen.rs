@@ -110,7 +110,7 @@ fn freeze(after: Duration) -> Found {
 fn was_called_off(sent: &Outcome) -> bool {
     let objects = sent.objects();
     let events = objects.iter().filter_map(|object| object["event"].as_str());
-    events.filter(|event| event.starts_with("switchover")).last() == Some("switchover_called_off")
+    events.rev().find(|event| event.starts_with("switchover")) == Some("switchover_called_off")
 }
 
 fn found(sent: &Outcome) -> Found {
