@@ -12,7 +12,9 @@ const STRETCH_SHARE: u32 = 6;
 /// within these bounds, and no less than so many round trips.
 const STRETCH_MIN: Duration = Duration::from_millis(8);
 const STRETCH_MAX: Duration = Duration::from_millis(60);
-const STRETCH_ROUND_TRIPS: u32 = 3;
+const STRETCH_ROUND_TRIPS: u32 = 4;
+/// Of a stretch, so many round trips may have passed without a page because one round had to end before the next began.
+const WAITED_ROUND_TRIPS: u32 = 2;
 /// A projection that is too long has to stay so for this share of the stretch: a host that was busy for a moment is no slow link.
 const STAYS_SHARE: u32 = 2;
 /// Looks within a stretch.
@@ -26,6 +28,7 @@ pub(super) struct Guard {
     /// What comes after the last page.
     besides: Duration,
     stretch: Duration,
+    waited: Duration,
     /// When, and how many pages were left then.
     looks: VecDeque<(Instant, u64)>,
     too_long_since: Option<Instant>,
@@ -50,6 +53,7 @@ impl Guard {
             limit,
             besides,
             stretch: stretch.max(round_trip * STRETCH_ROUND_TRIPS),
+            waited: round_trip * WAITED_ROUND_TRIPS,
             looks: VecDeque::new(),
             too_long_since: None,
         }
@@ -73,7 +77,8 @@ impl Guard {
         if pages_left == 0 || (took < self.stretch && spent <= self.limit) {
             return None;
         }
-        let pages_per_s = pages_then.saturating_sub(pages_left) as f64 / took.as_secs_f64().max(1e-9);
+        let pages_per_s = pages_then.saturating_sub(pages_left) as f64
+            / took.saturating_sub(self.waited).as_secs_f64().max(1e-9);
         let rest = Duration::try_from_secs_f64(pages_left as f64 / pages_per_s).unwrap_or(Duration::MAX);
         let expected = spent.saturating_add(rest);
         if expected <= self.limit {

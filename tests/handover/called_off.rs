@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use ringferry::converge::Limits;
@@ -24,6 +24,19 @@ fn over_a_link() -> World {
     world.tracker.dirty_pages = Some(PageRun { first: PageIndex(0), pages: PAGES });
     world.relayed = Some((USUAL, Duration::ZERO));
     world
+}
+
+fn events_of(world: &World) -> JoinHandle<Vec<Event>> {
+    let mut watcher = world.progress.watch();
+    thread::spawn(move || {
+        let mut events = Vec::new();
+        while let Some(update) = watcher.next(Duration::from_secs(20)) {
+            if let Update::Event { event, .. } = update {
+                events.push(event);
+            }
+        }
+        events
+    })
 }
 
 #[test]
@@ -58,16 +71,7 @@ fn after_three_times_the_limit_gives_way_and_that_and_why_is_told() {
     let mut world = over_a_link();
     world.options.standstill = StandstillLimit { factor: 1.0, floor: Duration::from_secs(20) };
     let (log, relay) = (world.source_vm.log.clone(), Arc::clone(&world.relay));
-    let mut watcher = world.progress.watch();
-    let watching = thread::spawn(move || {
-        let mut events = Vec::new();
-        while let Some(update) = watcher.next(Duration::from_secs(20)) {
-            if let Update::Event { event, .. } = update {
-                events.push(event);
-            }
-        }
-        events
-    });
+    let watching = events_of(&world);
     // It recovers whenever the guest runs.
     let ended = world.migrate_while(move || {
         for stop in 1..=4 {
@@ -103,4 +107,22 @@ fn a_source_that_fails_after_it_called_off_a_switchover_still_has_its_vm() {
     assert!(ended.source.is_err() && ended.destination.is_err());
     assert!(world.source_runs() && !world.destination_runs());
     assert!(world.tracker.given_back > 0);
+}
+
+#[test]
+fn a_limit_that_round_trips_of_100_ms_leave_room_for_is_kept_and_one_that_they_do_not_is_told() {
+    for (limit, is_kept) in [(1_000, true), (300, false)] {
+        let mut world = over_a_link();
+        let limits = Limits { downtime: Duration::from_millis(limit), ..Limits::default() };
+        let terms = Terms { limits, ..Terms::default() };
+        world.progress = Progress::new(Parameters::new(terms, MaxBandwidth::default()));
+        world.relayed = Some((USUAL, Duration::from_millis(50)));
+        let watching = events_of(&world);
+        let report = world.migrate().source.unwrap();
+        let told = |event: &Event| matches!(event, Event::DowntimeLimitOutOfReach { fixed_ms, .. } if *fixed_ms > 300.0);
+        assert_eq!(watching.join().unwrap().iter().any(told), !is_kept, "{limit} ms");
+        assert_eq!(report.downtime_limit_kept, is_kept, "{limit} ms: {}", report.downtime_ms);
+        assert!(!is_kept || report.switchovers_called_off == 0);
+        assert!(report.downtime_ms > 200.0, "{} ms over round trips of 100 ms", report.downtime_ms);
+    }
 }

@@ -86,9 +86,17 @@ pub struct Link {
     pub rate: Rate,
     /// Delays, and changes of the rate, need a relay in this process instead of a wire of its own.
     pub round_trip: Option<Time>,
-    /// The rate from the first stop of the guest on.
-    pub at_stop: Option<Rate>,
+    /// Another rate from the first stop of the guest on.
+    pub at_stop: Option<AtStop>,
     pub drop: Option<Drop>,
+}
+
+#[derive(Clone, Copy, PartialEq, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AtStop {
+    pub rate: Rate,
+    /// For ever, unless it says so.
+    pub lasts: Option<Time>,
 }
 
 /// From `after` the begin of the migration on the link has another rate.

@@ -1,7 +1,7 @@
 //! `ringferry bench migrate`: a scenario, run on a real guest and over a shaped link, under one policy after another.
 
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ use crate::migrate::MigrateArgs;
 use crate::output::Output;
 use crate::receiving_process::Listen;
 use crate::report::MigrationReport;
-use crate::scenario::{Link, Scenario};
+use crate::scenario::{AtStop, Link, Scenario};
 use crate::sizes::Time;
 use crate::terms::{ComparedArgs, PolicyName, TermsArgs};
 use crate::two_processes::Crossing;
@@ -145,7 +145,8 @@ fn wire(scenario: &Scenario) -> Result<Links> {
 /// What changes while a scenario runs: a relay's rate, a vCPU's work.
 struct Changing {
     relay: Option<Arc<Relay>>,
-    at_stop: Option<u64>,
+    at_stop: Mutex<Option<AtStop>>,
+    usual_bytes_per_s: u64,
     bursts: Option<Bursts>,
 }
 
@@ -160,22 +161,23 @@ impl Changing {
             relay = Some(Arc::new(through));
         }
         if let (Some(drop), Some(relay)) = (drop, &relay) {
-            let relay = Arc::downgrade(relay);
-            thread::Builder::new().name("drop".to_owned()).spawn(move || {
-                thread::sleep(drop.after.0);
-                if let Some(relay) = relay.upgrade() {
-                    relay.set_rate(drop.rate.bytes_per_s);
-                }
-            })?;
+            change_later(relay, drop.after.0, drop.rate.bytes_per_s)?;
         }
         let bursts =
             scenario.guest.bursts.map(|bursts| Bursts::start(crossing.host(), bursts)).transpose()?;
-        Ok(Self { relay, at_stop: at_stop.map(|rate| rate.bytes_per_s), bursts })
+        Ok(Self { relay, at_stop: Mutex::new(at_stop), usual_bytes_per_s: rate.bytes_per_s, bursts })
     }
 
     fn follow(&self, event: &Event) {
-        if let (Some(relay), Some(rate), Event::Switchover { .. }) = (&self.relay, self.at_stop, event) {
-            relay.set_rate(rate);
+        if let (Some(relay), Event::Switchover { .. }) = (&self.relay, event)
+            && let Some(at_stop) = self.at_stop.lock().unwrap_or_else(PoisonError::into_inner).take()
+        {
+            relay.set_rate(at_stop.rate.bytes_per_s);
+            if let Some(lasts) = at_stop.lasts
+                && let Err(error) = change_later(relay, lasts.0, self.usual_bytes_per_s)
+            {
+                tracing::error!(%error, "the link stays as slow as it is");
+            }
         }
         if let Some(bursts) = &self.bursts {
             match event {
@@ -185,6 +187,18 @@ impl Changing {
             }
         }
     }
+}
+
+/// Gives the link another rate after a while, if it is still there.
+fn change_later(relay: &Arc<Relay>, after: Duration, bytes_per_s: u64) -> std::io::Result<()> {
+    let relay = Arc::downgrade(relay);
+    let changing = thread::Builder::new().name("link".to_owned()).spawn(move || {
+        thread::sleep(after);
+        if let Some(relay) = relay.upgrade() {
+            relay.set_rate(bytes_per_s);
+        }
+    });
+    changing.map(drop)
 }
 
 /// One migration; false if it did not end.
