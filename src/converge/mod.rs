@@ -13,13 +13,14 @@
 //! 4. [`last_check`](Controller::last_check) when the guest stands still and what is left is known exactly.
 //!
 //! `vcpu`, `curve`, `pace`, `bandwidth` and `link` learn, `model` predicts, `policy` decides who is held back; `sampling` says when
-//! to sample the vCPUs and `throttle` turns a decision into gates; `pause`, `switchover` and `stop` end it; `events` is the log
+//! to sample the vCPUs and `throttle` turns a decision into gates; `pause`, `switchover`, `guard` and `stop` end it; `events` is the log
 //! for those who watch; `tuning` has the constants; `controller` ties them together.
 
 pub mod bandwidth;
 mod controller;
 pub mod curve;
 mod events;
+pub(crate) mod guard;
 pub mod link;
 mod model;
 mod pace;

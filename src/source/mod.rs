@@ -18,7 +18,6 @@
 mod behind;
 mod commit;
 mod error;
-mod guard;
 mod link;
 mod migration;
 mod options;

@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 
 use super::behind::Behind;
 use super::error::SourceError;
-use super::guard::Guard;
 use super::link::Link;
 use super::migration::Migration;
 use super::report::millis;
@@ -16,6 +15,7 @@ use super::standstill::Standstill;
 use super::state_writer::StateWriter;
 use super::steering::Steering;
 use super::verification::Verification;
+use crate::converge::guard::Guard;
 use crate::converge::{Action, LastCheck, Why};
 use crate::os::sched::ShortSlice;
 use crate::page::populated;
@@ -369,7 +369,7 @@ impl<V: Vm + ?Sized, D: DirtySource + ?Sized> Precopy<'_, '_, V, D> {
         }
         let limit = self.rounds.steering.downtime_limit();
         let expected = self.rounds.steering.expected_downtime(left.len() + self.link.sender.pages_left());
-        let (guard, held) = (self.guard(since), self.held(why));
+        let (guard, held) = (self.guard(), self.held(why));
         let report = &mut self.migration.report;
         report.predicted_downtime_ms = Some(millis(expected));
         report.downtime_limit_ms = millis(limit);
@@ -390,12 +390,12 @@ impl<V: Vm + ?Sized, D: DirtySource + ?Sized> Precopy<'_, '_, V, D> {
     }
 
     /// What watches the standstill.
-    fn guard(&self, since: Instant) -> Guard {
+    fn guard(&self) -> Guard {
         let verifying = self.migration.verification.as_ref().map_or(Duration::ZERO, Verification::left);
         let round_trip = self.link.round_trip();
         let besides =
             HANDING_OVER.saturating_add(verifying).saturating_add(round_trip * ROUND_TRIPS_AT_THE_END);
-        Guard::new(since, self.rounds.steering.pause_limit(), besides, round_trip)
+        Guard::new(self.rounds.steering.pause_limit(), besides, round_trip)
     }
 
     /// Why a standstill will not be called off, if it will not.

@@ -4,9 +4,9 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use super::error::SourceError;
-use super::guard::Guard;
 use super::link::Link;
 use super::migration::Migration;
+use crate::converge::guard::Guard;
 use crate::page_set::PageSet;
 use crate::progress::GaveWay;
 use crate::track::DirtySource;

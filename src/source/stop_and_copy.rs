@@ -14,7 +14,6 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::{Duration, Instant};
 
 use super::error::SourceError;
-use super::guard::TooLong;
 use super::link::{Link, refusal};
 use super::migration::Migration;
 use super::precopy::UnderWay;
@@ -22,6 +21,7 @@ use super::report::millis;
 use super::standstill::Standstill;
 use super::state_writer::StateWriter;
 use super::steering::Steering;
+use crate::converge::guard::TooLong;
 use crate::page_set::PageSet;
 use crate::progress::{GaveWay, RoundReport};
 use crate::track::DirtySource;
@@ -222,7 +222,7 @@ fn in_place<V: Vm + ?Sized, D: DirtySource + ?Sized>(
             return Err(refusal(message, "Prepared"));
         }
         steering.link_seen(&link.sender.handle());
-        let too_long = standstill.guard.look(Instant::now(), link.sender.pages_left() + more);
+        let too_long = standstill.guard.look(standstill.since.elapsed(), link.sender.pages_left() + more);
         match (too_long, standstill.held) {
             (None, _) => {}
             (Some(too_long), None) => return Ok(InPlace::TooLong(too_long)),

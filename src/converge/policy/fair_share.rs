@@ -84,7 +84,13 @@ const MOST_FREE_ROUNDS: u32 = 64;
 
 impl Parameters for FairShare {
     fn rule(self) -> Box<dyn Rule> {
-        Box::new(State { parameters: self, is_braking: false, cannot_hold: false, stalls: Stalls::default() })
+        Box::new(State {
+            parameters: self,
+            is_braking: false,
+            cannot_hold: false,
+            least_per_s: f64::INFINITY,
+            stalls: Stalls::default(),
+        })
     }
 }
 
@@ -96,6 +102,9 @@ struct State {
     is_braking: bool,
     /// Nothing holds the guest.
     cannot_hold: bool,
+    /// Pages per second that each of those who are held keeps. The less is left, the shorter are rounds, and the more pages a
+    /// share of what they would dirty is: it stays what it was when the brake was put on.
+    least_per_s: f64,
     stalls: Stalls,
 }
 
@@ -113,6 +122,7 @@ struct Hold {
     less_at_first: f64,
     /// Whether so little is ever left that it fits.
     can_fit: bool,
+    least_per_s: f64,
 }
 
 impl Rule for State {
@@ -162,6 +172,7 @@ impl Rule for State {
                 ..Decision::alike(view, None, forecast)
             };
         }
+        self.least_per_s = self.least_per_s.min(hold.least_per_s);
         let longest_stall = self.stalls.after(view.now, hold.longest_stall);
         Decision {
             quotas: hold.quotas,
@@ -181,7 +192,7 @@ impl State {
     /// The hardest hold that the minimum share allows, or less than that where nothing else ends it.
     fn hold(&self, view: &View<'_>, conditions: &Conditions, left: f64, fair: f64) -> Hold {
         let demands = Demands::new(view, conditions, left, fair, self.is_braking);
-        let hold = |min_share: f64| demands.hold(view, conditions, min_share);
+        let hold = |min_share: f64| demands.hold(view, conditions, min_share, self.least_per_s);
         if let Some(min_share) = self.parameters.min_share {
             return hold(sane(min_share));
         }
@@ -359,8 +370,9 @@ impl Demands {
         Self { seconds, level, light_per_s: (others + light) / seconds, light_at_last, heavy, is_held }
     }
 
-    fn hold(&self, view: &View<'_>, conditions: &Conditions, min_share: f64) -> Hold {
+    fn hold(&self, view: &View<'_>, conditions: &Conditions, min_share: f64, most_per_s: f64) -> Hold {
         let least = water_fill(&self.heavy, min_share * self.heavy.iter().sum::<f64>()) / self.seconds;
+        let least = least.min(most_per_s);
         if !view.settings.per_vcpu {
             return self.hold_by_time(view, least, min_share);
         }
@@ -415,6 +427,7 @@ impl Demands {
             does: Braking { adds_per_s: adds_in(stall_s), lost_share, lost_vcpus },
             less_at_first: self.light_at_last - self.light_per_s,
             can_fit: is_sent(stall_s),
+            least_per_s: least,
         }
     }
 
@@ -435,6 +448,7 @@ impl Demands {
             does: Braking { adds_per_s: at_last, lost_share: stands, lost_vcpus: stands * vcpus as f64 },
             less_at_first: at_last - adds,
             can_fit: true,
+            least_per_s,
         }
     }
 }

@@ -38,6 +38,7 @@ use self::memory::{Memory, Side};
 use self::outcome::limit_kept;
 use self::sender::Sender;
 use self::vcpu::{Vcpu, World};
+use super::guard::Guard;
 use super::units::{duration, whole};
 use super::{Action, Controller, Event, LastCheck, Observation, Pages, Settings, VcpuSample, Why};
 use crate::PAGE_SIZE;
@@ -352,6 +353,15 @@ impl Simulation<'_> {
         }
     }
 
+    /// What watches a standstill that may be called off.
+    fn guard(&self, why: Why) -> Option<Guard> {
+        let may = why == Why::Fits && self.controller.may_call_off();
+        let limit = self.controller.pause_limit(self.clock());
+        let round_trip = self.pipe.sample().round_trip;
+        let besides = round_trip * self.machine.switchover_round_trips;
+        may.then(|| Guard::new(limit, besides, round_trip))
+    }
+
     /// Stops the guest and sends what is left: how long it stood still, unless that is called off.
     fn stand_still(&mut self, why: Why, patience: f64) -> Option<f64> {
         self.step(self.machine.kick.as_secs_f64(), true);
@@ -366,6 +376,7 @@ impl Simulation<'_> {
             self.pauses += self.now - stopped;
             return None;
         }
+        let mut guard = self.guard(why);
         let mut to_go = left;
         while to_go > 0 && self.now < patience * 2.0 {
             let rate = self.pipe.rate(self.now, false);
@@ -375,6 +386,18 @@ impl Simulation<'_> {
             self.now += step;
             self.pipe.send(self.now, room, WIRE_PAGE_BYTES, room == to_go);
             to_go -= room;
+            let for_now = duration(self.now - stopped);
+            if let Some(too_long) = guard.as_mut().and_then(|guard| guard.look(for_now, pages(to_go).0)) {
+                // What has been sent of them is sent again.
+                self.controller.called_off(
+                    self.clock(),
+                    Pages(too_long.pages_left),
+                    Pages(too_long.pages_fit),
+                );
+                self.events.extend(self.controller.take_events());
+                self.pauses += self.now - stopped;
+                return None;
+            }
         }
         let round_trip = self.pipe.sample().round_trip * self.machine.switchover_round_trips;
         self.now += round_trip.as_secs_f64();

@@ -1,6 +1,8 @@
 //! `ringferry bench converge --simulate`: the controller against guests and links that are only numbers, for what
 //! this machine cannot hold. What it prints is simulated, and says so; `bench migrate` measures.
 
+mod demands;
+
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -22,10 +24,11 @@ Examples:
   ringferry bench converge --simulate --scenario rhel73-60m --policy fair-share,auto-converge,dirty-limit,none
   ringferry bench converge --simulate --scenario heavy-512m-80 --deadline 13s
   ringferry bench converge --simulate --scenario huge --json
+  ringferry bench converge --simulate --demands
 
 Scenarios are those of `bench migrate`, files among them, and three that exist in simulation only: huge (1,024 vCPUs,
 4 TiB, 200 Gbit/s), shifting (working sets that move), stalling (a link that varies and stops).
-Simulated skewed patterns (zipf, hot-cold) are uniformly random ones.";
+A simulated zipf pattern is a uniformly random one.";
 
 const SCENARIOS: &str = "rhel73-30m,rhel73-50m,rhel73-60m,rhel73-100m,heavy-512m-50,heavy-512m-80,heavy-512m-150,\
                          one-heavy-of-eight,shifting,stalling";
@@ -41,6 +44,10 @@ pub struct Args {
     /// Scenarios, by name or file
     #[arg(long, value_name = "NAME|FILE", value_delimiter = ',', default_value = SCENARIOS)]
     scenario: Vec<String>,
+
+    /// Instead: every migration that the controller is held to, and what of that it does not show
+    #[arg(long, conflicts_with = "scenario")]
+    demands: bool,
 
     #[command(flatten)]
     compared: ComparedArgs,
@@ -99,6 +106,9 @@ struct Line<'a> {
 pub fn run(args: &Args, output: Output) -> Result<ExitCode> {
     if !args.simulate {
         bail!("nothing is measured here: simulate with --simulate, or measure with `bench migrate`");
+    }
+    if args.demands {
+        return demands::run(output);
     }
     if !output.json() {
         output.line("SIMULATED guests and links, the real controller\n")?;
@@ -189,7 +199,8 @@ fn of_scenario(scenario: &Scenario) -> Result<Case> {
         work.change(text).map_err(|error| anyhow::anyhow!("{error}"))?;
         let order = match work.pattern {
             Pattern::Sequential => Order::Cyclic,
-            Pattern::Random | Pattern::Zipf | Pattern::HotCold => Order::Random,
+            Pattern::Random | Pattern::Zipf => Order::Random,
+            Pattern::HotCold => Order::HotCold { hot: 0.1, writes: 0.9 },
             Pattern::ReadOnly | Pattern::ComputeOnly | Pattern::Idle => {
                 writers.push(Writer::default());
                 continue;

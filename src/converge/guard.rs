@@ -5,7 +5,9 @@
 //! arrive: over a stretch that is short against the limit, and long against the round trip and the size of a frame.
 
 use std::collections::VecDeque;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use super::Pages;
 
 /// The pace of pages is taken over this share of the limit,
 const STRETCH_SHARE: u32 = 6;
@@ -20,23 +22,22 @@ const STAYS_SHARE: u32 = 2;
 /// Looks within a stretch.
 const LOOKS: u32 = 4;
 
-/// Watches one standstill.
+/// Watches one standstill. Times are since the guest was stopped.
 #[derive(Debug)]
-pub(super) struct Guard {
-    since: Instant,
+pub(crate) struct Guard {
     limit: Duration,
     /// What comes after the last page.
     besides: Duration,
     stretch: Duration,
     waited: Duration,
     /// When, and how many pages were left then.
-    looks: VecDeque<(Instant, u64)>,
-    too_long_since: Option<Instant>,
+    looks: VecDeque<(Duration, u64)>,
+    too_long_since: Option<Duration>,
 }
 
 /// What the guard expects.
 #[derive(Clone, Copy, PartialEq, Debug)]
-pub(super) struct TooLong {
+pub(crate) struct TooLong {
     /// The standstill as projected.
     pub expected: Duration,
     pub pages_left: u64,
@@ -45,11 +46,10 @@ pub(super) struct TooLong {
 }
 
 impl Guard {
-    /// The guest was stopped at `since` and may stand still for `limit`; the last page is followed by what takes `besides`.
-    pub fn new(since: Instant, limit: Duration, besides: Duration, round_trip: Duration) -> Self {
+    /// The guest may stand still for `limit`; the last page is followed by what takes `besides`.
+    pub fn new(limit: Duration, besides: Duration, round_trip: Duration) -> Self {
         let stretch = (limit / STRETCH_SHARE).clamp(STRETCH_MIN, STRETCH_MAX);
         Self {
-            since,
             limit,
             besides,
             stretch: stretch.max(round_trip * STRETCH_ROUND_TRIPS),
@@ -65,15 +65,15 @@ impl Guard {
     }
 
     /// `pages_left` are not in place yet. Whether that is going to take too long.
-    pub fn look(&mut self, now: Instant, pages_left: u64) -> Option<TooLong> {
+    pub fn look(&mut self, now: Duration, pages_left: u64) -> Option<TooLong> {
         self.looks.push_back((now, pages_left));
         // One look that is older than the stretch has to stay.
-        while self.looks.get(1).is_some_and(|look| now.saturating_duration_since(look.0) >= self.stretch) {
+        while self.looks.get(1).is_some_and(|look| now.saturating_sub(look.0) >= self.stretch) {
             self.looks.pop_front();
         }
         let (begun, pages_then) = *self.looks.front()?;
-        let took = now.saturating_duration_since(begun);
-        let spent = now.saturating_duration_since(self.since) + self.besides;
+        let took = now.saturating_sub(begun);
+        let spent = now + self.besides;
         if pages_left == 0 || (took < self.stretch && spent <= self.limit) {
             return None;
         }
@@ -86,9 +86,8 @@ impl Guard {
             return None;
         }
         let since = *self.too_long_since.get_or_insert(now);
-        let stays = now.saturating_duration_since(since) >= self.stretch / STAYS_SHARE;
-        let pages_fit =
-            crate::converge::Pages::floor(pages_per_s * self.limit.saturating_sub(spent).as_secs_f64());
+        let stays = now.saturating_sub(since) >= self.stretch / STAYS_SHARE;
+        let pages_fit = Pages::floor(pages_per_s * self.limit.saturating_sub(spent).as_secs_f64());
         stays.then_some(TooLong { expected, pages_left, pages_fit: pages_fit.0 })
     }
 }
@@ -103,15 +102,14 @@ mod tests {
 
     /// Looks each millisecond at a link that carries `pages_per_ms(ms)`; when the guard calls it off.
     fn called_off(limit: u64, pages: u64, pages_per_ms: impl Fn(u64) -> u64) -> Option<u64> {
-        let since = Instant::now();
-        let mut guard = Guard::new(since, ms(limit), ms(10), ms(0));
+        let mut guard = Guard::new(ms(limit), ms(10), ms(0));
         let mut left = pages;
         for at in 1..10_000 {
             if left == 0 {
                 return None;
             }
             left = left.saturating_sub(pages_per_ms(at));
-            if guard.look(since + ms(at), left).is_some() {
+            if guard.look(ms(at), left).is_some() {
                 return Some(at);
             }
         }
