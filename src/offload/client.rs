@@ -12,8 +12,9 @@ use std::time::Duration;
 
 use super::channel::{Channel, OFFLOAD_PROCESS};
 use super::error::OffloadError;
+use super::pages::send_runs;
 use super::protocol::{DESCRIPTION_BYTES_MAX, End, Message, NAME_BYTES_MAX, Role, Taker, VCPUS_MAX, VERSION};
-use super::serving::{Left, Serving, send_runs};
+use super::serving::{Left, Serving};
 use super::tracking::Tracking;
 use crate::kvm::KvmError;
 use crate::layout::{PageIndex, PageRun, SlotId};
