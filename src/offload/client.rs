@@ -49,7 +49,8 @@ pub enum Rings {
     #[default]
     Lend,
     /// They stay here, and the offload process has a session of the tracker, asked message by message. Sessions of the VMM's own
-    /// run beside it, and memory and vCPUs come and go, as in a migration within the VMM.
+    /// run beside it, and memory and vCPUs come and go, as in a migration within the VMM. Where CPUs are short it costs up to a
+    /// third of the throughput (kernel-notes/offload.md).
     Keep,
 }
 
