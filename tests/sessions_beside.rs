@@ -177,7 +177,7 @@ fn moves_with_sessions_beside(tracking: Tracking, backend: &str) {
         (backup, harvests)
     });
     assert_eq!(report.backend, backend);
-    assert!(harvests > 3, "{harvests} harvests: {report:?}");
+    assert!(harvests > 0, "no harvest beside: {report:?}");
     backup.assert_whole();
 }
 

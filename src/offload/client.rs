@@ -12,8 +12,9 @@ use std::time::Duration;
 
 use super::channel::{Channel, OFFLOAD_PROCESS};
 use super::error::OffloadError;
+use super::pages::send_runs;
 use super::protocol::{DESCRIPTION_BYTES_MAX, End, Message, NAME_BYTES_MAX, Role, Taker, VCPUS_MAX, VERSION};
-use super::serving::{Left, Serving, send_runs};
+use super::serving::{Left, Serving};
 use super::tracking::Tracking;
 use crate::kvm::KvmError;
 use crate::layout::{PageIndex, PageRun, SlotId};
@@ -48,7 +49,8 @@ pub enum Rings {
     #[default]
     Lend,
     /// They stay here, and the offload process has a session of the tracker, asked message by message. Sessions of the VMM's own
-    /// run beside it, and memory and vCPUs come and go, as in a migration within the VMM.
+    /// run beside it, and memory and vCPUs come and go, as in a migration within the VMM. Where CPUs are short it costs up to a
+    /// third of the throughput (kernel-notes/offload.md).
     Keep,
 }
 

@@ -12,6 +12,7 @@
 //! arrival    the VMM's end at the destination
 //! kernel     the offload process asks for resets and logging
 //! serving    what the VMM does for it, in which order, and what is left of a VM when nobody asks any more
+//! pages      sets of pages as packets
 //! tracking   the VMM takes dirty pages for it, where the rings stay with the VMM
 //! line       the offload process asks one question at a time
 //! remote_vm  it asks the VMM that owns the VM
@@ -32,6 +33,7 @@ mod kernel;
 mod line;
 mod listener;
 mod mapping;
+mod pages;
 mod protocol;
 mod remote_session;
 mod remote_vm;

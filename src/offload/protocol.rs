@@ -6,8 +6,8 @@
 mod fields;
 mod tracking;
 
-pub(super) use self::fields::Malformed;
-use self::fields::{In, Out, cut, printable};
+use self::fields::{In, Out, TEXT_BYTES_MAX, cut, printable};
+pub(super) use self::fields::{Malformed, NAME_BYTES_MAX};
 pub(super) use self::tracking::{Harvest, Taker, VcpuPlace};
 use self::tracking::{figures_of, words_of};
 use crate::kvm::Protection;
@@ -22,12 +22,8 @@ pub(super) const PACKET_BYTES_MAX: usize = 64 << 10;
 pub(super) const PIECE_BYTES_MAX: usize = 60 << 10;
 /// Runs of pages in one packet, each of which may be told how it is to be protected.
 pub(super) const RUNS_MAX: usize = 3800;
-/// The longest text of an error.
-const TEXT_BYTES_MAX: usize = 1 << 10;
 /// The longest description of a VM: as much as a migration carries.
 pub(super) const DESCRIPTION_BYTES_MAX: usize = 32 << 10;
-/// The longest name of a VM or a block of memory.
-pub(super) const NAME_BYTES_MAX: usize = 64;
 /// Regions of memory, at most: what a source may offer a destination.
 pub(super) const REGIONS_MAX: usize = 1024;
 /// Named blocks of memory, at most.

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use super::channel::{Channel, OFFLOAD_PROCESS};
 use super::error::OffloadError;
-use super::protocol::{End, Message, PIECE_BYTES_MAX, RUNS_MAX};
+use super::pages::{READ_LIMIT, send_runs};
+use super::protocol::{End, Message, PIECE_BYTES_MAX};
 use super::tracking::{Stillness, Tracking};
 use crate::layout::PageIndex;
 use crate::os::sched::ShortSlice;
@@ -15,9 +16,6 @@ use crate::page_set::PageSet;
 use crate::track::{LentPage, signs_of_life};
 use crate::vm::{Moment, Paused, Quiesced, Vm, VmError};
 
-/// How long the offload process may take to read a packet. It reads while it waits for an answer; device state waits here for
-/// the destination.
-pub(super) const READ_LIMIT: Duration = Duration::from_secs(60);
 /// The longest state of the machine that is restored: what a destination holds, and as much again.
 const MACHINE_STATE_BYTES_MAX: usize = 128 << 20;
 
@@ -335,29 +333,6 @@ impl Life {
             return Err(OffloadError::Silent { peer: OFFLOAD_PROCESS, waiting_for, waited });
         }
         Ok(())
-    }
-}
-
-/// Sends pages as parts of an answer that is to come.
-pub(super) fn send_parts(channel: &Channel, pages: &PageSet) -> Result<(), OffloadError> {
-    let mut runs = pages.runs().peekable();
-    while runs.peek().is_some() {
-        let some = runs.by_ref().take(RUNS_MAX).collect();
-        channel.send(&Message::Runs { more: true, runs: some }, &[], READ_LIMIT)?;
-    }
-    Ok(())
-}
-
-/// Sends a set of pages, in as many messages as it takes.
-pub(super) fn send_runs(channel: &Channel, pages: &PageSet) -> Result<(), OffloadError> {
-    let mut runs = pages.runs().peekable();
-    loop {
-        let some = runs.by_ref().take(RUNS_MAX).collect();
-        let more = runs.peek().is_some();
-        channel.send(&Message::Runs { more, runs: some }, &[], READ_LIMIT)?;
-        if !more {
-            return Ok(());
-        }
     }
 }
 

@@ -268,7 +268,7 @@ fn more_runs_than_a_packet_has_come_in_several() {
     let (near, far) = sockets();
     let (near, mut far) = (Channel::new(near, VMM).unwrap(), Channel::new(far, VMM).unwrap());
     thread::scope(|scope| {
-        scope.spawn(|| serving::send_runs(&near, &pages).unwrap());
+        scope.spawn(|| pages::send_runs(&near, &pages).unwrap());
         let (mut received, mut packets) = (PageSet::new(PageIndex(40_000)), 0);
         loop {
             let (Message::Runs { more, runs }, _) = far.receive("Runs", SOON).unwrap() else { panic!() };

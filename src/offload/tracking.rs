@@ -3,8 +3,8 @@
 
 use super::channel::Channel;
 use super::error::OffloadError;
+use super::pages::{READ_LIMIT, send_parts, send_runs};
 use super::protocol::{Harvest, Message, VcpuPlace};
-use super::serving::{READ_LIMIT, send_parts, send_runs};
 use crate::layout::{PageIndex, PageRun};
 use crate::page_set::PageSet;
 use crate::track::{DirtyTracker, Keeping, Observed, Redirtied, Session, TrackError};

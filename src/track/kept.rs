@@ -7,33 +7,12 @@ use std::fs::File;
 use std::sync::Arc;
 
 use super::error::TrackError;
-use super::lent_page::{LentGate, LentPage};
+use super::lent_gates::LentGates;
+use super::lent_page::LentPage;
 use super::shared::Shared;
 use super::tracker::DirtyTracker;
-use super::vcpu::Vcpu;
 use crate::kvm::KvmError;
 use crate::layout::{PageIndex, PageRun, SlotId};
-
-/// The gates in the page, each of the vCPU at its place.
-#[derive(Debug)]
-pub(super) struct LentGates {
-    page: Arc<LentPage>,
-    vcpus: Vec<Arc<Vcpu>>,
-}
-
-impl LentGates {
-    /// Lends the gate of a vCPU more. Where the page is full, the vCPU keeps its gate, and nobody holds it back.
-    pub(super) fn lend(&mut self, vcpu: &Arc<Vcpu>) {
-        if let Some(gate) = LentGate::new(&self.page, self.vcpus.len()) {
-            vcpu.gate.lend(gate);
-            self.vcpus.push(Arc::clone(vcpu));
-        }
-    }
-
-    fn place(&self, vcpu: &Arc<Vcpu>) -> Option<usize> {
-        self.vcpus.iter().position(|known| Arc::ptr_eq(known, vcpu))
-    }
-}
 
 /// A tracker whose gates are lent.
 #[derive(Debug)]
@@ -56,7 +35,7 @@ impl DirtyTracker {
         let (page, file) = LentPage::create(c"ringferry-offload", places)
             .map_err(|source| KvmError::Ioctl { name: "memfd_create", source })?;
         let page = Arc::new(page);
-        let mut gates = LentGates { page: Arc::clone(&page), vcpus: Vec::new() };
+        let mut gates = LentGates::new(&page);
         state.vcpus.iter().for_each(|vcpu| gates.lend(vcpu));
         state.gates = Some(gates);
         Ok(Keeping { shared: Arc::clone(&self.shared), page, file })
@@ -94,6 +73,6 @@ impl Keeping {
 impl Drop for Keeping {
     fn drop(&mut self) {
         let gates = self.shared.lock().gates.take();
-        gates.into_iter().flat_map(|gates| gates.vcpus).for_each(|vcpu| vcpu.gate.take_back());
+        gates.into_iter().for_each(LentGates::take_back);
     }
 }

@@ -22,6 +22,8 @@ mod kept;
 mod lending;
 #[cfg(feature = "offload")]
 mod lent;
+#[cfg(feature = "offload")]
+mod lent_gates;
 mod lent_page;
 mod others;
 mod pagemap;

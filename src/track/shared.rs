@@ -8,9 +8,9 @@ use super::bitmap::BitmapLog;
 use super::error::TrackError;
 use super::figures::VmCounters;
 #[cfg(feature = "offload")]
-use super::kept::LentGates;
-#[cfg(feature = "offload")]
 use super::lent::Lent;
+#[cfg(feature = "offload")]
+use super::lent_gates::LentGates;
 #[cfg(feature = "offload")]
 use super::lent_page;
 use super::others::Others;

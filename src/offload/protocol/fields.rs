@@ -1,8 +1,12 @@
 //! Fields of a packet: numbers in little-endian order, runs of pages, and parts of any length within a bound.
 
-use super::{NAME_BYTES_MAX, TEXT_BYTES_MAX};
 use crate::kvm::{Protection, Until};
 use crate::layout::{PageIndex, PageRun};
+
+/// The longest text of an error.
+pub(super) const TEXT_BYTES_MAX: usize = 1 << 10;
+/// The longest name of a VM or a block of memory.
+pub(in crate::offload) const NAME_BYTES_MAX: usize = 64;
 
 /// What a packet is that is no message.
 pub(in crate::offload) type Malformed = &'static str;
