@@ -104,7 +104,8 @@ impl Link {
             return switchover::careful(expected, MOST_IN_HAND_FOR_SPREAD, in_hand);
         }
         let by_the_mean = switchover::careful(expected, self.spread(), in_hand);
-        by_the_mean.min(switchover::careful(self.worst_now(), 0.0, in_hand))
+        // What is not known yet is infinite, and no bound.
+        by_the_mean.min(switchover::careful(expected.min(self.worst_now()), 0.0, in_hand))
     }
 
     /// A round trip without the queues that we fill ourselves, in seconds; 0 while unknown.
@@ -272,6 +273,16 @@ mod tests {
             link.stop(now, &seen(bytes));
         }
         assert!((link.mean().unwrap() - 1e8).abs() < 5e6, "{:?}", link.mean());
+    }
+
+    #[test]
+    fn a_link_that_was_seen_for_less_than_a_moment_is_judged_by_what_was_seen() {
+        let (mut link, mut bytes) = (Link::default(), 0);
+        link.start(0.0, 0);
+        run(&mut link, 1..40, &mut bytes, 100_000);
+        link.stop(0.04, &sample(bytes));
+        assert!(link.careful_at_switchover(0.05) > 8e7, "{}", link.careful_at_switchover(0.05));
+        assert!(link.at_switchover_now() > 8e7, "{}", link.at_switchover_now());
     }
 
     #[test]

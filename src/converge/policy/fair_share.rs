@@ -56,13 +56,17 @@ impl Default for FairShare {
     }
 }
 
-/// Shares of the usual minimum share, where nothing ends with all of it.
-const MIN_SHARES: [f64; 4] = [1.0, 0.5, 0.2, 0.0];
+/// Shares of the usual minimum share, where nothing ends with all of it, or what is left falls at less than this share of the
+/// pace that it would fall at with none.
+const MIN_SHARES: [f64; 3] = [1.0, 0.5, 0.2];
+const WORTH_LESS_SHARE: f64 = 0.5;
 /// Shares of what is left that the guest may add, where a deadline cannot be kept with the fair one.
 const LESS_THAN_FAIR: [f64; 3] = [0.5, 0.25, 0.0];
-/// The guest can be held if what is left falls by this share of what the link takes; and once it could not, by that share.
-const HOLDS: f64 = 0.03;
-const HOLDS_AGAIN: f64 = 0.1;
+/// The guest can be held if what is left falls; and once it could not for so long, if that falls by this share of what the link
+/// takes.
+const HOLDS: f64 = 0.0;
+const HOLDS_AGAIN: f64 = 0.05;
+const CANNOT_HOLD_FOR: Duration = Duration::from_millis(500);
 /// Stalls become longer, and shorter again, when that has been wanted for so long: a busy moment is no reason, and a migration
 /// that is about to end should.
 const LONGER_STALLS_WANTED: Duration = Duration::from_millis(150);
@@ -88,6 +92,7 @@ impl Parameters for FairShare {
             parameters: self,
             is_braking: false,
             cannot_hold: false,
+            does_not_hold_since: None,
             least_per_s: f64::INFINITY,
             stalls: Stalls::default(),
         })
@@ -100,8 +105,9 @@ struct State {
     parameters: FairShare,
     /// It stays so: a guest that is let go loses all that it paid for.
     is_braking: bool,
-    /// Nothing holds the guest.
+    /// Nothing holds the guest, and since when.
     cannot_hold: bool,
+    does_not_hold_since: Option<Duration>,
     /// Pages per second that each of those who are held keeps. The less is left, the shorter are rounds, and the more pages a
     /// share of what they would dirty is: it stays what it was when the brake was put on.
     least_per_s: f64,
@@ -139,7 +145,7 @@ impl Rule for State {
         let fair = 1.0 - view.settings.tuning.shrink;
         let mut hold = self.hold(view, conditions, left, fair);
         let holds = hold.holds(conditions, if self.cannot_hold { HOLDS_AGAIN } else { HOLDS });
-        self.cannot_hold = !holds && left > conditions.fits && free.is_none() && view.number > 1;
+        self.give_up_if(!holds && left > conditions.fits && free.is_none() && view.number > 1, view.now);
         let remaining = remaining_s(view);
         if !self.is_braking && holds {
             self.is_braking = left > conditions.fits && self.brakes(view, conditions, &hold, free.as_ref());
@@ -159,7 +165,7 @@ impl Rule for State {
             }
             misses_deadline = !ends_free && is_late(&hold);
         }
-        let brakes = self.is_braking && (holds || ends_anyway(view));
+        let brakes = self.is_braking && (!self.cannot_hold || ends_anyway(view));
         let forecast = match (self.is_braking, holds) {
             (true, true) => descent(conditions, &hold, left),
             (true, false) => None,
@@ -197,13 +203,21 @@ impl State {
             return hold(sane(min_share));
         }
         let shares = MIN_SHARES.map(|share| share * FairShare::USUAL_MIN_SHARE);
-        let first = hold(shares[0]);
-        if first.holds(conditions, HOLDS_AGAIN) {
-            return first;
+        let falls = |hold: &Hold| conditions.pages_per_s - hold.does.adds_per_s;
+        let hardest = hold(0.0);
+        let enough = falls(&hardest) * WORTH_LESS_SHARE;
+        let does = |hold: &Hold| hold.holds(conditions, HOLDS_AGAIN) && falls(hold) >= enough;
+        shares.iter().map(|share| hold(*share)).find(does).unwrap_or(hardest)
+    }
+
+    /// A guest that cannot be held for a moment is none that cannot be held.
+    fn give_up_if(&mut self, it_does_not_hold: bool, now: Duration) {
+        if !it_does_not_hold {
+            (self.cannot_hold, self.does_not_hold_since) = (false, None);
+            return;
         }
-        let enough =
-            shares[1..].iter().map(|share| hold(*share)).find(|hold| hold.holds(conditions, HOLDS_AGAIN));
-        enough.unwrap_or_else(|| hold(0.0))
+        let since = *self.does_not_hold_since.get_or_insert(now);
+        self.cannot_hold |= now.saturating_sub(since) >= CANNOT_HOLD_FOR;
     }
 
     /// Whether the time has come.

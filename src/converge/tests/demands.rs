@@ -154,7 +154,8 @@ proptest! {
         let free = if share < 1.0 { 1.0 - share } else { 1.0 };
         let needs = at + ((all - at) * 10.0 + set_s) / free;
         prop_assert!(done.ended.is_some() && done.limit == LimitKept::Yes, "{}", shown(&done));
-        prop_assert!(done.total.as_secs_f64() <= 1.3 * needs, "{} of {needs}", shown(&done));
+        // Stalls become longer until what is left falls by six tenths of what the link takes.
+        prop_assert!(done.total.as_secs_f64() <= 1.7 * needs, "{} of {needs}", shown(&done));
         prop_assert!(done.longest_stall() <= Duration::from_millis(160), "{}", shown(&done));
     }
 }
