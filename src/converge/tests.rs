@@ -256,7 +256,7 @@ fn more_heavy_writers_than_the_link_carries_are_held_below_their_minimum_share_u
     let done = simulate(&guest, &link, &Machine::default(), settings.clone(), patience);
     assert_eq!(done.ended, Some(Why::Fits), "{:?}", done.rounds);
     assert!(done.events.iter().any(|event| matches!(event.change, Change::MinShare(_))), "{:?}", done.events);
-    settings.policy = Policy::FairShare(FairShare { min_share: Some(0.9), ..FairShare::default() });
+    settings.policy = Policy::FairShare(FairShare { min_share: Some(1.0), ..FairShare::default() });
     let done = simulate(&guest, &link, &Machine::default(), settings.clone(), patience);
     assert_eq!(done.ended, None);
     assert!(done.events.iter().any(|event| event.change == Change::CannotHold), "{:?}", done.events);

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use proptest::prelude::*;
+use proptest::test_runner::RngSeed;
 
 use crate::converge::simulate::{
     Burst, Guest, Link, Machine, Order, Phase, Seen, SendOrder, Simulated, Step, Writer, simulate,
@@ -221,12 +222,19 @@ pub fn steady_case() -> impl Strategy<Value = Case> {
 }
 
 /// How many, unless somebody wants more (`PROPTEST_CASES`).
+fn seed() -> RngSeed {
+    let wanted = std::env::var("RINGFERRY_SEED").ok().and_then(|seed| seed.parse().ok());
+    RngSeed::Fixed(wanted.unwrap_or(1))
+}
+
 pub fn config() -> ProptestConfig {
     let cases = if cfg!(debug_assertions) { 4 } else { 32 };
     let wanted = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok());
     ProptestConfig {
         cases: wanted.unwrap_or(cases),
         max_shrink_iters: 8,
+        // The same cases each time, unless others are asked for: what fails for one guest in a thousand is looked for by hand.
+        rng_seed: seed(),
         failure_persistence: None,
         ..ProptestConfig::default()
     }

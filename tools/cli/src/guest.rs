@@ -131,11 +131,11 @@ pub struct GuestArgs {
 #[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub enum GatesArg {
     /// When the thread that steers kicks the vCPU
+    #[default]
     Kicked,
     /// When the vCPU's own timer says so, too
     Timed,
     /// The same, but not in the midst of the guest's kernel
-    #[default]
     ByMode,
 }
 

@@ -60,7 +60,7 @@ impl Default for Config {
             kvmclock: false,
             device: None,
             pin_vcpus: false,
-            gates: Gates::ByMode,
+            gates: Gates::Kicked,
             console: None,
         }
     }

@@ -92,7 +92,7 @@ max_rounds = 5
 "#;
 
 /// The report of a scenario; nothing where it cannot be run.
-fn report_of(scenario: &str) -> Option<Value> {
+fn report_of(scenario: &str, gates: &str) -> Option<Value> {
     // One at a time: what they measure suffers from each other.
     static TURN: Mutex<()> = Mutex::new(());
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
@@ -104,7 +104,9 @@ fn report_of(scenario: &str) -> Option<Value> {
         skip(&format!("namespaces with shaped links cannot be made here: {reason}"));
         return None;
     }
-    let run = ringferry(&[&["bench", "migrate", "--json", "--scenario", scenario][..], &PATIENTLY].concat());
+    let run = ringferry(
+        &[&["bench", "migrate", "--json", "--scenario", scenario, "--gates", gates][..], &PATIENTLY].concat(),
+    );
     assert_eq!(run.code, Some(0), "{run:?}");
     let report = run.objects().into_iter().find(|object| object["kind"] == "migration_report").unwrap();
     assert_eq!(
@@ -117,7 +119,7 @@ fn report_of(scenario: &str) -> Option<Value> {
 
 #[test]
 fn a_heavy_writer_is_held_back_without_the_lock_that_the_other_vcpus_want() {
-    let Some(report) = report_of("shared-spinlock") else { return };
+    let Some(report) = report_of("shared-spinlock", "by-mode") else { return };
     let of = |vcpu: usize, field: &str| report["vcpus"][vcpu][field].as_f64();
     assert!(of(0, "throttled_ms") > Some(0.0) && of(0, "stalls_put_off") > Some(0.0), "{report}");
     // Half of its work is done with the lock.
@@ -133,7 +135,7 @@ fn a_heavy_writer_is_held_back_without_the_lock_that_the_other_vcpus_want() {
 fn two_heavy_writers_are_held_to_the_same_number_of_pages_and_light_ones_are_not_held() {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), SHARED).unwrap();
-    let Some(report) = report_of(file.path().to_str().unwrap()) else { return };
+    let Some(report) = report_of(file.path().to_str().unwrap(), "kicked") else { return };
     let throttled = |vcpu: usize| report["vcpus"][vcpu]["throttled_ms"].as_f64().unwrap();
     assert!(throttled(0) > 0.0 && throttled(1) > 0.0, "{report}");
     assert_eq!((throttled(2), throttled(3)), (0.0, 0.0), "{report}");
