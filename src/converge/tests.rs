@@ -523,3 +523,20 @@ fn a_shorter_pause_never_costs_the_deadline() {
     assert!(done.total <= Duration::from_millis(9_800), "{:?}", done.total);
     assert!(done.downtime <= Duration::from_millis(500), "{:?}", done.downtime);
 }
+
+#[test]
+fn a_wish_for_a_shorter_pause_is_fulfilled_where_it_can_be_and_never_keeps_a_migration_from_its_end() {
+    let target = |ms| {
+        let mut settings = settings("fair-share");
+        settings.limits.downtime_target = Some(Duration::from_millis(ms));
+        migrate(&guest(60, FULL_SPEED), settings)
+    };
+    let done = target(100);
+    assert_eq!(done.ended, Some(Why::Fits));
+    assert!(done.downtime <= Duration::from_millis(105), "{:?}", done.downtime);
+    assert!(done.total <= Duration::from_secs(8), "{:?}", done.total);
+    let done = target(1);
+    assert_eq!(done.ended, Some(Why::Fits));
+    assert!(done.downtime <= Duration::from_millis(500), "{:?}", done.downtime);
+    assert!(done.total <= Duration::from_secs(8), "{:?}", done.total);
+}
