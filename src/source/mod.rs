@@ -71,6 +71,7 @@ impl<'a, V: Vm + ?Sized, D: DirtySource + ?Sized> Source<'a, V, D> {
     /// [`SourceError`]; the VM runs on here, unless the VMM itself failed to resume it.
     pub fn run(self) -> Result<Outcome<'a, V, D>, SourceError> {
         let mut migration = self.migration;
+        let _watchers_are_told = TellsOfPanic(migration.progress.clone());
         migration.started = Instant::now();
         let handed_over = attempt(&mut migration);
         publish_end(&migration.progress, &handed_over);
@@ -102,6 +103,18 @@ fn attempt<V: Vm + ?Sized, D: DirtySource + ?Sized>(
     }
 }
 
+/// Whoever watches waits for the end, and a panic is one.
+struct TellsOfPanic(Progress);
+
+impl Drop for TellsOfPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let error = Some("the thread that migrates panicked".to_owned());
+            self.0.publish(Event::Ended { completed: false, error }, |status| status.phase = Phase::Failed);
+        }
+    }
+}
+
 /// Tells the watchers how it ended.
 fn publish_end(progress: &Progress, result: &Result<commit::HandedOver, SourceError>) {
     let (phase, error) = match result {
@@ -111,4 +124,23 @@ fn publish_end(progress: &Progress, result: &Result<commit::HandedOver, SourceEr
     };
     let completed = phase == Phase::Completed;
     progress.publish(Event::Ended { completed, error }, |status| status.phase = phase);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn a_panic_ends_the_wait_of_those_who_watch() {
+        let progress = Progress::new(crate::progress::Parameters::default());
+        let told = TellsOfPanic(progress.clone());
+        let panics = std::thread::spawn(move || {
+            let _told = told;
+            panic!("a bug");
+        });
+        assert!(panics.join().is_err());
+        assert!(progress.wait_for_end(Duration::from_secs(1)));
+    }
 }

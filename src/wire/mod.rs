@@ -10,6 +10,7 @@ pub mod features;
 pub mod hello;
 pub mod parts;
 pub mod reason;
+pub mod relay;
 pub mod state;
 
 /// Pages of content in one frame. 1024 pages are 4 MiB, and, when each of them is a run of its own, exactly

@@ -18,6 +18,7 @@ use ringferry::testing::AnonymousRam;
 use ringferry::track::{Observed, TrackError};
 use ringferry::transport::Discards;
 use ringferry::vm::{Moment, VmError};
+use ringferry::wire::relay::next_message;
 use ringferry::{DirtySource, PageSet, Paused, Quiesced, Settled, Vm};
 use ringferry_testvm::relay::Relay;
 
@@ -334,7 +335,7 @@ impl World {
             Destination::bind(ListenOptions::new(SocketAddr::from(([127, 0, 0, 1], 0)))).unwrap();
         let mut address = proxy(destination.local_addr().unwrap(), self.proxied);
         if let Some((bytes_per_s, delay)) = self.relayed {
-            let relay = Relay::new(address, bytes_per_s, delay).unwrap();
+            let relay = Relay::new(address, bytes_per_s, delay, next_message).unwrap();
             address = relay.address();
             *self.relay.lock() = Some(relay);
         }

@@ -1,6 +1,6 @@
 //! The policies: who is slowed down so that a migration ends.
 //!
-//! A policy is a file here: its parameters, as a user sets them, and its [`Rule`], which holds what the policy remembers in one
+//! A policy is a file here: its parameters, as a user sets them, and its `Rule`, which holds what the policy remembers in one
 //! migration. One line in the table below makes it known by its name.
 
 mod auto_converge;

@@ -12,7 +12,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use ringferry::wire::control::{HEAD_BYTES, Head, Message};
 use rustix::net::sockopt::{set_socket_recv_buffer_size, set_socket_send_buffer_size};
 
 /// Bytes that are passed on at a time.
@@ -24,6 +23,10 @@ const PIECES_MAX: usize = 4096;
 const BUFFER_BYTES: usize = 192 << 10;
 /// Sleeps shorter than this are not worth their inaccuracy.
 const SLEEP_MIN: Duration = Duration::from_micros(200);
+
+/// The next message from the destination, with data connections awaited where the function says that is told where the destination
+/// awaits them: `ringferry::wire::relay::next_message`, which this crate does without for the tracking layer's sake.
+pub type NextMessage = fn(&mut TcpStream, &mut dyn FnMut(u16) -> io::Result<u16>) -> io::Result<Vec<u8>>;
 
 /// A link to one destination.
 #[derive(Debug)]
@@ -40,6 +43,7 @@ struct Link {
     delay: Duration,
     /// When the link is free again.
     free: Mutex<Instant>,
+    next_message: NextMessage,
 }
 
 impl Link {
@@ -66,11 +70,17 @@ impl Relay {
     /// # Errors
     ///
     /// What the kernel said.
-    pub fn new(to: SocketAddr, bytes_per_s: u64, delay: Duration) -> io::Result<Self> {
+    pub fn new(
+        to: SocketAddr,
+        bytes_per_s: u64,
+        delay: Duration,
+        next_message: NextMessage,
+    ) -> io::Result<Self> {
         let link = Arc::new(Link {
             bytes_per_s: AtomicU64::new(bytes_per_s),
             delay,
             free: Mutex::new(Instant::now()),
+            next_message,
         });
         let address = listen(to, &link, true)?;
         Ok(Self { address, link })
@@ -133,18 +143,7 @@ fn take_piece(from: &mut TcpStream) -> io::Result<Vec<u8>> {
 
 /// The next word of the destination; where it awaits data connections, it is told that they come through here.
 fn take_message(from: &mut TcpStream, to: SocketAddr, link: &Arc<Link>) -> io::Result<Vec<u8>> {
-    let wrong = |error| io::Error::other(format!("{error}"));
-    let mut head = [0; HEAD_BYTES];
-    from.read_exact(&mut head)?;
-    let parsed = Head::parse(head).map_err(wrong)?;
-    let mut body = vec![0; parsed.body_bytes()];
-    from.read_exact(&mut body)?;
-    if let Ok(Some(Message::Accept(mut accept))) = Message::decode(&parsed, &body) {
-        let data = SocketAddr::new(to.ip(), accept.data_port);
-        accept.data_port = listen(data, link, false)?.port();
-        return Message::Accept(accept).encode().map_err(wrong);
-    }
-    Ok([head.as_slice(), &body].concat())
+    (link.next_message)(from, &mut |port| Ok(listen(SocketAddr::new(to.ip(), port), link, false)?.port()))
 }
 
 /// Passes on what `take` takes, `delay` later.
@@ -191,6 +190,7 @@ mod tests {
             bytes_per_s: AtomicU64::new(20_000_000),
             delay: Duration::from_millis(30),
             free: Mutex::new(Instant::now()),
+            next_message: |from, _| take_piece(from),
         });
         let mut near = TcpStream::connect(listen(listener.local_addr()?, &link, false)?)?;
         let (mut far, _) = listener.accept()?;

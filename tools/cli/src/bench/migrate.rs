@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use ringferry::progress::{Event, Update};
+use ringferry::wire::relay::next_message;
 use ringferry_testvm::links::{JUMBO_MTU, Links};
 use ringferry_testvm::relay::Relay;
 use serde::Serialize;
@@ -156,7 +157,7 @@ impl Changing {
         let mut relay = None;
         if scenario.link.is_relayed() {
             let one_way = round_trip.map_or(Duration::ZERO, |round_trip| round_trip.0 / 2);
-            let through = Relay::new(crossing.address().parse()?, rate.bytes_per_s, one_way)?;
+            let through = Relay::new(crossing.address().parse()?, rate.bytes_per_s, one_way, next_message)?;
             crossing.go_through(through.address());
             relay = Some(Arc::new(through));
         }
