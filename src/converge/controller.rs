@@ -252,10 +252,6 @@ impl Controller {
             ..Current::default()
         };
         self.round_page_bytes = self.page_bytes;
-        let (limit, overhead) = (self.settings.limits.downtime_at(now), self.settings.switchover_overhead);
-        if limit <= overhead {
-            self.events.downtime_out_of_reach(now, limit, overhead);
-        }
         self.decide(now);
     }
 
@@ -471,13 +467,19 @@ impl Controller {
     fn decide(&mut self, now: Duration) {
         let at = now.as_secs_f64();
         self.next_decision = at + DECIDE_S.max(DECIDE_S_PER_VCPU * self.vcpus.len() as f64);
+        let (limit, overhead) = (self.settings.limits.downtime_at(now), self.settings.switchover_overhead);
+        if limit <= overhead {
+            self.events.downtime_out_of_reach(now, limit, overhead);
+        }
         let conditions = self.conditions(now);
         let all = self.all();
         let writers = Writers { vcpus: &self.vcpus, others: &self.others, all: &all };
         let round = self.round.rest(at);
         let view = View {
             now,
-            settings: &self.settings,
+            limits: &self.settings.limits,
+            tuning: &self.settings.tuning,
+            per_vcpu: self.settings.per_vcpu,
             writers,
             round,
             number: self.round.number,

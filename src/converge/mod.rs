@@ -44,6 +44,7 @@ pub use switchover::LastCheck;
 pub use throttle::{GateState, PagesPerSlice, Quota};
 pub use tuning::Tuning;
 pub use units::Pages;
+pub use vcpu::{Share, VcpuSample};
 
 /// What the controller is told before the start; all of it may be changed while it runs.
 #[derive(Clone, PartialEq, Debug)]
@@ -91,15 +92,6 @@ impl Settings {
             tuning: Tuning::TABLE,
         }
     }
-}
-
-/// What has been seen of one vCPU.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct VcpuSample {
-    /// Different pages that it dirtied since the last recycle.
-    pub dirtied: Pages,
-    /// Time that it spent behind its closed gate, since the migration's start.
-    pub throttled: Duration,
 }
 
 /// What has been seen.
@@ -172,15 +164,6 @@ pub struct Prediction {
     pub rounds: Option<u32>,
     /// How much the link varied, as a share of its mean: the uncertainty of all of the above.
     pub spread: f64,
-}
-
-/// One vCPU's part in the current round.
-#[derive(Clone, Copy, PartialEq, Debug, Default)]
-pub struct Share {
-    /// nᵢ: what it would dirty by the end of the round if nobody held it back.
-    pub predicted: Pages,
-    /// How it is held back, if it is.
-    pub quota: Option<Quota>,
 }
 
 /// What the controller decided, for those who watch.

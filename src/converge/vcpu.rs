@@ -3,9 +3,8 @@
 use std::time::Duration;
 
 use super::curve::Curve;
-use super::throttle::Throttle;
-use super::units::sane;
-use super::{GateState, Pages, Quota, Share, VcpuSample};
+use super::throttle::{GateState, Quota, Throttle};
+use super::units::{Pages, sane};
 
 /// A vCPU that was held back for no more than this share of a round still teaches how fast it dirties.
 const HARDLY_HELD: f64 = 0.1;
@@ -13,6 +12,24 @@ const HARDLY_HELD: f64 = 0.1;
 const NEWEST_OVERRUN: f64 = 0.05;
 /// One overrun that is larger than so many usual ones is an accident, and counts no more than those.
 const MOST_OVERRUN: f64 = 5.0;
+
+/// What has been seen of one vCPU.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct VcpuSample {
+    /// Different pages that it dirtied since the last recycle.
+    pub dirtied: Pages,
+    /// Time that it spent behind its closed gate, since the migration's start.
+    pub throttled: Duration,
+}
+
+/// One vCPU's part in the current round.
+#[derive(Clone, Copy, PartialEq, Debug, Default)]
+pub struct Share {
+    /// nᵢ: what it would dirty by the end of the round if nobody held it back.
+    pub predicted: Pages,
+    /// How it is held back, if it is.
+    pub quota: Option<Quota>,
+}
 
 /// One vCPU.
 #[derive(Clone, Debug, Default)]

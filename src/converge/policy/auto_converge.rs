@@ -6,10 +6,10 @@
 
 use std::time::Duration;
 
-use super::{Conditions, Decision, Parameters, View};
+use super::rule::{Decision, Parameters, View};
 use crate::PAGE_SIZE;
 use crate::converge::Quota;
-use crate::converge::model::{Brake, Outcome};
+use crate::converge::model::{Brake, Conditions, Outcome};
 use crate::converge::units::sane;
 
 /// The dirty log counts as read at most this often, in seconds (`migration_bitmap_sync_precopy` in QEMU).
@@ -37,7 +37,7 @@ impl Default for AutoConverge {
 }
 
 impl Parameters for AutoConverge {
-    fn rule(self) -> Box<dyn super::Rule> {
+    fn rule(self) -> Box<dyn super::rule::Rule> {
         Box::new(Rule { parameters: self, ..Rule::default() })
     }
 }
@@ -83,7 +83,7 @@ impl Rule {
     }
 }
 
-impl super::Rule for Rule {
+impl super::rule::Rule for Rule {
     fn round_ended(&mut self, now: Duration, dirtied_bytes: f64, transferred_bytes: f64) {
         self.on_sync(now.as_secs_f64(), dirtied_bytes, transferred_bytes);
     }

@@ -1,8 +1,8 @@
 //! `dirty-limit`: every vCPU at the same fixed rate, as QEMU's policy of that name.
 
-use super::{Conditions, Decision, Parameters, Rule, View};
+use super::rule::{Decision, Parameters, Rule, View};
 use crate::PAGE_SIZE;
-use crate::converge::model::Brake;
+use crate::converge::model::{Brake, Conditions};
 use crate::converge::{PagesPerSlice, Quota};
 
 /// Parameters of `dirty-limit`.

@@ -1,6 +1,7 @@
 //! `none`: nobody is slowed down.
 
-use super::{Conditions, Decision, Parameters, Rule, View};
+use super::rule::{Decision, Parameters, Rule, View};
+use crate::converge::model::Conditions;
 
 /// Parameters of `none`: there are none.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
