@@ -404,7 +404,7 @@ fn a_nearly_full_ring_that_is_recycled_while_its_vcpu_runs_on_is_no_overflow() {
 }
 
 #[test]
-fn while_a_ring_is_out_of_step_the_library_takes_further_overflows_for_the_same_one() {
+fn the_library_and_the_profiler_agree_whether_a_ring_overflowed() {
     let Some(mut profiler) = profiler(Options::default()) else { return };
     let Some(mut guest) = Guest::new(Some(1024), Privilege::Kernel) else { return };
     guest.session.start().unwrap();
@@ -412,5 +412,7 @@ fn while_a_ring_is_out_of_step_the_library_takes_further_overflows_for_the_same_
     guest.session.stop().unwrap();
     let (kernel, library) =
         (my_counts(&mut profiler)[0].overflows, guest.tracker.snapshot().vcpus[0].overflows);
-    assert!(library <= kernel && (library > 0) == (kernel > 0), "library {library}, kernel {kernel}");
+    // How often is for each to say: each finds out by itself when the ring is in step again, and what comes before that is
+    // the same overflow.
+    assert_eq!(library > 0, kernel > 0, "library {library}, kernel {kernel}");
 }
