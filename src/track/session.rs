@@ -23,7 +23,7 @@ use crate::vm::{Paused, Settled};
 /// session costs the others the protecting of its harvests: a page that any of them has harvested faults at its next write.
 ///
 /// ```compile_fail,E0599
-/// # fn f(session: &ringferry::track::Session) {
+/// # fn f(session: ringferry::track::Session) {
 /// let another = session.clone().harvest(&mut ringferry::PageSet::default()); // whose pages?
 /// # }
 /// ```
