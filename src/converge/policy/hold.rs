@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use bitvec::vec::BitVec;
+
 use super::rule::{Braking, View};
 use crate::converge::model::{Conditions, Forecast};
 use crate::converge::throttle::{LONGEST_STALL, LONGEST_STALL_EVER, MOST_STRETCH, PagesPerSlice, Quota};
@@ -33,7 +35,7 @@ pub(super) struct Hold {
 pub(super) struct Demands {
     seconds: f64,
     /// By vCPU; if nobody can be told from another, all together.
-    is_held: Vec<bool>,
+    is_held: BitVec,
     /// λ.
     pub level: f64,
     /// Pages per second of those who are not held, or cannot be: now, and when as much is left as fits.
@@ -59,15 +61,15 @@ impl Demands {
             let vcpu = view.writers.vcpus.get(index);
             is_braking && vcpu.is_some_and(|vcpu| vcpu.share.quota.is_some())
         };
-        let is_held: Vec<bool> =
+        let is_held: BitVec =
             pages.iter().enumerate().map(|(index, pages)| *pages > level || was_held(index)).collect();
-        let heavy = pages.iter().zip(&is_held).filter(|(_, held)| **held).map(|(pages, _)| *pages).collect();
-        let light: f64 =
-            pages.iter().zip(&is_held).filter(|(_, held)| !**held).map(|(pages, _)| *pages).sum();
+        let pages_of = |index: usize| pages.get(index).copied().unwrap_or(0.0);
+        let heavy = is_held.iter_ones().map(pages_of).collect();
+        let light: f64 = is_held.iter_zeros().map(pages_of).sum();
         // Whoever writes the same pages again and again adds more in many short rounds than in a long one.
         let last_s = (conditions.fits / conditions.pages_per_s.max(1e-9)).clamp(SHORTEST_S, seconds);
-        let free = view.writers.vcpus.iter().zip(&is_held).filter(|(_, held)| !**held);
-        let vcpus: f64 = free.map(|(vcpu, _)| vcpu.curve.soon(last_s)).sum();
+        let free = is_held.iter_zeros().filter_map(|index| view.writers.vcpus.get(index));
+        let vcpus: f64 = free.map(|vcpu| vcpu.curve.soon(last_s)).sum();
         let light_at_last = (vcpus + view.writers.others.at(last_s)) / last_s;
         Self { seconds, level, light_per_s: (others + light) / seconds, light_at_last, heavy, is_held }
     }
@@ -79,8 +81,7 @@ impl Demands {
             return self.hold_by_time(view, least, min_share);
         }
         let tuning = &view.tuning;
-        let all = view.writers.vcpus.iter().zip(&self.is_held);
-        let held = || all.clone().filter(|(_, held)| **held).map(|(vcpu, _)| vcpu);
+        let held = || self.is_held.iter_ones().filter_map(|index| view.writers.vcpus.get(index));
         let overruns: Vec<f64> =
             held().map(|vcpu| vcpu.overrun_in(view.gate_s, tuning.after_a_stall)).collect();
         let count = overruns.len().max(1) as f64;
@@ -119,7 +120,7 @@ impl Demands {
             lost_vcpus += lost;
         }
         let quota = Quota::Pages(PagesPerSlice::over(quota, 1.0));
-        let quotas = self.is_held.iter().map(|held| held.then_some(quota)).collect();
+        let quotas = self.is_held.iter().by_vals().map(|held| held.then_some(quota)).collect();
         Hold {
             quotas,
             level: self.level,
