@@ -60,72 +60,32 @@ impl Harvest {
     }
 }
 
-pub(super) fn words_of(figures: &VcpuFigures) -> [u64; 13] {
-    let VcpuFigures {
-        index,
-        pages,
-        duplicate_entries,
-        ring_full_exits,
-        harvest_ns,
-        ring_entries,
-        ring_entries_max,
-        overflows,
-        throttled_ns,
-        stalls,
-        stalls_in_kernel,
-        stalls_in_user,
-        stalls_put_off,
-    } = *figures;
-    let index = u64::try_from(index).unwrap_or(u64::MAX);
-    [
-        index,
-        pages,
-        duplicate_entries,
-        ring_full_exits,
-        harvest_ns,
-        ring_entries,
-        ring_entries_max,
-        overflows,
-        throttled_ns,
-        stalls,
-        stalls_in_kernel,
-        stalls_in_user,
-        stalls_put_off,
-    ]
+/// A vCPU's figures on the wire: its index, and these in this order.
+macro_rules! figures {
+    ($($figure:ident),+ $(,)?) => {
+        pub(super) fn words_of(figures: &VcpuFigures) -> [u64; 1 + [$(stringify!($figure)),+].len()] {
+            let VcpuFigures { index, $($figure),+ } = *figures;
+            [u64::try_from(index).unwrap_or(u64::MAX), $($figure),+]
+        }
+
+        pub(super) fn figures_of(words: &[u64]) -> Option<VcpuFigures> {
+            let [index, $($figure),+] = *words else { return None };
+            Some(VcpuFigures { index: usize::try_from(index).ok()?, $($figure),+ })
+        }
+    };
 }
 
-pub(super) fn figures_of(words: &[u64]) -> Option<VcpuFigures> {
-    let [
-        index,
-        pages,
-        duplicate_entries,
-        ring_full_exits,
-        harvest_ns,
-        ring_entries,
-        ring_entries_max,
-        overflows,
-        throttled_ns,
-        stalls,
-        stalls_in_kernel,
-        stalls_in_user,
-        stalls_put_off,
-    ] = *words
-    else {
-        return None;
-    };
-    Some(VcpuFigures {
-        index: usize::try_from(index).ok()?,
-        pages,
-        duplicate_entries,
-        ring_full_exits,
-        harvest_ns,
-        ring_entries,
-        ring_entries_max,
-        overflows,
-        throttled_ns,
-        stalls,
-        stalls_in_kernel,
-        stalls_in_user,
-        stalls_put_off,
-    })
+figures! {
+    pages,
+    duplicate_entries,
+    ring_full_exits,
+    harvest_ns,
+    ring_entries,
+    ring_entries_max,
+    overflows,
+    throttled_ns,
+    stalls,
+    stalls_in_kernel,
+    stalls_in_user,
+    stalls_put_off,
 }
